@@ -1,0 +1,692 @@
+"""Stage 02: infer each user's latent profiles as soft tokens of a frozen LLM. Paper: section 2.3, Eq. (2)-(4), Fig. 4.
+
+The prompt of user u is one ordered list of segments (Eq. 3, then the text to be made likely):
+
+    x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's training history
+
+Behind the strict causal mask a profile sees its own name only; task and history see everything before them. theta is found
+by gradient descent on  l_llm = -log P_LLM(y | x, theta)  (Eq. 4) plus a Gaussian prior around what the LLM itself expects
+after the profile's name. Users are independent given the frozen LLM, so a block of users is solved at a time and written.
+
+Reads:  dataset.json interactions.npy users.json items.json (01)
+Writes: profiles.npy  float32 (U, M, d), the inferred theta;  profiles.json, settings and likelihoods;
+        lm-tiny/ (cached tiny LM). Until all blocks are done: profiles.partial.npy and profiles.progress*, to resume from.
+
+Run:
+    python 02_infer_profiles.py                                        # the demo with the tiny LM it trains first: 1 min
+    python 02_infer_profiles.py --run runs/ml-100k --lm tiny           # 8 min on 2 cores
+    python 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b --dtype fp16
+    torchrun --nproc-per-node=8 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from common import (TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, fingerprint, freeze, guarded, load_dataset,
+                    load_language_model, one_run_at_a_time, parameter_counts, peak_memory_mb, pick_device, save_json, seeded)
+
+# ---------------------------------------------------------------- settings
+
+HUB_NAMES = {"gpt2": ("gpt2", "0.5 GB"), "llama2-7b": ("meta-llama/Llama-2-7b-hf", "13.5 GB")}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest next words after x^m
+LOSS_SCALE = {torch.float16: 1024.0}  # keeps fp16 gradients above underflow; theta and its optimiser are fp32 always
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    parser.add_argument("--lm", default="auto", help="tiny (trained here on item metadata), gpt2, llama2-7b (the paper's), a hub name or a local "
+                        "folder; auto: tiny on the demo, else llama2-7b on a CUDA card with 20 GiB free, else gpt2")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the LLM; auto: fp16 on cuda, fp32 on cpu; theta is always fp32")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="AdamW steps a user")
+    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.1, help="AdamW step size in units of the slot's spread (paper: 0.001, unscaled)")
+    parser.add_argument("--prior", type=at_least(0, float), default=1.0, help="weight of the Gaussian prior around theta_0; 0 is the paper's pure likelihood")
+    parser.add_argument("--init", choices=("slot", "random", "vocab"), default="slot",
+                        help="theta_0: the LLM's own next words after the profile's name; uniform noise (authors' code); the mean of all words")
+    parser.add_argument("--mask", choices=("strict", "causal"), default="strict", help="strict: Fig. 4; causal: profiles see earlier profiles too")
+    parser.add_argument("--history", choices=("liked", "all", "rated"), default="liked",
+                        help="which training rows y holds; rated marks each title + or -")
+    parser.add_argument("--max-history", type=at_least(1), default=20, help="most recent titles of a user")
+    parser.add_argument("--block-size", type=at_least(1), help="users solved at once (default: by a token budget that suits the device)")
+    parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens whose vocabulary logits are held at once")
+    parser.add_argument("--tiny-sentences", type=at_least(64), help="sentences the tiny LM is trained on (default: 8000, or 10000 above 500 items)")
+    parser.add_argument("--fresh", action="store_true", help="forget an unfinished run instead of resuming it")
+    parser.add_argument("--show-mask", action="store_true", help="print the mask of one user's prompt as a grid and stop")
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- data: the prompt
+
+@dataclass
+class Segment:
+    """A run of prompt tokens: kind is begin, name, theta, task or history; profile says whose name or theta it is."""
+
+    kind: str
+    ids: list
+    profile: int | None = None
+
+
+def pieces(tokenizer, texts, anchor=" a;"):
+    """Token ids of each text as it reads in the middle of a sentence (so that sentencepiece puts no space of its own before it)."""
+    skip = len(tokenizer.encode(anchor, add_special_tokens=False))
+    return [ids[skip:] for ids in tokenizer([anchor + text for text in texts], add_special_tokens=False)["input_ids"]]
+
+
+def prompt_segments(tokenizer, dataset):
+    """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task] as ordered segments, with the LLM's begin token first where it has one."""
+    segments = []
+    if tokenizer.bos_token_id is not None and tokenizer.encode("a")[0] == tokenizer.bos_token_id:
+        segments.append(Segment("begin", [tokenizer.bos_token_id]))  # Note: every token may see it; it says nothing of a profile
+    names = pieces(tokenizer, [profile["prompt"] for profile in dataset.profiles])
+    for m, ids in enumerate(names):
+        segments += [Segment("name", ids, m), Segment("theta", [0], m)]
+    return segments + [Segment("task", pieces(tokenizer, [dataset.task_prompt])[0])]
+
+
+def build_positions(segments, mask):
+    """Position of each token, (S,). Under the strict mask each profile restarts where the first begins, as if it stood alone.
+
+    Note: profiles are then exchangeable (Fig. 4: "latent profiles are independent of each other"). DEVIATION(3).
+    """
+    positions, at, start = [], 0, None
+    for segment in segments:
+        if segment.kind == "name" and mask == "strict":
+            start = at if start is None else start
+            within = start
+        elif segment.kind != "theta" or mask != "strict":
+            within = at
+        positions += range(within, within + len(segment.ids))
+        within += len(segment.ids)
+        at += len(segment.ids)
+    return torch.tensor(positions)
+
+
+def build_visibility(segments, mask):
+    """bool (S, S): may row i attend to column j? Fig. 4 (below).
+
+    Paper: "can only attend to their respective profile names and interactions". Note: theta stands before the interactions, so
+    causality leaves the names; the interactions attend to theta. DEVIATION(2): x^m is cut off from other profiles too, else
+    theta^1 reaches theta^2 through x^2.
+    """
+    kinds = [segment.kind for segment in segments for _ in segment.ids]
+    owners = [segment.profile for segment in segments for _ in segment.ids]
+    size = len(kinds)
+    visible = torch.ones(size, size, dtype=torch.bool).tril()
+    if mask == "strict":
+        for row in range(size):
+            for column in range(row):
+                if kinds[row] in ("name", "theta") and kinds[column] != "begin" and owners[row] != owners[column]:
+                    visible[row, column] = False
+    return visible
+
+
+def additive_mask(visible, dtype):
+    """(1, 1, S, S) floats: 0 where visible, the dtype's lowest number elsewhere (not -inf: it turns into NaN in a masked row)."""
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+
+
+def print_mask(segments, tokenizer, visible):
+    """The mask as a grid: row i attends to the columns marked #."""
+    labels = [f"<theta^{segment.profile + 1}>" if segment.kind == "theta" else tokenizer.decode([token]).replace("\n", "\\n")
+              for segment in segments for token in segment.ids]
+    width = max(map(len, labels))
+    for row, label in enumerate(labels):
+        print(f"{label:>{width}s} |" + "".join(" #" if cell else " ." for cell in visible[row].tolist()))
+
+
+# ---------------------------------------------------------------- data: the histories
+
+def history_texts(dataset, split, kind, limit):
+    """Per user: texts of the rows of one split, oldest first, at most `limit` most recent; ' A Title;' or, rated, ' A Title +;'."""
+    texts = [[] for _ in dataset.users]
+    for user, item, label in dataset.rows(split).tolist():
+        if label or kind != "liked":
+            mark = (" +" if label else " -") if kind == "rated" else ""
+            texts[user].append(f" {dataset.items[item]['title']}{mark};")
+    return [lines[-limit:] for lines in texts]
+
+
+def tokenize_histories(tokenizer, texts, room):
+    """Per user an int64 array of token ids: whole titles only, the oldest dropped until it fits into `room` tokens."""
+    distinct = sorted({text for lines in texts for text in lines})
+    ids_of = dict(zip(distinct, pieces(tokenizer, distinct) if distinct else []))
+    histories = []
+    for lines in texts:
+        kept, used = [], 0
+        for text in reversed(lines):
+            if used + len(ids_of[text]) > room:
+                break
+            kept.append(ids_of[text])
+            used += len(ids_of[text])
+        histories.append(np.array([token for ids in reversed(kept) for token in ids], dtype=np.int64))
+    return histories
+
+
+def make_blocks(histories, block_size, token_budget, prompt_length):
+    """Users with a history, longest first, cut into blocks of similar length: at most block_size users or token_budget tokens.
+
+    Longest first: if memory does not suffice, it shows in the first minute.
+    """
+    users = sorted((user for user, ids in enumerate(histories) if len(ids)), key=lambda user: (-len(histories[user]), user))
+    blocks = []
+    while users:
+        longest = prompt_length + len(histories[users[0]])
+        size = block_size or max(1, token_budget // longest)
+        blocks.append(users[:size])
+        users = users[size:]
+    return blocks
+
+
+def pad(histories, users, device):
+    """(ids (B, H) right-padded with 0, lengths (B,)) of some users' histories. No real token sees a pad on its right."""
+    lengths = torch.tensor([len(histories[user]) for user in users])
+    ids = torch.zeros(len(users), int(lengths.max()), dtype=torch.long)
+    for row, user in enumerate(users):
+        ids[row, :lengths[row]] = torch.from_numpy(histories[user])
+    return ids.to(device), lengths.to(device)
+
+
+# ---------------------------------------------------------------- model
+
+class TokenNLL(torch.autograd.Function):
+    """-log softmax(hidden W^T + b)[target] per token, never holding more than `chunk` rows of vocabulary logits.
+
+    The gradient with respect to hidden, (softmax - onehot) W, is made on the way forward while the logits are at hand: one
+    vocabulary projection forward and one back, nothing recomputed, no gradient for the frozen W.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk):
+        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = torch.nn.functional.linear(hidden[rows], weight, bias).float()  # Shape: (chunk, vocabulary)
+            log_normalizer = logits.logsumexp(1, keepdim=True)
+            nll[rows] = (log_normalizer - logits.gather(1, targets[rows, None])).squeeze(1)
+            if gradient is not None:
+                error = logits.sub_(log_normalizer).exp_()  # softmax
+                error[torch.arange(len(error), device=error.device), targets[rows]] -= 1
+                gradient[rows] = error.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return nll
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradient, = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
+
+
+class ProfileLikelihood:
+    """-log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of Eq. (4), summed over the tokens of y, per user.
+
+    model: frozen causal LM. segments: the prompt without y (prompt_segments). The same list gives embeddings, mask, positions
+    and targets. Stage 03 calls it too (Algorithm 1 and EM).
+    """
+
+    def __init__(self, model, segments, mask="strict", chunk=4096):
+        self.model, self.segments, self.mask, self.chunk = model, segments, mask, chunk
+        self.body, self.head, self.words = model.base_model, model.get_output_embeddings(), model.get_input_embeddings()
+        self.dtype, self.device = self.words.weight.dtype, self.words.weight.device
+        self.prompt_length = sum(len(segment.ids) for segment in segments)
+        self.profiles = sum(segment.kind == "theta" for segment in segments)
+        self.layouts = {}
+
+    def layout(self, history_length):
+        """(additive mask (1, 1, S, S), positions (1, S)) for a history of this many tokens; one pair serves a whole block."""
+        if history_length not in self.layouts:
+            full = self.segments + [Segment("history", [0] * history_length)]
+            mask = additive_mask(build_visibility(full, self.mask), self.dtype)
+            self.layouts = {history_length: (mask.to(self.device), build_positions(full, self.mask)[None].to(self.device))}
+        return self.layouts[history_length]
+
+    def embeddings(self, theta, history_ids):
+        """Shape: theta (B, M, d) fp32, history_ids (B, H) -> (B, S, d) in the LLM's dtype."""
+        parts = []
+        for segment in self.segments:
+            if segment.kind == "theta":
+                parts.append(theta[:, segment.profile, None].to(self.dtype))  # Shape: (B, 1, d)
+            else:
+                ids = torch.tensor(segment.ids, device=self.device)
+                parts.append(self.words(ids).expand(len(theta), -1, -1))      # Shape: (B, tokens, d)
+        return torch.cat(parts + [self.words(history_ids)], dim=1)
+
+    def hidden(self, theta, history_ids):
+        """Last hidden states (B, S, d)."""
+        mask, positions = self.layout(history_ids.shape[1])
+        return self.body(inputs_embeds=self.embeddings(theta, history_ids), attention_mask=mask, position_ids=positions,
+                         use_cache=False).last_hidden_state
+
+    def __call__(self, theta, history_ids, lengths):
+        """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
+        states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]  # the state before each history token predicts it
+        real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
+        nll = TokenNLL.apply(states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
+        owner = real.nonzero()[:, 0]
+        return torch.zeros(len(theta), device=self.device).index_add(0, owner, nll)
+
+    @torch.no_grad()
+    def next_word(self, m):
+        """The LLM's distribution over the word after x^m alone: float32 (vocabulary,)."""
+        ids = [token for segment in self.segments if segment.kind == "begin" or (segment.kind == "name" and segment.profile == m)
+               for token in segment.ids]
+        return self.model(torch.tensor([ids], device=self.device)).logits[0, -1].float().softmax(0)
+
+
+def check_head(likelihood):
+    """Raise UserError if the LLM does more to its hidden states than its output layer (then Eq. 4 would be computed wrongly)."""
+    ids = torch.arange(4, device=likelihood.device)[None]
+    with torch.no_grad():
+        plain = likelihood.head(likelihood.body(ids).last_hidden_state)
+        if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
+            raise UserError("this architecture rescales its logits, which is not supported", likelihood.model.config.model_type, "choose another --lm")
+
+
+@torch.no_grad()
+def starting_point(likelihood, init, generator):
+    """(theta_0 (M, d), spread (M,)): where the search starts and the unit of its steps and of the prior.
+
+    slot: probability-weighted mean and spread (root mean squared deviation a coordinate) of the words the LLM expects after x^m;
+    vocab: mean of all words; random: U(-.1, .1) as in the authors' code. The spread is always that of the slot's words.
+    """
+    words = likelihood.words.weight.float()
+    start, spread = [], []
+    for m in range(likelihood.profiles):
+        probability, index = likelihood.next_word(m).topk(min(SLOT_WORDS, len(words)))
+        probability = (probability / probability.sum())[:, None]
+        mean = (probability * words[index]).sum(0)
+        spread.append((probability * (words[index] - mean) ** 2).sum(0).mean().sqrt().clamp(min=1e-6))
+        start.append(mean)
+    start = torch.stack(start)
+    if init == "vocab":
+        start = words.mean(0).expand_as(start).clone()
+    elif init == "random":
+        start = torch.from_numpy(generator.uniform(-0.1, 0.1, start.shape)).float().to(start.device)
+    return start, torch.stack(spread)
+
+
+# ---------------------------------------------------------------- loss and train
+
+def infer_block(likelihood, start, spread, histories, users, names, args):
+    """Solve one block of users. Returns (theta float32 (B, M, d) on the CPU, NLL before (B,), NLL after (B,)).
+
+    theta = theta_0 + spread * z; AdamW acts on z, each user's z with its own state, so that users do not touch each other.
+    Raises UserError naming the users when a loss or gradient is not finite.
+    """
+    ids, lengths = pad(histories, users, likelihood.device)
+    scale = LOSS_SCALE.get(likelihood.dtype, 1.0)
+    z = torch.zeros(len(users), *start.shape, device=likelihood.device, requires_grad=True)  # Shape: (B, M, d)
+    optimizer = torch.optim.AdamW([z], lr=args.lr, weight_decay=0.0)
+    before = None
+    for _ in range(args.steps):
+        theta = start + spread[:, None] * z
+        nll = likelihood(theta, ids, lengths)  # Eq. (4), Shape: (B,)
+        # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
+        loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
+        (loss.sum() * scale).backward()
+        z.grad /= scale
+        sound = torch.isfinite(loss) & torch.isfinite(z.grad).all(dim=2).all(dim=1)
+        if not sound.all():
+            bad = [str(names[user]) for user, ok in zip(users, sound.tolist()) if not ok]
+            raise UserError(f"loss or gradient is not finite for users {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}",
+                            f"--lr {args.lr}, {likelihood.dtype}", "lower --lr or take --dtype bf16 or fp32; nothing was written for them")
+        before = nll.detach() if before is None else before
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        theta = start + spread[:, None] * z
+        after = likelihood(theta, ids, lengths)
+    return theta.cpu().numpy(), before.cpu().numpy(), after.cpu().numpy()
+
+
+class Progress:
+    """Which blocks are done: one JSON line a block in profiles.progress, after the block's rows are on disk.
+
+    The first line holds the settings; a line cut short by a kill is ignored and its block done again. With several ranks each
+    has a file of its own.
+    """
+
+    def __init__(self, run, settings, shape, rank, fresh):
+        self.partial, self.final, self.path = run / "profiles.partial.npy", run / "profiles.npy", run / f"profiles.progress.{rank}"
+        found = self.read(run)
+        if found and found[0] != settings and not fresh:
+            changed = [key for key in settings if found[0].get(key) != settings[key]]
+            raise UserError(f"an unfinished run has other settings ({', '.join(changed)})", run, "finish it with its own settings, or add --fresh")
+        self.resumable = bool(found) and found[0] == settings and not fresh
+        self.done = found[1] if self.resumable else {}
+        self.settings, self.shape = settings, shape
+
+    @staticmethod
+    def read(run):
+        """(settings, {block: record}) of all progress files, or None."""
+        settings, done = None, {}
+        for path in sorted(run.glob("profiles.progress.*")):
+            lines = path.read_bytes().split(b"\n")[:-1]
+            if lines:
+                settings = settings or json.loads(lines[0])
+                done |= {record["block"]: record for record in map(json.loads, lines[1:])}
+        return None if settings is None else (settings, done)
+
+    def prepare(self):
+        """Rank 0: an empty array for a new run; nothing for a resumed one."""
+        if not self.resumable:
+            self.clear()
+            with atomic(self.partial) as temporary:
+                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=self.shape)
+                array.flush()
+            self.path.write_text(json.dumps(self.settings) + "\n")
+
+    def open(self):
+        """The array that rows are written to: the partial one, or, where only the last files were missing, the finished one."""
+        self.array = np.lib.format.open_memmap(self.partial if self.partial.exists() else self.final, mode="r+")
+        self.log = open(self.path, "ab")
+        content = self.path.read_bytes()
+        if not content:
+            self.log.write((json.dumps(self.settings) + "\n").encode())
+        elif not content.endswith(b"\n"):
+            self.log.truncate(content.rfind(b"\n") + 1)
+        return self.array
+
+    def record(self, block, users, theta, before, after, tokens):
+        self.array[users] = theta
+        self.array.flush()
+        self.log.write((json.dumps({"block": block, "before": float(before.sum()), "after": float(after.sum()), "tokens": tokens}) + "\n").encode())
+        self.log.flush()
+        os.fsync(self.log.fileno())
+
+    def clear(self):
+        for path in (self.partial, *self.path.parent.glob("profiles.progress.*")):
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- the tiny LM (trained here when --lm tiny is first used)
+
+TINY_CONTRAST = 2.5  # a title that fits the person's word is e^2.5 = 12 times as likely
+
+
+def make_sentences(dataset, items, count, length, rng, history):
+    """Texts about invented people, from item metadata only: `count` pairs (profile words {m: word}, `length` title texts).
+
+    A person has a word for each profile, or for one profile only (so that x^m is understood alone, as the strict mask demands);
+    their titles fit these words more often than chance. No user and no interaction is looked at.
+    """
+    values = [sorted({value for item in items for value in item["attributes"].get(profile["name"], [])}) for profile in dataset.profiles]
+    fits = [np.array([[value in item["attributes"].get(profile["name"], []) for item in items] for value in values[m]])
+            for m, profile in enumerate(dataset.profiles)]  # Shape: (values, items) each
+    usable = [m for m in range(len(values)) if len(values[m])]
+    if not usable:
+        raise UserError("no item has a value for any profile, so there is nothing to train the tiny LM on", "items.json", "take --lm gpt2")
+    frequency = [fit.sum(1) ** 0.5 / (fit.sum(1) ** 0.5).sum() for fit in fits]  # Note: square root, so that rare words are learned too
+    sentences = []
+    for number in range(count):
+        told = usable if number % 2 == 0 or len(usable) == 1 else [usable[number // 2 % len(usable)]]
+        person = {m: rng.choice(len(values[m]), p=frequency[m]) for m in told}
+        affinity = sum(fits[m][value].astype(float) for m, value in person.items())
+        weight = np.exp(TINY_CONTRAST * affinity)
+        chosen = rng.choice(len(items), size=length, p=weight / weight.sum())
+        liked = rng.random(length) < 1 / (1 + np.exp(-TINY_CONTRAST * (affinity[chosen] - len(told) / 2)))
+        marks = np.where(liked, " +", " -") if history == "rated" else [""] * length
+        sentences.append(({m: values[m][value] for m, value in person.items()},
+                          [f" {items[item]['title']}{mark};" for item, mark in zip(chosen, marks)]))
+    return sentences
+
+
+def encode_sentences(tokenizer, dataset, sentences):
+    """(ids (n, T) right-padded, targets (n, T) with -100 on padding, first (n,) position of the history)."""
+    names = pieces(tokenizer, [profile["prompt"] for profile in dataset.profiles])
+    task = pieces(tokenizer, [dataset.task_prompt])[0]
+    texts = sorted({text for words, titles in sentences for text in titles} | {f" {word}" for words, _ in sentences for word in words.values()})
+    ids_of = dict(zip(texts, pieces(tokenizer, texts)))
+    rows, first = [], []
+    for words, titles in sentences:
+        row = [token for m, word in words.items() for token in names[m] + ids_of[f" {word}"]] + task
+        first.append(len(row))
+        rows.append(row + [token for title in titles for token in ids_of[title]])
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    real = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, ids.masked_fill(~real, -100), torch.tensor(first)
+
+
+def tiny_tokenizer(dataset, sentences, vocabulary):
+    """Byte-level BPE of the sentences' own words."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    bpe = ByteLevelBPETokenizer()
+    lines = ["".join(f"{dataset.profiles[m]['prompt']} {word}" for m, word in words.items()) + dataset.task_prompt + "".join(titles)
+             for words, titles in sentences]
+    bpe.train_from_iterator(lines, vocab_size=vocabulary, min_frequency=2, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+
+
+def history_nll(model, ids, targets, first):
+    """Mean nats per history token of encoded sentences."""
+    history = torch.arange(ids.shape[1]) >= first[:, None]
+    logits = model(ids).logits[:, :-1].float()
+    wanted = targets.masked_fill(~history, -100)[:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+
+
+@torch.no_grad()
+def sensitivity(model, tokenizer, dataset, items, length, rng, history):
+    """Per profile: nats per history token lost by fresh sentences when the profile's word is replaced by a wrong one."""
+    result, sentences = {}, make_sentences(dataset, items, 400, length, rng, history)
+    for m, profile in enumerate(dataset.profiles):
+        told = [pair for pair in sentences if m in pair[0]]
+        words = sorted({known[m] for known, _ in told})
+        if len(words) > 1:
+            wrong = [({**known, m: str(rng.choice([word for word in words if word != known[m]]))}, titles) for known, titles in told]
+            result[profile["name"]] = float(history_nll(model, *encode_sentences(tokenizer, dataset, wrong))
+                                            - history_nll(model, *encode_sentences(tokenizer, dataset, told)))
+    return result
+
+
+def train_tiny(dataset, folder, args):
+    """Train a GPT-2-architecture LM on sentences made from the metadata of training items; cache it in `folder`.
+
+    Reuses the cache when made from the same items, prompts, seed and history format. Returns the cache's facts.
+    """
+    seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items met only in validation or test rows stay unknown
+    items = [{"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]} for item in seen]
+    size = {"width": 64, "vocabulary": 768, "sentences": 8000} if len(items) <= 500 else {"width": 128, "vocabulary": 2048, "sentences": 10000}
+    size["sentences"] = args.tiny_sentences or size["sentences"]
+    length = max(map(len, history_texts(dataset, TRAIN, args.history, args.max_history)))  # so that every position is learned
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_CONTRAST, length], size)
+    facts_path = folder / "tiny.json"
+    if facts_path.exists() and (facts := json.loads(facts_path.read_text())).get("fingerprint") == key:
+        return facts
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+    logging.set_verbosity_error()
+    rng = seeded(args.seed, 2)
+    sentences = make_sentences(dataset, items, size["sentences"], length, rng, args.history)
+    tokenizer = tiny_tokenizer(dataset, sentences, size["vocabulary"])
+    ids, targets, _ = encode_sentences(tokenizer, dataset, sentences)
+    context = max(512, 2 * ids.shape[1])
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=context, n_embd=size["width"], n_layer=2, n_head=4,
+                                       activation_function="gelu_pytorch_tanh",  # the same function as gelu_new in one kernel
+                                       resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
+    epochs, batch = 3, 32
+    steps = epochs * len(ids) // batch
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
+    order = np.concatenate([rng.permutation(len(ids)) for _ in range(epochs)])
+    for step in (bar := tqdm(range(steps), desc=f"training the tiny LM ({sum(parameter_counts(model)):,d} parameters)")):
+        rows = torch.from_numpy(order[step * batch:(step + 1) * batch])
+        real = targets[rows].ne(-100).any(0).sum()  # cut the batch's common padding
+        logits = model(ids[rows, :real]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[rows, 1:real].flatten(), ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0:
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+    freeze(model)
+    facts = {"fingerprint": key, "parameters": sum(parameter_counts(model)), "sensitivity": sensitivity(model, tokenizer, dataset, items, length, rng, args.history)}
+    facts_path.unlink(missing_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_json(facts_path, facts)  # last: it vouches for the others
+    return facts
+
+
+# ---------------------------------------------------------------- evaluate
+
+@torch.no_grad()
+def mean_nll(likelihood, theta, histories, users, token_budget):
+    """Nats per token of these users' histories under theta: a float32 (U, M, d) array, or (M, d) for everybody alike."""
+    total, tokens = 0.0, 0
+    chosen = [histories[user] if user in users else histories[user][:0] for user in range(len(histories))]
+    for block in make_blocks(chosen, None, token_budget, likelihood.prompt_length):
+        own = theta[block] if theta.ndim == 3 else np.broadcast_to(theta, (len(block), *theta.shape))
+        ids, lengths = pad(chosen, block, likelihood.device)
+        total += likelihood(torch.tensor(np.array(own), device=likelihood.device), ids, lengths).double().sum().item()
+        tokens += int(lengths.sum())
+    return total / max(tokens, 1)
+
+
+def heldout_nll(likelihood, theta, population, histories, solved, rng, token_budget):
+    """Validation titles under each user's own theta, under the population's, and under another user's: nats per token."""
+    users = [user for user in solved if len(histories[user])]
+    other = theta.copy()
+    ring = rng.permutation(solved)
+    other[ring] = theta[np.roll(ring, 1)]  # one ring through all users: nobody keeps his own
+    users = set(users)
+    return {name: mean_nll(likelihood, profile, histories, users, token_budget)
+            for name, profile in (("own", theta), ("population", population), ("shuffled", other))} if users else None
+
+
+def nearest_words(words, vectors, tokenizer, count=4):
+    """The `count` vocabulary words with the largest cosine to each row of vectors (n, d): a list of n lists [Table 5]."""
+    table = torch.nn.functional.normalize(words.float(), dim=1)
+    cosine = torch.nn.functional.normalize(torch.as_tensor(vectors, device=table.device), dim=1) @ table.T
+    return [[tokenizer.decode([token]).strip() for token in row] for row in cosine.topk(min(count, len(table)), dim=1).indices.tolist()]
+
+
+def show_users(dataset, theta, texts, solved, likelihood, tokenizer, count=3):
+    """Histories beside the words nearest to each theta [Table 5]."""
+    for user in solved[:: max(1, len(solved) // count)][:count]:
+        words = nearest_words(likelihood.words.weight, theta[user], tokenizer)
+        print(f"user {dataset.users[user]}:{''.join(texts[user][-6:])[:150]}")
+        for profile, near in zip(dataset.profiles, words):
+            print(f"    {profile['name']:12s} {' | '.join(near)}")
+
+
+# ---------------------------------------------------------------- main
+
+def choose_model(dataset, args, device):
+    """Fill in args.lm and args.dtype; returns the name or folder to load. Says what will be fetched before it is."""
+    if args.lm == "auto":
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info()[0] >= 20 * 2**30
+        args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
+        print(f"--lm auto chose {args.lm}; override it with --lm tiny | gpt2 | llama2-7b | NAME")
+    if args.dtype == "auto":
+        args.dtype = "fp16" if device.type == "cuda" and args.lm != "tiny" else "fp32"
+    name, size = HUB_NAMES.get(args.lm, (args.lm, "size unknown"))
+    if args.lm != "tiny" and not Path(name).is_dir():
+        print(f"loading {name} ({size} to download unless it is in the cache)")
+    return name
+
+
+def open_model(dataset, args, device):
+    """(likelihood, tokenizer, tiny LM facts or None) for the resolved settings; trains the tiny LM when it is first needed."""
+    name, facts = choose_model(dataset, args, device), None
+    if args.lm == "tiny":
+        name = args.run / "lm-tiny"
+        facts = train_tiny(dataset, name, args)
+    model, tokenizer = load_language_model(str(name), DTYPES[args.dtype], device)
+    likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask, args.logit_chunk)
+    check_head(likelihood)
+    return likelihood, tokenizer, facts
+
+
+def token_budget_of(likelihood):
+    """Tokens a block: as many as keep the working set of a layer in the CPU's cache; on a GPU, what a third of free memory holds."""
+    width = likelihood.words.weight.shape[1]
+    if likelihood.device.type == "cpu":
+        return max(768, 600_000 // width)
+    layers = likelihood.model.config.num_hidden_layers
+    return max(2048, int(torch.cuda.mem_get_info()[0] / 3 / (40 * width * layers * likelihood.words.weight.element_size() / 2)))
+
+
+def room_for_history(likelihood):
+    """Tokens of history that fit into the LLM's context behind the prompt."""
+    return getattr(likelihood.model.config, "max_position_embeddings", 4096) - likelihood.prompt_length
+
+
+def main():
+    args = parse_arguments()
+    dataset, device = load_dataset(args.run), pick_device(args.device)
+    rng = seeded(args.seed, 3)
+    with one_run_at_a_time(args.run):
+        infer(dataset, device, rng, args)
+
+
+def infer(dataset, device, rng, args):
+    likelihood, tokenizer, tiny = open_model(dataset, args, device)
+    announce("02 infer profiles", args)
+    print("parameters: trainable {:,d}, frozen {:,d} (theta is the only trainable tensor)".format(*parameter_counts(likelihood.model)))
+    texts = history_texts(dataset, TRAIN, args.history, args.max_history)
+    histories = tokenize_histories(tokenizer, texts, room_for_history(likelihood))
+    if args.show_mask:
+        user = next((user for user, ids in enumerate(histories) if len(ids)), 0)
+        full = likelihood.segments + [Segment("history", histories[user][:12].tolist())]
+        return print_mask(full, tokenizer, build_visibility(full, args.mask))
+    budget = token_budget_of(likelihood)
+    blocks = make_blocks(histories, args.block_size, budget, likelihood.prompt_length)
+    if not blocks:
+        raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
+
+    start, spread = starting_point(likelihood, args.init, rng)
+    settings = {key: getattr(args, key) for key in ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "tiny_sentences", "seed")}
+    settings |= {"dataset_fingerprint": dataset.fingerprint(), "blocks": fingerprint(blocks)}
+    progress = Progress(args.run, settings, (len(dataset.users), *start.shape), 0, args.fresh)
+    progress.prepare()
+    theta = progress.open()
+    clock, worked = time.perf_counter(), 0
+    for number, users in enumerate(tqdm(blocks, desc="inferring", unit="block")):
+        if number not in progress.done:
+            tokens = int(sum(len(histories[user]) for user in users))
+            progress.record(number, users, *infer_block(likelihood, start, spread, histories, users, dataset.users, args), tokens)
+            worked += (tokens + len(users) * likelihood.prompt_length) * args.steps
+    seconds = time.perf_counter() - clock
+
+    solved = sorted(user for block in blocks for user in block)
+    population = np.mean(theta[solved], axis=0, dtype=np.float64).astype(np.float32)
+    unknown = np.setdiff1d(np.arange(len(dataset.users)), solved)
+    theta[unknown] = population  # users with no training history hold the population profile
+    theta.flush()
+    validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args.history, args.max_history), room_for_history(likelihood))
+    heldout = heldout_nll(likelihood, np.array(theta), population, validation, solved, rng, budget)
+    done = Progress.read(args.run)[1].values()
+    tokens = sum(record["tokens"] for record in done)
+    facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout, "lm_sensitivity": tiny and tiny["sensitivity"],
+             "train_nll": {when: sum(record[when] for record in done) / tokens for when in ("before", "after")},
+             "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1),
+             "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else peak_memory_mb(),
+             "fingerprint": fingerprint(theta)}
+    (args.run / "profiles.json").unlink(missing_ok=True)
+    if progress.partial.exists():
+        os.replace(progress.partial, progress.final)
+    save_json(args.run / "profiles.json", facts)
+    progress.clear()
+
+    print(f"\ntrain NLL per token {facts['train_nll']['before']:.4f} -> {facts['train_nll']['after']:.4f}; {facts['tokens_per_second']:,d} tokens/s")
+    if heldout:
+        print("validation NLL per token: " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
+    if tiny:
+        print("tiny LM, nats per token lost under a wrong word: " + ", ".join(f"{name} {value:.3f}" for name, value in tiny["sensitivity"].items()))
+    show_users(dataset, theta, texts, solved, likelihood, tokenizer)
+    print(f"\nwrote profiles.npy profiles.json to {args.run}\nnext: python 03_quantize.py --run {args.run}")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,287 @@
+"""Stage 04: train recommenders with the ids of the feature bank as ordinary sparse features. Paper: sections 2.5 and 3.
+
+    y_hat = Rec[i, c_1, ..., c_M, E_obs]                                                             Eq. (8)
+    loss  = -sum_n y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)                                      Eq. (9), completed
+
+No LLM is loaded: the profile of a user is M small integers. Every table has the controls that decide whether an id says
+anything: `none` (no ids), `random` (a uniform code per user) and `shuffled` (the real codes, permuted over users).
+
+Reads:  dataset.json interactions.npy users.json items.json (01), feature_bank.npy quantize.json (03),
+        truth.npy for --ids planted, profiles.npy for --profile-input embedding
+Writes: results.json (a row per model x ids x seed, and their summary), ctr_<model>.pt (state dict of the best epoch)
+
+Run:
+    python 04_train_ctr.py                                                        # the demo, DCN, 5 seeds: 1 min
+    python 04_train_ctr.py --run runs/ml-100k --ids none,random,shuffled,userip
+"""
+
+import copy
+import sys
+import time
+
+import numpy as np
+import sklearn
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from common import (DCN, TEST, TRAIN, VALIDATION, Field, Parser, UserError, announce, at_least, auc, check_same, fingerprint, guarded,
+                    load, load_dataset, logloss, mean_sd, parameter_counts, pick_device, save_json, save_torch, seeded)
+
+# ---------------------------------------------------------------- settings
+
+MODELS = {"dcn": DCN}  # a class built from a list of Fields; forward: (B, columns) ids -> (B,) logits
+IDS = ("none", "random", "shuffled", "userip", "planted")
+FIELDS = ("ids", "ids+attributes", "attributes")
+
+
+def names_of(known):
+    """argparse type: a comma-separated choice of known names, or all."""
+    def parse(text):
+        names = list(known) if text == "all" else [name.strip().lower() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            raise ValueError(f"unknown {', '.join(unknown) or 'empty list'}; known: {', '.join(known)}")
+        return list(dict.fromkeys(names))
+    return parse
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    parser.add_argument("--models", default="dcn", help=f"comma-separated, or all; known: {', '.join(MODELS)}")
+    parser.add_argument("--ids", default=None, help=f"comma-separated of {','.join(IDS)} (default: all that the run has)")
+    parser.add_argument("--seeds", type=at_least(1), default=5, help="number of repetitions, paired over --ids")
+    parser.add_argument("--fields", choices=FIELDS, default="ids",
+                        help="ids: user + item id (the paper's); ids+attributes: and the item's attributes; attributes: item id + attributes, no user id")
+    parser.add_argument("--profile-input", choices=("codes", "embedding"), default="codes",
+                        help="what userip feeds: the codes, or theta itself through a learned projection (Table 3, without VQ)")
+    parser.add_argument("--epochs", type=at_least(1), default=60, help="most epochs")
+    parser.add_argument("--patience", type=at_least(1), default=5, help="stop after this many epochs without a better validation AUC")
+    parser.add_argument("--batch-size", type=at_least(1), help="rows per step (default: 1/160 of the training rows, within 128-1024)")
+    parser.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="Adam step size (paper: 0.001)")
+    args = parser.parse_args()
+    for flag, known in (("models", MODELS), ("ids", IDS)):
+        if getattr(args, flag) is not None:
+            try:
+                setattr(args, flag, names_of(known)(getattr(args, flag)))
+            except ValueError as error:
+                parser.error(f"--{flag}: {error}")
+    return args
+
+
+# ---------------------------------------------------------------- data
+
+def attribute_table(dataset, name):
+    """(int64 (I, width) value indices padded with the number of values, number of values) of one item attribute."""
+    values = sorted({value for item in dataset.items for value in item["attributes"].get(name, [])})
+    index = {value: i for i, value in enumerate(values)}
+    width = max([len(item["attributes"].get(name, [])) for item in dataset.items] + [1])
+    table = np.full((len(dataset.items), width), len(values), dtype=np.int64)
+    for row, item in zip(table, dataset.items):
+        found = [index[value] for value in item["attributes"].get(name, [])]
+        row[:len(found)] = found
+    return table, len(values)
+
+
+def build_features(dataset, kind, codes, theta=None):
+    """(fields, lookup) where lookup(users, items) gives the (n, columns) ids of those pairs.
+
+    kind: ids | ids+attributes | attributes. codes: None or int (U, M). theta: None or float (U, M, d), then the profile
+    fields are projections of theta instead of codes.
+    """
+    fields, user_tables, item_tables = [], [], [np.arange(len(dataset.items))[:, None]]
+    if kind != "attributes":
+        fields.append(Field("user", len(dataset.users)))
+        user_tables.append(np.arange(len(dataset.users))[:, None])
+    first_item_field = Field("item", len(dataset.items))
+    item_fields = [first_item_field]
+    if kind != "ids":
+        for profile in dataset.profiles:
+            table, size = attribute_table(dataset, profile["name"])
+            item_fields.append(Field(f"item_{profile['name']}", size, table.shape[1]))
+            item_tables.append(table)
+    profile_fields = []
+    if theta is not None:
+        for m in range(theta.shape[1]):
+            profile_fields.append(Field(f"profile_{m}", len(dataset.users), vectors=torch.tensor(theta[:, m])))
+        user_tables.append(np.tile(np.arange(len(dataset.users))[:, None], (1, theta.shape[1])))
+    elif codes is not None:
+        profile_fields = [Field(f"profile_{m}", int(codes[:, m].max()) + 1) for m in range(codes.shape[1])]
+        user_tables.append(codes.astype(np.int64))
+    user_table = np.concatenate(user_tables, axis=1) if user_tables else np.zeros((len(dataset.users), 0), dtype=np.int64)
+    item_table = np.concatenate(item_tables, axis=1)
+    split_at = 0 if kind == "attributes" else 1  # column order: user, item, attributes, profiles
+
+    def lookup(users, items):
+        user_ids = user_table[users]
+        return torch.from_numpy(np.concatenate([user_ids[:, :split_at], item_table[items], user_ids[:, split_at:]], axis=1))
+
+    return fields + item_fields + profile_fields, lookup
+
+
+def codes_of(ids, bank, truth, rng):
+    """int (U, M) codes that a row of the results table uses, or None for `none`."""
+    if ids == "none":
+        return None
+    if ids == "random":  # as many codes as the real ones, uniform: what a meaningless id does
+        return np.stack([rng.integers(bank[:, m].max() + 1, size=len(bank)) for m in range(bank.shape[1])], axis=1)
+    if ids == "shuffled":  # the real usage counts on the wrong users
+        return bank[rng.permutation(len(bank))]
+    return truth if ids == "planted" else bank
+
+
+# ---------------------------------------------------------------- loss and train
+
+@torch.no_grad()
+def predict(model, ids, batch=16384):
+    """Probabilities, float (n,), of the rows of ids."""
+    model.eval()
+    return torch.cat([torch.sigmoid(model(ids[start:start + batch])) for start in range(0, len(ids), batch)]).cpu().numpy()
+
+
+def train(model, splits, args):
+    """Adam on Eq. (9) until validation AUC stops rising. Returns (result row, state dict of the best epoch).
+
+    splits: {TRAIN | VALIDATION | TEST: (ids (n, columns), labels (n,))}. The test split is looked at once, at the best epoch.
+    """
+    ids, labels = splits[TRAIN]
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    best = {"val_auc": -1.0, "best_epoch": 0}
+    seconds = 0.0
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        start = time.perf_counter()
+        order = torch.randperm(len(ids), device=ids.device)
+        shuffled_ids, shuffled_labels = ids[order], labels[order]  # one shuffle an epoch; a step is then a slice, not a gather
+        for at in range(0, len(ids), args.batch_size):
+            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper's formula lacks.
+            loss = F.binary_cross_entropy_with_logits(model(shuffled_ids[at:at + args.batch_size]),
+                                                      shuffled_labels[at:at + args.batch_size])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+        if not torch.isfinite(loss):
+            raise UserError(f"the loss is {loss.item()} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
+        score = auc(splits[VALIDATION][1].cpu(), predict(model, splits[VALIDATION][0]))
+        if score > best["val_auc"]:
+            best = {"val_auc": score, "best_epoch": epoch}
+            state = copy.deepcopy(model.state_dict())
+        elif epoch - best["best_epoch"] >= args.patience:
+            break
+    model.load_state_dict(state)
+    probabilities = predict(model, splits[TEST][0])
+    best |= {"test_auc": auc(splits[TEST][1].cpu(), probabilities), "test_logloss": logloss(splits[TEST][1].cpu(), probabilities),
+             "train_samples_per_second": round(epoch * len(ids) / seconds), "parameters": parameter_counts(model)[0]}
+    return best, state
+
+
+def run_one(dataset, model_name, ids, seed, bank, truth, theta, args, device):
+    """Build features and model for one cell of the table and train it; seeds are paired: the same for every --ids."""
+    codes = codes_of(ids, bank, truth, np.random.default_rng((args.seed, seed, 4)))
+    fields, lookup = build_features(dataset, args.fields, codes, theta if ids == "userip" else None)
+    splits = {}
+    for split in (TRAIN, VALIDATION, TEST):
+        users, items, labels = dataset.rows(split).T
+        splits[split] = (lookup(users, items).to(device), torch.tensor(labels, dtype=torch.float32, device=device))
+    seeded(args.seed, seed, 5)
+    result, state = train(MODELS[model_name](fields).to(device), splits, args)
+    return {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **result}, state
+
+
+# ---------------------------------------------------------------- evaluate
+
+def summarize(rows):
+    """Per model and ids: mean and sd over seeds, and differences to `none` and to `random`, paired by seed."""
+    table, cells = {}, {}
+    for row in rows:
+        cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
+    for (model, ids), by_seed in cells.items():
+        entry = {metric: dict(zip(("mean", "sd"), mean_sd([row[metric] for row in by_seed.values()])))
+                 for metric in ("val_auc", "test_auc", "test_logloss")}
+        for control in ("none", "random"):
+            other = cells.get((model, control))
+            if other and ids != control:
+                entry[f"auc_minus_{control}"] = dict(zip(("mean", "sd"), mean_sd(
+                    [row["test_auc"] - other[seed]["test_auc"] for seed, row in by_seed.items()])))
+        table.setdefault(model, {})[ids] = entry
+    for entries in table.values():  # share of the lift that the planted truth gives (demo)
+        if {"none", "planted"} <= entries.keys():
+            floor, ceiling = entries["none"]["test_auc"]["mean"], entries["planted"]["test_auc"]["mean"]
+            for entry in entries.values():
+                entry["share_of_planted_lift"] = (entry["test_auc"]["mean"] - floor) / (ceiling - floor) if ceiling > floor else None
+    return table
+
+
+def markdown(summary, base_logloss):
+    """The results table as markdown lines."""
+    lines = ["| model | ids | test AUC | logloss | AUC - none | AUC - random | share of planted lift |", "|---|---|---|---|---|---|---|"]
+
+    def pm(entry, key, sign=""):
+        return f"{entry[key]['mean']:{sign}.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
+
+    for model, entries in summary.items():
+        for ids, entry in entries.items():
+            share = entry.get("share_of_planted_lift")
+            lines.append(f"| {model} | {ids} | {pm(entry, 'test_auc')} | {pm(entry, 'test_logloss')} | {pm(entry, 'auc_minus_none', '+')} | "
+                         f"{pm(entry, 'auc_minus_random', '+')} | {'' if share is None else f'{share:.0%}'} |")
+    lines.append(f"| constant | base rate | 0.5000 | {base_logloss:.4f} | | | |")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- main
+
+def read_inputs(args):
+    """(dataset, bank, truth or None, theta or None), all checked to belong together; fills in args.ids."""
+    dataset = load_dataset(args.run)
+    has_truth = (args.run / "truth.npy").exists()
+    args.ids = args.ids or [ids for ids in IDS if ids != "planted" or has_truth]
+    if "planted" in args.ids and not has_truth:
+        raise UserError("this data set has no planted truth", args.run / "truth.npy", "leave planted out of --ids")
+    if args.ids == ["none"]:
+        return dataset, None, None, None
+    facts, bank = load(args.run, "quantize.json"), np.array(load(args.run, "feature_bank.npy"))
+    check_same(args.run, "feature_bank.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
+    check_same(args.run, "feature_bank.npy", "quantize.json", fingerprint(bank), facts["fingerprint"], "03_quantize.py")
+    truth = np.array(load(args.run, "truth.npy")) if has_truth else None
+    theta = None
+    if args.profile_input == "embedding":
+        theta = np.array(load(args.run, "profiles.npy"))
+        check_same(args.run, "profiles.npy", "quantize.json", fingerprint(theta), facts["profiles_fingerprint"], "03_quantize.py")
+        spread = theta.std(axis=(0, 2), keepdims=True)  # one scale a profile; the projection learns the rest
+        theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
+    for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test")):
+        if len(np.unique(dataset.rows(split)[:, 2])) < 2:
+            raise UserError(f"all labels of the {name} split are equal, so there is no AUC", args.run, "give more data or another --positive-above in 01")
+    return dataset, bank, truth, theta
+
+
+def main():
+    args = parse_arguments()
+    device = pick_device(args.device)
+    dataset, bank, truth, theta = read_inputs(args)
+    args.batch_size = args.batch_size or min(1024, max(128, len(dataset.rows(TRAIN)) // 160))
+    announce("04 train CTR", args)
+    rows, states = [], {}
+    cells = [(model, ids, seed) for model in args.models for seed in range(args.seeds) for ids in args.ids]
+    for model, ids, seed in (bar := tqdm(cells, desc="training", unit="run")):
+        bar.set_postfix_str(f"{model} {ids} seed {seed}")
+        row, state = run_one(dataset, model, ids, seed, bank, truth, theta, args, device)
+        rows.append(row)
+        if seed == 0 and (ids == "userip" or model not in states):
+            states[model] = state
+    rate, labels = dataset.rows(TRAIN)[:, 2].mean(), dataset.rows(TEST)[:, 2]
+    base_logloss = logloss(labels, np.full(len(labels), rate))
+    summary = summarize(rows)
+    for model, state in states.items():
+        save_torch(args.run / f"ctr_{model}.pt", state)
+    save_json(args.run / "results.json", {
+        "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields, "profile_input": args.profile_input,
+        "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
+    print("\n" + markdown(summary, base_logloss))
+    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json " + " ".join(f"ctr_{model}.pt" for model in states) + f" to {args.run}")
+
+
+if __name__ == "__main__":
+    guarded(main)

@@ -1,0 +1,154 @@
+"""Small worlds and random models that the tests make themselves. No network, no hub."""
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+import common
+
+ROOT = Path(__file__).resolve().parent.parent
+ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
+prepare, infer, quantize, ctr = (importlib.import_module(name) for name in
+                                 ("01_prepare_data", "02_infer_profiles", "03_quantize", "04_train_ctr"))
+
+
+def run_stage(script, *args, env=None, cwd=ROOT, timeout=300):
+    """Run a script as a user would; returns the finished process."""
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def call_stage(module, *args):
+    """Run a stage's main() in this process, for tests that need many runs; errors are raised."""
+    argv, sys.argv = sys.argv, [f"{module.__name__}.py", *map(str, args)]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+
+
+def ok(process):
+    assert process.returncode == 0, process.stderr[-2000:]
+    return process
+
+
+def make_tokenizer(bos=False):
+    """A byte-level BPE of demo words; with bos, one that begins every text with <s>, as Llama's does."""
+    bpe = ByteLevelBPETokenizer()
+    words = [word for group in (*prepare.DEMO_HOBBIES.values(), *prepare.DEMO_BACKGROUNDS.values()) for word in group]
+    text = [f"This user's hobby is music, and his background is family.\nWhat is the user's interaction history? {word};" for word in words]
+    bpe.train_from_iterator(text * 3, vocab_size=400, min_frequency=2, show_progress=False, special_tokens=["<s>"])
+    if not bos:
+        return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    from tokenizers.processors import TemplateProcessing
+    bpe._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>")
+
+
+def make_lm(kind, context=256):
+    """(model, tokenizer): random weights of a real architecture, large enough that attention matters."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(bos=kind == "llama")
+    size = len(tokenizer)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=context, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
+                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                             num_key_value_heads=1, max_position_embeddings=context, initializer_range=0.2,
+                                             bos_token_id=0, eos_token_id=None, pad_token_id=None))
+    else:
+        model = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, dropout=0,
+                                         max_position_embeddings=context, word_embed_proj_dim=32, init_std=0.2, pad_token_id=1,
+                                         bos_token_id=0, eos_token_id=0))
+    return common.freeze(model), tokenizer
+
+
+@pytest.fixture(scope="session")
+def lm_folders(tmp_path_factory):
+    """{kind: folder} of models and tokenizers written by save_pretrained."""
+    folders = {}
+    for kind in ("gpt2", "llama", "opt"):
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        model, tokenizer = make_lm(kind)
+        model.save_pretrained(folders[kind])
+        tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def lm(request):
+    return make_lm(request.param)
+
+
+def prepare_args(**changes):
+    return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4, "positive_above": 3.0, "max_per_user": None,
+                              "subsample_users": None, "data_dir": None, **changes})
+
+
+def small_world(**changes):
+    """(Dataset, truth) of a demo with few users."""
+    args = prepare_args(subsample_users=120, **changes)
+    return prepare.build(prepare.load_demo(args), args)
+
+
+@pytest.fixture(scope="session")
+def world():
+    return small_world()
+
+
+def settings(**changes):
+    """Stage 02's settings for in-process calls."""
+    return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict", "history": "liked", "max_history": 20, **changes})
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """A run directory with stage 01's artifacts of a small demo."""
+    run = tmp_path_factory.mktemp("run") / "prepared"
+    call_stage(prepare, "--run", run, "--subsample-users", 120)
+    return run
+
+
+@pytest.fixture(scope="session")
+def inferred(prepared, lm_folders, tmp_path_factory):
+    """The same after stages 02 and 03, with a random GPT-2."""
+    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "inferred")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3)
+    call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1)
+    return run
+
+
+def copy_run(source, target):
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+def likelihood_of(model, tokenizer, dataset, mask="strict", chunk=4096):
+    return infer.ProfileLikelihood(model, infer.prompt_segments(tokenizer, dataset), mask, chunk)
+
+
+def random_theta(likelihood, users, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(users, likelihood.profiles, likelihood.words.weight.shape[1], generator=generator)
+
+
+def assert_bytes_equal(first, second):
+    assert Path(first).read_bytes() == Path(second).read_bytes()
+
+
+def random_rows(n, users, items, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.integers(users, size=n), rng.integers(items, size=n), rng.integers(2, size=n)], axis=1)
