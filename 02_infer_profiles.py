@@ -19,6 +19,7 @@ Run:
     torchrun --nproc-per-node=8 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
 """
 
+import contextlib
 import json
 import os
 import time
@@ -29,25 +30,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, fingerprint, freeze, guarded, load_dataset,
-                    load_language_model, one_run_at_a_time, parameter_counts, peak_memory_mb, pick_device, save_json, seeded)
+from common import (TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, fingerprint, freeze, guarded, load, load_dataset,
+                    load_language_model, one_run_at_a_time, parameter_counts, peak_memory_mb, pick_device, ranks, save_json, seeded)
 
 # ---------------------------------------------------------------- settings
 
 HUB_NAMES = {"gpt2": ("gpt2", "0.5 GB"), "llama2-7b": ("meta-llama/Llama-2-7b-hf", "13.5 GB")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HELDOUT_USERS = 20_000  # a sample this large fixes the held-out NLL to far less than the differences of interest
 SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest next words after x^m
+ACTIVATIONS = 40   # numbers a layer keeps per token for the backward pass, in units of its width
+RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "tiny_sentences", "block_size", "seed")
 LOSS_SCALE = {torch.float16: 1024.0}  # keeps fp16 gradients above underflow; theta and its optimiser are fp32 always
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("--lm", default="auto", help="tiny (trained here on item metadata), gpt2, llama2-7b (the paper's), a hub name or a local "
-                        "folder; auto: tiny on the demo, else llama2-7b on a CUDA card with 20 GiB free, else gpt2")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the LLM; auto: fp16 on cuda, fp32 on cpu; theta is always fp32")
+    parser.add_argument("--lm", default="auto", help="tiny (trained here on item metadata), gpt2, llama2-7b (the paper's), "
+                        "a hub name or a local folder; auto: tiny on the demo, else llama2-7b on a CUDA card with 20 GiB free, else gpt2")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
+                        help="of the LLM; auto: fp16 on cuda, fp32 on cpu; theta is always fp32")
     parser.add_argument("--steps", type=at_least(1), default=20, help="AdamW steps a user")
-    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.1, help="AdamW step size in units of the slot's spread (paper: 0.001, unscaled)")
-    parser.add_argument("--prior", type=at_least(0, float), default=1.0, help="weight of the Gaussian prior around theta_0; 0 is the paper's pure likelihood")
+    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.1,
+                        help="AdamW step size in units of the slot's spread (paper: 0.001, unscaled)")
+    parser.add_argument("--prior", type=at_least(0, float), default=1.0,
+                        help="weight of the Gaussian prior around theta_0; 0 is the paper's pure likelihood")
     parser.add_argument("--init", choices=("slot", "random", "vocab"), default="slot",
                         help="theta_0: the LLM's own next words after the profile's name; uniform noise (authors' code); the mean of all words")
     parser.add_argument("--mask", choices=("strict", "causal"), default="strict", help="strict: Fig. 4; causal: profiles see earlier profiles too")
@@ -55,8 +62,8 @@ def parse_arguments():
                         help="which training rows y holds; rated marks each title + or -")
     parser.add_argument("--max-history", type=at_least(1), default=20, help="most recent titles of a user")
     parser.add_argument("--block-size", type=at_least(1), help="users solved at once (default: by a token budget that suits the device)")
-    parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens whose vocabulary logits are held at once")
-    parser.add_argument("--tiny-sentences", type=at_least(64), help="sentences the tiny LM is trained on (default: 8000, or 10000 above 500 items)")
+    parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens with vocabulary logits at once")
+    parser.add_argument("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: 16000, above 500 items 24000)")
     parser.add_argument("--fresh", action="store_true", help="forget an unfinished run instead of resuming it")
     parser.add_argument("--show-mask", action="store_true", help="print the mask of one user's prompt as a grid and stop")
     return parser.parse_args()
@@ -165,7 +172,7 @@ def tokenize_histories(tokenizer, texts, room):
                 break
             kept.append(ids_of[text])
             used += len(ids_of[text])
-        histories.append(np.array([token for ids in reversed(kept) for token in ids], dtype=np.int64))
+        histories.append(np.array([token for ids in reversed(kept) for token in ids], dtype=np.int32))
     return histories
 
 
@@ -286,7 +293,8 @@ def check_head(likelihood):
     with torch.no_grad():
         plain = likelihood.head(likelihood.body(ids).last_hidden_state)
         if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
-            raise UserError("this architecture rescales its logits, which is not supported", likelihood.model.config.model_type, "choose another --lm")
+            raise UserError("this architecture rescales its logits, which is not supported", likelihood.model.config.model_type,
+                            "choose another --lm")
 
 
 @torch.no_grad()
@@ -347,75 +355,85 @@ def infer_block(likelihood, start, spread, histories, users, names, args):
 
 
 class Progress:
-    """Which blocks are done: one JSON line a block in profiles.progress, after the block's rows are on disk.
+    """What an unfinished run has done: rows in profiles.partial.npy, and one JSON line a block in profiles.progress.<rank>.
 
-    The first line holds the settings; a line cut short by a kill is ignored and its block done again. With several ranks each
-    has a file of its own.
+    A line is written after the block's rows are on disk. The first line of each file holds the settings; a line cut short by a
+    kill is ignored and its block done again. Every rank appends to a file of its own and writes only its own users' rows.
     """
 
-    def __init__(self, run, settings, shape, rank, fresh):
-        self.partial, self.final, self.path = run / "profiles.partial.npy", run / "profiles.npy", run / f"profiles.progress.{rank}"
-        found = self.read(run)
-        if found and found[0] != settings and not fresh:
-            changed = [key for key in settings if found[0].get(key) != settings[key]]
-            raise UserError(f"an unfinished run has other settings ({', '.join(changed)})", run, "finish it with its own settings, or add --fresh")
-        self.resumable = bool(found) and found[0] == settings and not fresh
-        self.done = found[1] if self.resumable else {}
-        self.settings, self.shape = settings, shape
+    def __init__(self, run, rank):
+        self.run, self.partial, self.final, self.path = run, run / "profiles.partial.npy", run / "profiles.npy", run / f"profiles.progress.{rank}"
 
-    @staticmethod
-    def read(run):
-        """(settings, {block: record}) of all progress files, or None."""
+    def read(self):
+        """(settings, {block: record}) over all ranks' files, or (None, {})."""
         settings, done = None, {}
-        for path in sorted(run.glob("profiles.progress.*")):
+        for path in sorted(self.run.glob("profiles.progress.*")):
             lines = path.read_bytes().split(b"\n")[:-1]
             if lines:
                 settings = settings or json.loads(lines[0])
                 done |= {record["block"]: record for record in map(json.loads, lines[1:])}
-        return None if settings is None else (settings, done)
+        return settings, done
 
-    def prepare(self):
-        """Rank 0: an empty array for a new run; nothing for a resumed one."""
-        if not self.resumable:
-            self.clear()
-            with atomic(self.partial) as temporary:
-                array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=self.shape)
-                array.flush()
-            self.path.write_text(json.dumps(self.settings) + "\n")
+    def begin(self, settings, shape, fresh):
+        """Rank 0: go on with an unfinished run of the same settings, else make room on disk for a new one."""
+        found, _ = self.read()
+        if found == settings and not fresh:
+            return
+        if found and not fresh:
+            changed = ", ".join(key for key in settings if found.get(key) != settings[key])
+            raise UserError(f"an unfinished run has other settings ({changed})", self.run, "finish it with its own settings, or add --fresh")
+        self.clear()
+        with atomic(self.partial) as temporary:
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            del array
+            with open(temporary, "r+b") as file:  # reserve the space now: a memory map has no way to say that the disk is full
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+        self.path.write_text(json.dumps(settings) + "\n")
 
-    def open(self):
-        """The array that rows are written to: the partial one, or, where only the last files were missing, the finished one."""
-        self.array = np.lib.format.open_memmap(self.partial if self.partial.exists() else self.final, mode="r+")
+    def open(self, settings):
+        """The memory-mapped (U, M, d) array to write to; also mends the end of this rank's file."""
+        content = self.path.read_bytes() if self.path.exists() else b""
         self.log = open(self.path, "ab")
-        content = self.path.read_bytes()
-        if not content:
-            self.log.write((json.dumps(self.settings) + "\n").encode())
-        elif not content.endswith(b"\n"):
-            self.log.truncate(content.rfind(b"\n") + 1)
+        self.log.truncate(content.rfind(b"\n") + 1)
+        if b"\n" not in content:
+            self.log.write((json.dumps(settings) + "\n").encode())
+            self.log.flush()
+        # Where the run was killed between its last two files, the finished array is already in its place.
+        self.array = np.lib.format.open_memmap(self.partial if self.partial.exists() else self.final, mode="r+")
         return self.array
 
     def record(self, block, users, theta, before, after, tokens):
         self.array[users] = theta
         self.array.flush()
-        self.log.write((json.dumps({"block": block, "before": float(before.sum()), "after": float(after.sum()), "tokens": tokens}) + "\n").encode())
+        line = {"block": block, "before": float(before.sum(dtype=np.float64)), "after": float(after.sum(dtype=np.float64)), "tokens": tokens}
+        self.log.write((json.dumps(line) + "\n").encode())
         self.log.flush()
         os.fsync(self.log.fileno())
 
+    def finish(self, facts):
+        """Rank 0: put the array in its place, write profiles.json, forget the progress."""
+        (self.run / "profiles.json").unlink(missing_ok=True)
+        if self.partial.exists():
+            os.replace(self.partial, self.final)
+        save_json(self.run / "profiles.json", facts)
+        self.clear()
+
     def clear(self):
-        for path in (self.partial, *self.path.parent.glob("profiles.progress.*")):
+        for path in (*self.run.glob("profiles.progress.*"), self.partial):
             path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the tiny LM (trained here when --lm tiny is first used)
 
-TINY_CONTRAST = 2.5  # a title that fits the person's word is e^2.5 = 12 times as likely
+TINY_FIT = 0.75  # share of a person's titles that fit the one word told of them
 
 
 def make_sentences(dataset, items, count, length, rng, history):
-    """Texts about invented people, from item metadata only: `count` pairs (profile words {m: word}, `length` title texts).
+    """Texts about invented people, from item metadata only: `count` pairs (profile words {m: word}, up to `length` title texts).
 
     A person has a word for each profile, or for one profile only (so that x^m is understood alone, as the strict mask demands);
-    their titles fit these words more often than chance. No user and no interaction is looked at.
+    their titles fit these words more often than chance. Most texts are short, so that the word has to tell what other titles
+    cannot, and some are long, so that every position is learned. No user and no interaction is looked at.
     """
     values = [sorted({value for item in items for value in item["attributes"].get(profile["name"], [])}) for profile in dataset.profiles]
     fits = [np.array([[value in item["attributes"].get(profile["name"], []) for item in items] for value in values[m]])
@@ -423,16 +441,19 @@ def make_sentences(dataset, items, count, length, rng, history):
     usable = [m for m in range(len(values)) if len(values[m])]
     if not usable:
         raise UserError("no item has a value for any profile, so there is nothing to train the tiny LM on", "items.json", "take --lm gpt2")
+    share = [fit.mean(1).clip(1e-9, 1 - 1e-9) for fit in fits]
+    contrast = [np.log(TINY_FIT / (1 - TINY_FIT) * (1 - part) / part) for part in share]  # log odds of fitting titles, each value
+    lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
     frequency = [fit.sum(1) ** 0.5 / (fit.sum(1) ** 0.5).sum() for fit in fits]  # Note: square root, so that rare words are learned too
     sentences = []
     for number in range(count):
         told = usable if number % 2 == 0 or len(usable) == 1 else [usable[number // 2 % len(usable)]]
         person = {m: rng.choice(len(values[m]), p=frequency[m]) for m in told}
-        affinity = sum(fits[m][value].astype(float) for m, value in person.items())
-        weight = np.exp(TINY_CONTRAST * affinity)
-        chosen = rng.choice(len(items), size=length, p=weight / weight.sum())
-        liked = rng.random(length) < 1 / (1 + np.exp(-TINY_CONTRAST * (affinity[chosen] - len(told) / 2)))
-        marks = np.where(liked, " +", " -") if history == "rated" else [""] * length
+        weight = np.exp(sum(contrast[m][value] * fits[m][value] for m, value in person.items()))
+        size = lengths[number % len(lengths)]
+        chosen = rng.choice(len(items), size=size, p=weight / weight.sum())
+        fitting = np.mean([fits[m][value][chosen] for m, value in person.items()], axis=0)
+        marks = np.where(rng.random(size) < 0.2 + 0.6 * fitting, " +", " -") if history == "rated" else [""] * size
         sentences.append(({m: values[m][value] for m, value in person.items()},
                           [f" {items[item]['title']}{mark};" for item, mark in zip(chosen, marks)]))
     return sentences
@@ -489,19 +510,16 @@ def sensitivity(model, tokenizer, dataset, items, length, rng, history):
 
 
 def train_tiny(dataset, folder, args):
-    """Train a GPT-2-architecture LM on sentences made from the metadata of training items; cache it in `folder`.
-
-    Reuses the cache when made from the same items, prompts, seed and history format. Returns the cache's facts.
-    """
+    """Train a GPT-2-architecture LM on sentences made from the metadata of training items, unless `folder` holds this very LM."""
     seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items met only in validation or test rows stay unknown
     items = [{"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]} for item in seen]
-    size = {"width": 64, "vocabulary": 768, "sentences": 8000} if len(items) <= 500 else {"width": 128, "vocabulary": 2048, "sentences": 10000}
+    size = {"width": 64, "vocabulary": 768, "sentences": 16000} if len(items) <= 500 else {"width": 128, "vocabulary": 2048, "sentences": 24000}
     size["sentences"] = args.tiny_sentences or size["sentences"]
     length = max(map(len, history_texts(dataset, TRAIN, args.history, args.max_history)))  # so that every position is learned
-    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_CONTRAST, length], size)
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_FIT, length], size)
     facts_path = folder / "tiny.json"
-    if facts_path.exists() and (facts := json.loads(facts_path.read_text())).get("fingerprint") == key:
-        return facts
+    if facts_path.exists() and json.loads(facts_path.read_text()).get("fingerprint") == key:
+        return
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.set_verbosity_error()
     rng = seeded(args.seed, 2)
@@ -513,12 +531,13 @@ def train_tiny(dataset, folder, args):
                                        activation_function="gelu_pytorch_tanh",  # the same function as gelu_new in one kernel
                                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
     epochs, batch = 3, 32
-    steps = epochs * len(ids) // batch
+    by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()  # batches of like length: hardly any padding
+    order = [rows for _ in range(epochs) for rows in rng.permutation(by_length[:len(ids) // batch * batch].reshape(-1, batch))]
+    steps = len(order)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
-    order = np.concatenate([rng.permutation(len(ids)) for _ in range(epochs)])
     for step in (bar := tqdm(range(steps), desc=f"training the tiny LM ({sum(parameter_counts(model)):,d} parameters)")):
-        rows = torch.from_numpy(order[step * batch:(step + 1) * batch])
+        rows = torch.from_numpy(order[step])
         real = targets[rows].ne(-100).any(0).sum()  # cut the batch's common padding
         logits = model(ids[rows, :real]).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[rows, 1:real].flatten(), ignore_index=-100)
@@ -530,38 +549,40 @@ def train_tiny(dataset, folder, args):
         if step % 20 == 0:
             bar.set_postfix_str(f"loss {loss.item():.3f}")
     freeze(model)
-    facts = {"fingerprint": key, "parameters": sum(parameter_counts(model)), "sensitivity": sensitivity(model, tokenizer, dataset, items, length, rng, args.history)}
+    facts = {"fingerprint": key, "parameters": sum(parameter_counts(model)),
+             "sensitivity": sensitivity(model, tokenizer, dataset, items, length, rng, args.history)}
     facts_path.unlink(missing_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_json(facts_path, facts)  # last: it vouches for the others
-    return facts
 
 
 # ---------------------------------------------------------------- evaluate
 
 @torch.no_grad()
-def mean_nll(likelihood, theta, histories, users, token_budget):
-    """Nats per token of these users' histories under theta: a float32 (U, M, d) array, or (M, d) for everybody alike."""
+def mean_nll(likelihood, theta_of, histories, users, token_budget):
+    """Nats per token of these users' histories, where theta_of(list of users) gives float32 (B, M, d)."""
     total, tokens = 0.0, 0
-    chosen = [histories[user] if user in users else histories[user][:0] for user in range(len(histories))]
+    wanted = set(users)
+    chosen = [ids if user in wanted else ids[:0] for user, ids in enumerate(histories)]
     for block in make_blocks(chosen, None, token_budget, likelihood.prompt_length):
-        own = theta[block] if theta.ndim == 3 else np.broadcast_to(theta, (len(block), *theta.shape))
         ids, lengths = pad(chosen, block, likelihood.device)
-        total += likelihood(torch.tensor(np.array(own), device=likelihood.device), ids, lengths).double().sum().item()
+        total += likelihood(torch.tensor(theta_of(block), device=likelihood.device), ids, lengths).double().sum().item()
         tokens += int(lengths.sum())
     return total / max(tokens, 1)
 
 
 def heldout_nll(likelihood, theta, population, histories, solved, rng, token_budget):
-    """Validation titles under each user's own theta, under the population's, and under another user's: nats per token."""
-    users = [user for user in solved if len(histories[user])]
-    other = theta.copy()
+    """Validation titles under each user's own theta, under the population's, and under another user's: nats per token.
+
+    Over at most HELDOUT_USERS users, drawn at random. None when no user has a validation title.
+    """
     ring = rng.permutation(solved)
-    other[ring] = theta[np.roll(ring, 1)]  # one ring through all users: nobody keeps his own
-    users = set(users)
-    return {name: mean_nll(likelihood, profile, histories, users, token_budget)
-            for name, profile in (("own", theta), ("population", population), ("shuffled", other))} if users else None
+    neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))  # one ring through all users: nobody keeps his own
+    users = [user for user in ring.tolist() if len(histories[user])][:HELDOUT_USERS]
+    variants = {"own": lambda block: theta[block], "population": lambda block: np.repeat(population[None], len(block), axis=0),
+                "shuffled": lambda block: theta[[neighbour[user] for user in block]]}
+    return {name: mean_nll(likelihood, theta_of, histories, users, token_budget) for name, theta_of in variants.items()} if users else None
 
 
 def nearest_words(words, vectors, tokenizer, count=4):
@@ -585,7 +606,7 @@ def show_users(dataset, theta, texts, solved, likelihood, tokenizer, count=3):
 def choose_model(dataset, args, device):
     """Fill in args.lm and args.dtype; returns the name or folder to load. Says what will be fetched before it is."""
     if args.lm == "auto":
-        roomy = device.type == "cuda" and torch.cuda.mem_get_info()[0] >= 20 * 2**30
+        roomy = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 20 * 2**30
         args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
         print(f"--lm auto chose {args.lm}; override it with --lm tiny | gpt2 | llama2-7b | NAME")
     if args.dtype == "auto":
@@ -593,28 +614,37 @@ def choose_model(dataset, args, device):
     name, size = HUB_NAMES.get(args.lm, (args.lm, "size unknown"))
     if args.lm != "tiny" and not Path(name).is_dir():
         print(f"loading {name} ({size} to download unless it is in the cache)")
-    return name
+    return str(args.run / "lm-tiny") if args.lm == "tiny" else name
 
 
 def open_model(dataset, args, device):
-    """(likelihood, tokenizer, tiny LM facts or None) for the resolved settings; trains the tiny LM when it is first needed."""
-    name, facts = choose_model(dataset, args, device), None
-    if args.lm == "tiny":
-        name = args.run / "lm-tiny"
-        facts = train_tiny(dataset, name, args)
-    model, tokenizer = load_language_model(str(name), DTYPES[args.dtype], device)
+    """(likelihood, tokenizer, tiny LM facts or None) for the resolved settings; trains the tiny LM when it is first needed.
+
+    With several ranks, rank 0 chooses, trains or downloads first and the others follow.
+    """
+    rank = ranks.rank()
+    if rank == 0:
+        name = choose_model(dataset, args, device)
+        if args.lm == "tiny":
+            train_tiny(dataset, Path(name), args)
+        loaded = load_language_model(name, DTYPES[args.dtype], device)
+    vars(args).update(ranks.share({"lm": args.lm, "dtype": args.dtype}))
+    if rank > 0:
+        name = str(args.run / "lm-tiny") if args.lm == "tiny" else HUB_NAMES.get(args.lm, (args.lm,))[0]
+        loaded = load_language_model(name, DTYPES[args.dtype], device)
+    model, tokenizer = loaded
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask, args.logit_chunk)
     check_head(likelihood)
-    return likelihood, tokenizer, facts
+    return likelihood, tokenizer, json.loads((Path(name) / "tiny.json").read_text()) if args.lm == "tiny" else None
 
 
 def token_budget_of(likelihood):
-    """Tokens a block: as many as keep the working set of a layer in the CPU's cache; on a GPU, what a third of free memory holds."""
+    """Tokens a block: on a CPU as many as keep a layer's working set in the cache; on a GPU what half of the free memory holds."""
     width = likelihood.words.weight.shape[1]
     if likelihood.device.type == "cpu":
         return max(768, 600_000 // width)
-    layers = likelihood.model.config.num_hidden_layers
-    return max(2048, int(torch.cuda.mem_get_info()[0] / 3 / (40 * width * layers * likelihood.words.weight.element_size() / 2)))
+    layers, bytes_each = likelihood.model.config.num_hidden_layers, likelihood.words.weight.element_size()
+    return max(2048, torch.cuda.mem_get_info(likelihood.device)[0] // 2 // (ACTIVATIONS * width * layers * bytes_each))
 
 
 def room_for_history(likelihood):
@@ -622,70 +652,108 @@ def room_for_history(likelihood):
     return getattr(likelihood.model.config, "max_position_embeddings", 4096) - likelihood.prompt_length
 
 
-def main():
-    args = parse_arguments()
-    dataset, device = load_dataset(args.run), pick_device(args.device)
-    rng = seeded(args.seed, 3)
-    with one_run_at_a_time(args.run):
-        infer(dataset, device, rng, args)
+def solve(likelihood, start, spread, histories, blocks, progress, done, names, args):
+    """Infer and record the blocks that are this rank's and not done. Returns (tokens times steps, seconds)."""
+    clock, worked = time.perf_counter(), 0
+    mine = [number for number in range(len(blocks)) if number not in done][ranks.rank()::ranks.count()]
+    for number in tqdm(mine, desc="inferring", unit="block", disable=ranks.rank() > 0):
+        users = blocks[number]
+        tokens = int(sum(len(histories[user]) for user in users))
+        try:
+            progress.record(number, users, *infer_block(likelihood, start, spread, histories, users, names, args), tokens)
+        except (torch.OutOfMemoryError, MemoryError):
+            raise UserError(f"out of memory with a block of {len(users)} users", f"{likelihood.device}",
+                            f"add --block-size {max(1, len(users) // 2)} --fresh, or --dtype fp16") from None
+        worked += (tokens + len(users) * likelihood.prompt_length) * args.steps
+    return worked, time.perf_counter() - clock
 
 
-def infer(dataset, device, rng, args):
+def mean_theta(theta, users):
+    """Mean of these rows of a memory-mapped (U, M, d) array, in slices."""
+    total = np.zeros(theta.shape[1:])
+    for at in range(0, len(users), 4096):
+        total += theta[users[at:at + 4096]].sum(axis=0, dtype=np.float64)
+    return (total / len(users)).astype(np.float32)
+
+
+def infer(dataset, device, args):
     likelihood, tokenizer, tiny = open_model(dataset, args, device)
-    announce("02 infer profiles", args)
-    print("parameters: trainable {:,d}, frozen {:,d} (theta is the only trainable tensor)".format(*parameter_counts(likelihood.model)))
+    if ranks.rank() == 0:
+        announce("02 infer profiles", args)
+        print("parameters: trainable {:,d}, frozen {:,d}; theta is the only trainable tensor".format(*parameter_counts(likelihood.model)))
     texts = history_texts(dataset, TRAIN, args.history, args.max_history)
     histories = tokenize_histories(tokenizer, texts, room_for_history(likelihood))
     if args.show_mask:
         user = next((user for user, ids in enumerate(histories) if len(ids)), 0)
         full = likelihood.segments + [Segment("history", histories[user][:12].tolist())]
         return print_mask(full, tokenizer, build_visibility(full, args.mask))
-    budget = token_budget_of(likelihood)
+
+    progress = Progress(args.run, ranks.rank())
+    unfinished = progress.read()[0] if not args.fresh else None
+    budget = ranks.share((unfinished or {}).get("token_budget") or token_budget_of(likelihood))  # free memory varies; blocks must not
     blocks = make_blocks(histories, args.block_size, budget, likelihood.prompt_length)
     if not blocks:
         raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
-
+    rng = seeded(args.seed, 3)
     start, spread = starting_point(likelihood, args.init, rng)
-    settings = {key: getattr(args, key) for key in ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "tiny_sentences", "seed")}
-    settings |= {"dataset_fingerprint": dataset.fingerprint(), "blocks": fingerprint(blocks)}
-    progress = Progress(args.run, settings, (len(dataset.users), *start.shape), 0, args.fresh)
-    progress.prepare()
-    theta = progress.open()
-    clock, worked = time.perf_counter(), 0
-    for number, users in enumerate(tqdm(blocks, desc="inferring", unit="block")):
-        if number not in progress.done:
-            tokens = int(sum(len(histories[user]) for user in users))
-            progress.record(number, users, *infer_block(likelihood, start, spread, histories, users, dataset.users, args), tokens)
-            worked += (tokens + len(users) * likelihood.prompt_length) * args.steps
-    seconds = time.perf_counter() - clock
+    settings = {key: getattr(args, key) for key in RECORDED} | {"token_budget": budget, "dataset_fingerprint": dataset.fingerprint(),
+                                                               "lm_fingerprint": tiny and tiny["fingerprint"]}
+    if ranks.rank() == 0 and not args.fresh and already_done(args.run, settings):
+        print(f"profiles.npy is there, made with these settings; nothing to do (--fresh infers again)\nnext: python 03_quantize.py --run {args.run}")
+    elif ranks.rank() == 0:
+        progress.begin(settings, (len(dataset.users), *start.shape), args.fresh)
+    if not ranks.share(progress.read()[0]):
+        return None
+    theta = progress.open(settings)
+    worked, seconds = solve(likelihood, start, spread, histories, blocks, progress, progress.read()[1], dataset.users, args)
+    worked = ranks.total(worked)  # also waits for every rank's last block
+    if ranks.rank() > 0:
+        return None
 
     solved = sorted(user for block in blocks for user in block)
-    population = np.mean(theta[solved], axis=0, dtype=np.float64).astype(np.float32)
+    population = mean_theta(theta, solved)
     unknown = np.setdiff1d(np.arange(len(dataset.users)), solved)
     theta[unknown] = population  # users with no training history hold the population profile
     theta.flush()
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args.history, args.max_history), room_for_history(likelihood))
-    heldout = heldout_nll(likelihood, np.array(theta), population, validation, solved, rng, budget)
-    done = Progress.read(args.run)[1].values()
+    heldout = heldout_nll(likelihood, theta, population, validation, solved, rng, budget)
+    done = progress.read()[1].values()
     tokens = sum(record["tokens"] for record in done)
-    facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout, "lm_sensitivity": tiny and tiny["sensitivity"],
+    facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout,
+             "lm_sensitivity": tiny and tiny["sensitivity"],
              "train_nll": {when: sum(record[when] for record in done) / tokens for when in ("before", "after")},
-             "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1),
-             "peak_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20) if device.type == "cuda" else peak_memory_mb(),
+             "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1), "ranks": ranks.count(),
+             "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else peak_memory_mb(),
              "fingerprint": fingerprint(theta)}
-    (args.run / "profiles.json").unlink(missing_ok=True)
-    if progress.partial.exists():
-        os.replace(progress.partial, progress.final)
-    save_json(args.run / "profiles.json", facts)
-    progress.clear()
-
-    print(f"\ntrain NLL per token {facts['train_nll']['before']:.4f} -> {facts['train_nll']['after']:.4f}; {facts['tokens_per_second']:,d} tokens/s")
-    if heldout:
-        print("validation NLL per token: " + ", ".join(f"{name} {value:.4f}" for name, value in heldout.items()))
-    if tiny:
-        print("tiny LM, nats per token lost under a wrong word: " + ", ".join(f"{name} {value:.3f}" for name, value in tiny["sensitivity"].items()))
+    progress.finish(facts)
+    report(facts, tiny)
     show_users(dataset, theta, texts, solved, likelihood, tokenizer)
     print(f"\nwrote profiles.npy profiles.json to {args.run}\nnext: python 03_quantize.py --run {args.run}")
+
+
+def already_done(run, settings):
+    """Is profiles.npy whole, and made with exactly these settings?"""
+    try:
+        facts = load(run, "profiles.json")
+        return all(facts.get(key) == value for key, value in settings.items()) and fingerprint(load(run, "profiles.npy")) == facts["fingerprint"]
+    except UserError:
+        return False
+
+
+def report(facts, tiny):
+    before, after = facts["train_nll"].values()
+    print(f"\ntrain NLL per token {before:.4f} -> {after:.4f}; {facts['tokens_per_second']:,d} tokens x steps a second, {facts['seconds']:.0f} s")
+    if facts["heldout_nll"]:
+        print("validation NLL per token: " + ", ".join(f"{name} {value:.4f}" for name, value in facts["heldout_nll"].items()))
+    if tiny:
+        print("tiny LM, nats per token lost under a wrong word: " + ", ".join(f"{name} {value:.3f}" for name, value in tiny["sensitivity"].items()))
+
+
+def main():
+    args = parse_arguments()
+    dataset, device = load_dataset(args.run), pick_device(args.device)
+    with ranks.joined(), one_run_at_a_time(args.run) if ranks.rank() == 0 else contextlib.nullcontext():
+        infer(dataset, device, args)
 
 
 if __name__ == "__main__":

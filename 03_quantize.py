@@ -48,15 +48,19 @@ def parse_arguments():
     parser.add_argument("--codes", help="codebook sizes K_1,K_2,... (default: what stage 01 wrote; paper: 4,3)")
     parser.add_argument("--alpha", type=at_least(0, float), default=1.0, help="weight of l_vec beside l_llm, Eq. 7 (paper: 0.001)")
     parser.add_argument("--beta", type=at_least(0, float), default=0.25, help="weight of the commitment term, Eq. 5 (paper: 0.001)")
-    parser.add_argument("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="keep the LLM's likelihood in the joint objective, Eq. 7")
+    parser.add_argument("--llm-loss", action=argparse.BooleanOptionalAction, default=True,
+                        help="keep the LLM's likelihood in the joint objective, Eq. 7")
     parser.add_argument("--assign", choices=("nearest", "likelihood"), default="nearest",
                         help="nearest: Eq. 6; likelihood: EM, the code under which the LLM finds the history likeliest")
-    parser.add_argument("--start", choices=("kmeans", "random"), default="kmeans", help="first codebook: k-means++ over all theta, or U(-1/K, 1/K) as in the authors' code")
+    parser.add_argument("--start", choices=("kmeans", "random"), default="kmeans",
+                        help="first codebook: k-means++ over all theta, or U(-1/K, 1/K) as in the authors' code")
     parser.add_argument("--epochs", type=at_least(0), default=3, help="joint epochs over all users (EM: rounds); 0 keeps plain k-means")
     parser.add_argument("--warm-up", type=at_least(0), default=10, help="epochs of the surrogate alone, codes and theta frozen")
-    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.02, help="step size of theta and codebooks in units of the slot's spread (paper: 0.001, unscaled)")
+    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.02,
+                        help="step size of theta and codebooks in units of the slot's spread (paper: 0.001, unscaled)")
     parser.add_argument("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    parser.add_argument("--paper", action="store_true", help="the literal settings of section 3.4: " + " ".join(f"{k}={v}" for k, v in PAPER.items()))
+    parser.add_argument("--paper", action="store_true",
+                        help="the literal settings of section 3.4: " + " ".join(f"{k}={v}" for k, v in PAPER.items()))
     args = parser.parse_args()
     if args.paper:
         vars(args).update(PAPER)
@@ -393,7 +397,8 @@ def show(report, agreed):
             print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, fewer --epochs or a smaller --lr")
     if agreed:
         print("with the planted truth: adjusted MI " + " ".join(f"{value:.3f}" for value in agreed["ami_truth"]) + ", NMI "
-              + " ".join(f"{value:.3f}" for value in agreed["nmi_truth"]) + "; NMI across profiles " + " ".join(f"{value:.4f}" for value in agreed["nmi_across"]))
+              + " ".join(f"{value:.3f}" for value in agreed["nmi_truth"])
+              + "; NMI across profiles " + " ".join(f"{value:.4f}" for value in agreed["nmi_across"]))
 
 
 # ---------------------------------------------------------------- save
@@ -402,11 +407,12 @@ def save(run, dataset, codes, books, weights, sizes, known, facts):
     """Write bank, codebooks and facts; users without a history, like users unseen, get the unknown code K_m."""
     bank = np.where(known[:, None], codes, np.array(sizes)).astype(np.int16)
     (run / "quantize.json").unlink(missing_ok=True)
-    save_torch(run / "codebooks.pt", {"codebooks": books, "log_weights": weights, "assign": facts["assign"], "profiles": [profile["name"] for profile in dataset.profiles]})
+    names = [profile["name"] for profile in dataset.profiles]
+    save_torch(run / "codebooks.pt", {"codebooks": books, "log_weights": weights, "assign": facts["assign"], "profiles": names})
     save_npy(run / "feature_bank.npy", bank)
     with atomic(run / "feature_bank.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["user_id", *(profile["name"] for profile in dataset.profiles)])
+        writer.writerow(["user_id", *names])
         writer.writerows([user, *row] for user, row in zip(dataset.users, bank.tolist()))
     save_json(run / "quantize.json", {**facts, "fingerprint": fingerprint(bank)})
 

@@ -52,7 +52,7 @@ def parse_arguments():
     parser.add_argument("--ids", default=None, help=f"comma-separated of {','.join(IDS)} (default: all that the run has)")
     parser.add_argument("--seeds", type=at_least(1), default=5, help="number of repetitions, paired over --ids")
     parser.add_argument("--fields", choices=FIELDS, default="ids",
-                        help="ids: user + item id (the paper's); ids+attributes: and the item's attributes; attributes: item id + attributes, no user id")
+                        help="ids: user + item id (the paper's); ids+attributes: item attributes too; attributes: item id + attributes, no user")
     parser.add_argument("--profile-input", choices=("codes", "embedding"), default="codes",
                         help="what userip feeds: the codes, or theta itself through a learned projection (Table 3, without VQ)")
     parser.add_argument("--epochs", type=at_least(1), default=60, help="most epochs")
@@ -252,7 +252,8 @@ def read_inputs(args):
         theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
     for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test")):
         if len(np.unique(dataset.rows(split)[:, 2])) < 2:
-            raise UserError(f"all labels of the {name} split are equal, so there is no AUC", args.run, "give more data or another --positive-above in 01")
+            raise UserError(f"all labels of the {name} split are equal, so there is no AUC", args.run,
+                            "give more data or another --positive-above in 01")
     return dataset, bank, truth, theta
 
 

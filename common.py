@@ -8,11 +8,11 @@ Sizes used everywhere: U users, I items, N interactions, M profiles, d the LLM's
 
 import argparse
 import contextlib
+import datetime
 import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,6 +203,44 @@ def one_run_at_a_time(run):
         yield
 
 
+class ranks:  # noqa: N801 - a namespace: the processes that torchrun starts, or one process alone
+    """torchrun's processes. Every function also works, and does nothing, in a single process."""
+
+    @staticmethod
+    def rank():
+        return int(os.environ.get("RANK", 0))
+
+    @staticmethod
+    def count():
+        return int(os.environ.get("WORLD_SIZE", 1))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def joined():
+        """Join the group (gloo: a few bytes are exchanged, the work is independent); ranks may be hours apart."""
+        if ranks.count() > 1:
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        yield
+        if ranks.count() > 1:
+            torch.distributed.destroy_process_group()
+
+    @staticmethod
+    def share(value):
+        """Rank 0's value, on every rank; nobody goes on before rank 0 got here."""
+        box = [value]
+        if ranks.count() > 1:
+            torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    @staticmethod
+    def total(value):
+        """Sum of a number over the ranks; nobody goes on before all got here."""
+        number = torch.tensor(float(value), dtype=torch.float64)
+        if ranks.count() > 1:
+            torch.distributed.all_reduce(number)
+        return float(number)
+
+
 # ---------------------------------------------------------------- seeds, devices, metrics
 
 def seeded(*seeds):
@@ -216,7 +254,9 @@ def pick_device(name):
     """torch.device for auto | cpu | cuda. Raises UserError when cuda is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("no CUDA device is visible to PyTorch", "--device cuda", "use --device cpu or install a CUDA build of torch")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def auc(labels, scores):
@@ -404,10 +444,3 @@ class DCN(nn.Module):
     def forward(self, ids):
         return self.logit(self.embed(ids))
 
-
-def free_disk_mb(path):
-    """Free space in MB on the disk that holds (or will hold) `path`."""
-    path = Path(path)
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free // 2**20

@@ -79,7 +79,8 @@ def test_best_epoch_is_chosen_on_validation_alone(world):
     turned[turned[:, 3] == 2, 2] ^= 1
     args = settings(seed=0, fields="ids", lr=1e-3, batch_size=128, epochs=4, patience=2)
     one, state = ctr.run_one(dataset, "dcn", "userip", 0, truth, truth, None, args, torch.device("cpu"))
-    two, other = ctr.run_one(common.Dataset(turned, *list(vars(dataset).values())[1:]), "dcn", "userip", 0, truth, truth, None, args, torch.device("cpu"))
+    poisoned = common.Dataset(turned, *list(vars(dataset).values())[1:])
+    two, other = ctr.run_one(poisoned, "dcn", "userip", 0, truth, truth, None, args, torch.device("cpu"))
     assert (one["val_auc"], one["best_epoch"]) == (two["val_auc"], two["best_epoch"]) and one["test_auc"] == pytest.approx(1 - two["test_auc"])
     assert all(torch.equal(state[key], other[key]) for key in state)
 

@@ -25,7 +25,8 @@ def write_ml_100k(folder, rows, titles):
 @pytest.mark.parametrize("raw, title, year", [
     ("Toy Story (1995)", "Toy Story", 1995), ("Matrix, The (1999)", "The Matrix", 1999), ("unknown", "unknown", None),
     ("Cité des enfants perdus, La (City of Lost Children, The) (1995)", "La Cité des enfants perdus (City of Lost Children, The)", 1995),
-    ("Good, the Bad and the Ugly, The (1966)", "The Good, the Bad and the Ugly", 1966), ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968)])
+    ("Good, the Bad and the Ugly, The (1966)", "The Good, the Bad and the Ugly", 1966),
+    ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968)])
 def test_title_is_turned_round_and_loses_its_year(raw, title, year):
     assert prepare.clean_title(raw) == (title, year)
 
