@@ -16,7 +16,7 @@ Run:
     python 02_infer_profiles.py                                        # the demo with the tiny LM it trains first: 1 min
     python 02_infer_profiles.py --run runs/ml-100k --lm tiny           # 8 min on 2 cores
     python 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b --dtype fp16
-    torchrun --nproc-per-node=8 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
+    torchrun --nproc-per-node=8 -- 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
 """
 
 import contextlib
@@ -322,25 +322,23 @@ def starting_point(likelihood, init, generator):
 
 # ---------------------------------------------------------------- loss and train
 
-def infer_block(likelihood, start, spread, histories, users, names, args):
-    """Solve one block of users. Returns (theta float32 (B, M, d) on the CPU, NLL before (B,), NLL after (B,)).
+def descend(likelihood, start, spread, ids, lengths, users, names, args):
+    """Minimise Eq. (4) and the prior for one block. ids (B, H), lengths (B,) -> (theta (B, M, d) fp32, NLL at theta_0 (B,)).
 
-    theta = theta_0 + spread * z; AdamW acts on z, each user's z with its own state, so that users do not touch each other.
+    theta = theta_0 + spread * z; AdamW acts on z, elementwise, so that users do not touch each other.
     Raises UserError naming the users when a loss or gradient is not finite.
     """
-    ids, lengths = pad(histories, users, likelihood.device)
     scale = LOSS_SCALE.get(likelihood.dtype, 1.0)
     z = torch.zeros(len(users), *start.shape, device=likelihood.device, requires_grad=True)  # Shape: (B, M, d)
     optimizer = torch.optim.AdamW([z], lr=args.lr, weight_decay=0.0)
     before = None
     for _ in range(args.steps):
-        theta = start + spread[:, None] * z
-        nll = likelihood(theta, ids, lengths)  # Eq. (4), Shape: (B,)
+        nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
         (loss.sum() * scale).backward()
         z.grad /= scale
-        sound = torch.isfinite(loss) & torch.isfinite(z.grad).all(dim=2).all(dim=1)
+        sound = torch.isfinite(loss) & torch.isfinite(z.grad).flatten(1).all(dim=1)
         if not sound.all():
             bad = [str(names[user]) for user, ok in zip(users, sound.tolist()) if not ok]
             raise UserError(f"loss or gradient is not finite for users {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}",
@@ -348,8 +346,14 @@ def infer_block(likelihood, start, spread, histories, users, names, args):
         before = nll.detach() if before is None else before
         optimizer.step()
         optimizer.zero_grad()
+    return (start + spread[:, None] * z).detach(), before
+
+
+def infer_block(likelihood, start, spread, histories, users, names, args):
+    """Solve one block of users. Returns (theta float32 (B, M, d), NLL before (B,), NLL after (B,)) as numpy arrays."""
+    ids, lengths = pad(histories, users, likelihood.device)
+    theta, before = descend(likelihood, start, spread, ids, lengths, users, names, args)
     with torch.no_grad():
-        theta = start + spread[:, None] * z
         after = likelihood(theta, ids, lengths)
     return theta.cpu().numpy(), before.cpu().numpy(), after.cpu().numpy()
 

@@ -296,7 +296,7 @@ def load_language_model(name, dtype, device):
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise _explain_load_failure(name, error) from error
-    return freeze(model.to(device)), tokenizer
+    return freeze(fuse_activations(model).to(device)), tokenizer
 
 
 def _explain_load_failure(name, error):
@@ -319,6 +319,15 @@ def _explain_load_failure(name, error):
         return UserError("there is no such model", name, "check the name, or give a local folder")
     return UserError("the model is neither a local folder nor could it be downloaded", name,
                      "check the name and the network, put a copy of the model in a folder and give its path, or take --lm tiny")
+
+
+def fuse_activations(model):
+    """Put PyTorch's fused tanh-GELU in the place of transformers' gelu_new, the same function spelled out in seven kernels."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def freeze(model):

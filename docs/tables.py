@@ -44,7 +44,8 @@ def results_table(run):
     if profiles and profiles["heldout_nll"]:
         notes.append("validation NLL per token " + ", ".join(f"{name} {value:.4f}" for name, value in profiles["heldout_nll"].items()))
     if quantized:
-        notes.append("; ".join(f"{profile['name']} {profile['active']} codes, perplexity {profile['perplexity']:.2f}" for profile in quantized["profiles"]))
+        usage = [f"{profile['name']} {profile['active']} codes, perplexity {profile['perplexity']:.2f}" for profile in quantized["profiles"]]
+        notes.append("; ".join(usage))
         if "nmi_truth" in quantized:
             notes.append("NMI with the truth " + " / ".join(f"{value:.2f}" for value in quantized["nmi_truth"])
                          + ", across profiles " + " / ".join(f"{value:.4f}" for value in quantized["nmi_across"]))

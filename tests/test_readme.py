@@ -1,0 +1,67 @@
+"""The README speaks of what is there."""
+
+import importlib.util
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT, ok, run_stage
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
+
+
+def test_every_flag_it_names_exists():
+    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--write"}
+    sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
+    missing = [flag for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT)) - foreign if f'"{flag}"' not in sources]
+    assert not missing
+
+
+def test_every_deviation_has_its_row_and_its_mark():
+    marked = set(re.findall(r"DEVIATION\((\d+)\)", "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))))
+    assert marked == set(re.findall(r"^\| (\d+) \|", TEXT, re.M))
+
+
+def test_every_name_of_the_symbol_table_exists():
+    sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
+    table = TEXT[TEXT.index("## Symbols"):TEXT.index("## Differences")]
+    names = [name for cell in re.findall(r"^\|[^|]*\|([^|]*)\|", table, re.M) for name in re.findall(r"`(\w+)", cell)]
+    assert len(names) > 10 and all(re.search(rf"\b{name}\b", sources) for name in names)
+
+
+def test_the_commands_it_shows_run(inferred, tmp_path):
+    """The stage-by-stage block, on a small world and with short settings added."""
+    block = re.search(r"```bash\n(python 01_prepare_data\.py\n.*?)```", TEXT, re.S)[1]
+    small = {"01": ["--subsample-users", 100], "02": ["--tiny-sentences", 320, "--steps", 2], "03": ["--epochs", 1], "04": ["--seeds", 1, "--epochs", 2]}
+    for line in block.strip().split("\n"):
+        _, script, *flags = line.split("#")[0].split()
+        ok(run_stage(script, *flags, "--run", tmp_path / "run", *small[script[:2]]))
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+
+
+def test_tables_are_written_between_their_markers(inferred, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    run = tmp_path / "run"
+    shutil.copytree(inferred, run)
+    ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 2, "--epochs", 2))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- table demo -->\nold\n<!-- end demo -->\nafter\n")
+    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr("sys.argv", ["tables.py", f"demo={run}", "--write"])
+    tables.main()
+    text = readme.read_text()
+    mean = json.loads((run / "results.json").read_text())["summary"]["dcn"]["userip"]["test_auc"]["mean"]
+    assert "old" not in text and f"| DCN | userip | {mean:.4f}" in text and text.endswith("<!-- end demo -->\nafter\n") and "2 seeds" in text
+    monkeypatch.setattr("sys.argv", ["tables.py", f"other={run}", "--write"])
+    with pytest.raises(SystemExit, match="no markers"):
+        tables.main()
+
+
+def test_its_tables_are_filled():
+    for name in ("demo", "demo7", "nosignal", "ml-100k"):
+        assert "| DCN | userip |" in re.search(rf"<!-- table {name} -->(.*?)<!-- end {name} -->", TEXT, re.S)[1]
+    assert not re.search(r"\b(DEMO_TIME|TEST_TIME|ML1_AUC)\b", TEXT)
