@@ -9,8 +9,8 @@ by gradient descent on  l_llm = -log P_LLM(y | x, theta)  (Eq. 4) plus a Gaussia
 after the profile's name. Users are independent given the frozen LLM, so a block of users is solved at a time and written.
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
-Writes: profiles.npy  float32 (U, M, d), the inferred theta;  profiles.json, settings and likelihoods;
-        lm-tiny/ (cached tiny LM). Until all blocks are done: profiles.partial.npy and profiles.progress*, to resume from.
+Writes: profiles.npy  float32 (U, M, d), the inferred theta;  profiles.json, settings and likelihoods;  profiles_users.json,
+        whose row is whose;  lm-tiny/ (cached tiny LM). Until all blocks are done: profiles.partial.npy and profiles.progress*, to resume from.
 
 Run:
     python 02_infer_profiles.py                                        # the demo with the tiny LM it trains first: 1 min
@@ -64,6 +64,8 @@ def parse_arguments():
     parser.add_argument("--block-size", type=at_least(1), help="users solved at once (default: by a token budget that suits the device)")
     parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens with vocabulary logits at once")
     parser.add_argument("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: 16000, above 500 items 24000)")
+    parser.add_argument("--users", type=Path, help="file of raw user ids, one a line, added since the last run (01 has been run again with their "
+                        "rows): infer only those that have no theta yet, and leave every other row as it is")
     parser.add_argument("--fresh", action="store_true", help="forget an unfinished run instead of resuming it")
     parser.add_argument("--show-mask", action="store_true", help="print the mask of one user's prompt as a grid and stop")
     return parser.parse_args()
@@ -378,8 +380,11 @@ class Progress:
                 done |= {record["block"]: record for record in map(json.loads, lines[1:])}
         return settings, done
 
-    def begin(self, settings, shape, fresh):
-        """Rank 0: go on with an unfinished run of the same settings, else make room on disk for a new one."""
+    def begin(self, settings, shape, fresh, kept=None):
+        """Rank 0: go on with an unfinished run of the same settings, else make room on disk for a new one.
+
+        kept: None or (rows, array (n, M, d)) of users whose theta stays as it is (--users).
+        """
         found, _ = self.read()
         if found == settings and not fresh:
             return
@@ -389,9 +394,11 @@ class Progress:
         self.clear()
         with atomic(self.partial) as temporary:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            del array
             with open(temporary, "r+b") as file:  # reserve the space now: a memory map has no way to say that the disk is full
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            if kept:
+                array[kept[0]] = kept[1]
+            array.flush()
         self.path.write_text(json.dumps(settings) + "\n")
 
     def open(self, settings):
@@ -414,11 +421,12 @@ class Progress:
         self.log.flush()
         os.fsync(self.log.fileno())
 
-    def finish(self, facts):
-        """Rank 0: put the array in its place, write profiles.json, forget the progress."""
+    def finish(self, facts, owners):
+        """Rank 0: put the array in its place, write profiles_users.json and profiles.json, forget the progress."""
         (self.run / "profiles.json").unlink(missing_ok=True)
         if self.partial.exists():
             os.replace(self.partial, self.final)
+        save_json(self.run / "profiles_users.json", owners)
         save_json(self.run / "profiles.json", facts)
         self.clear()
 
@@ -526,6 +534,7 @@ def train_tiny(dataset, folder, args):
         return
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     rng = seeded(args.seed, 2)
     sentences = make_sentences(dataset, items, size["sentences"], length, rng, args.history)
     tokenizer = tiny_tokenizer(dataset, sentences, size["vocabulary"])
@@ -621,16 +630,19 @@ def choose_model(dataset, args, device):
     return str(args.run / "lm-tiny") if args.lm == "tiny" else name
 
 
-def open_model(dataset, args, device):
+def open_model(dataset, args, device, made_with=None):
     """(likelihood, tokenizer, tiny LM facts or None) for the resolved settings; trains the tiny LM when it is first needed.
 
-    With several ranks, rank 0 chooses, trains or downloads first and the others follow.
+    made_with: facts of a finished stage 02, whose very tiny LM is wanted. With several ranks, rank 0 chooses, trains or downloads
+    first and the others follow.
     """
     rank = ranks.rank()
     if rank == 0:
         name = choose_model(dataset, args, device)
-        if args.lm == "tiny":
+        if args.lm == "tiny" and made_with is None:
             train_tiny(dataset, Path(name), args)
+        elif args.lm == "tiny" and load(Path(name), "tiny.json")["fingerprint"] != made_with["lm_fingerprint"]:
+            raise UserError("lm-tiny is not the LM that made profiles.npy", args.run, f"run: python 02_infer_profiles.py --run {args.run}")
         loaded = load_language_model(name, DTYPES[args.dtype], device)
     vars(args).update(ranks.share({"lm": args.lm, "dtype": args.dtype}))
     if rank > 0:
@@ -680,8 +692,39 @@ def mean_theta(theta, users):
     return (total / len(users)).astype(np.float32)
 
 
+class Earlier:
+    """A finished stage 02 that --users adds to: its facts and rows, by raw user id."""
+
+    def __init__(self, run, dataset, args):
+        self.facts, self.theta, owners = load(run, "profiles.json"), load(run, "profiles.npy"), load(run, "profiles_users.json")
+        for key in ("lm", "dtype"):
+            if getattr(args, key) == "auto":
+                setattr(args, key, self.facts[key])
+        changed = [key for key in RECORDED if getattr(args, key) != self.facts[key]]
+        if changed:
+            raise UserError(f"profiles.npy was made with other settings ({', '.join(changed)})", run, "give --users the flags of the first run")
+        try:
+            asked = {line.strip() for line in args.users.read_text(encoding="utf-8").splitlines() if line.strip()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the file of users: {error}", args.users, "give a text file with one raw user id a line") from None
+        index = {raw: user for user, raw in enumerate(dataset.users)}
+        strangers = sorted(asked - index.keys())
+        if strangers:
+            raise UserError(f"{len(strangers)} users are not in the data set, the first is '{strangers[0]}'", args.users,
+                            "run 01 again with their rows")
+        here = [(index[raw], row) for row, raw in enumerate(owners["users"]) if raw in index]
+        self.rows, self.old_rows = [user for user, _ in here], [row for _, row in here]
+        inferred = set(owners["inferred"])
+        self.solved = [user for user, row in here if row in inferred]
+        self.missing = sorted({index[raw] for raw in asked} - set(self.solved))
+
+    def kept(self):
+        return self.rows, self.theta[self.old_rows]
+
+
 def infer(dataset, device, args):
-    likelihood, tokenizer, tiny = open_model(dataset, args, device)
+    earlier = Earlier(args.run, dataset, args) if args.users else None
+    likelihood, tokenizer, tiny = open_model(dataset, args, device, earlier and earlier.facts)
     if ranks.rank() == 0:
         announce("02 infer profiles", args)
         print("parameters: trainable {:,d}, frozen {:,d}; theta is the only trainable tensor".format(*parameter_counts(likelihood.model)))
@@ -692,20 +735,25 @@ def infer(dataset, device, args):
         full = likelihood.segments + [Segment("history", histories[user][:12].tolist())]
         return print_mask(full, tokenizer, build_visibility(full, args.mask))
 
+    if earlier:
+        wanted = set(earlier.missing)
+        histories = [ids if user in wanted else ids[:0] for user, ids in enumerate(histories)]
     progress = Progress(args.run, ranks.rank())
     unfinished = progress.read()[0] if not args.fresh else None
     budget = ranks.share((unfinished or {}).get("token_budget") or token_budget_of(likelihood))  # free memory varies; blocks must not
     blocks = make_blocks(histories, args.block_size, budget, likelihood.prompt_length)
-    if not blocks:
+    if not blocks and not earlier:
         raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
     rng = seeded(args.seed, 3)
     start, spread = starting_point(likelihood, args.init, rng)
-    settings = {key: getattr(args, key) for key in RECORDED} | {"token_budget": budget, "dataset_fingerprint": dataset.fingerprint(),
-                                                               "lm_fingerprint": tiny and tiny["fingerprint"]}
+    settings = {key: getattr(args, key) for key in RECORDED} | {
+        "token_budget": budget, "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"],
+        "added_users": earlier and len(earlier.missing)}
     if ranks.rank() == 0 and not args.fresh and already_done(args.run, settings):
-        print(f"profiles.npy is there, made with these settings; nothing to do (--fresh infers again)\nnext: python 03_quantize.py --run {args.run}")
+        print("profiles.npy is there, made with these settings; nothing to do (--fresh infers again)")
+        print(f"next: python 03_quantize.py --run {args.run}")
     elif ranks.rank() == 0:
-        progress.begin(settings, (len(dataset.users), *start.shape), args.fresh)
+        progress.begin(settings, (len(dataset.users), *start.shape), args.fresh, earlier and earlier.kept())
     if not ranks.share(progress.read()[0]):
         return None
     theta = progress.open(settings)
@@ -714,22 +762,22 @@ def infer(dataset, device, args):
     if ranks.rank() > 0:
         return None
 
-    solved = sorted(user for block in blocks for user in block)
+    solved = sorted({user for block in blocks for user in block} | set(earlier.solved if earlier else []))
     population = mean_theta(theta, solved)
     unknown = np.setdiff1d(np.arange(len(dataset.users)), solved)
-    theta[unknown] = population  # users with no training history hold the population profile
+    theta[np.setdiff1d(unknown, earlier.rows if earlier else [])] = population  # no training history: the population profile
     theta.flush()
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args.history, args.max_history), room_for_history(likelihood))
     heldout = heldout_nll(likelihood, theta, population, validation, solved, rng, budget)
     done = progress.read()[1].values()
-    tokens = sum(record["tokens"] for record in done)
+    tokens = sum(record["tokens"] for record in done) or 1
     facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout,
              "lm_sensitivity": tiny and tiny["sensitivity"],
              "train_nll": {when: sum(record[when] for record in done) / tokens for when in ("before", "after")},
              "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1), "ranks": ranks.count(),
              "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else peak_memory_mb(),
              "fingerprint": fingerprint(theta)}
-    progress.finish(facts)
+    progress.finish(facts, {"users": dataset.users, "inferred": solved})
     report(facts, tiny)
     show_users(dataset, theta, texts, solved, likelihood, tokenizer)
     print(f"\nwrote profiles.npy profiles.json to {args.run}\nnext: python 03_quantize.py --run {args.run}")

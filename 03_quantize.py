@@ -96,7 +96,7 @@ def read_inputs(args):
 def open_likelihood(dataset, facts, args, device):
     """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,)): stage 02 as it was run."""
     settings = SimpleNamespace(**{**facts, "run": args.run, "logit_chunk": 4096})
-    likelihood, tokenizer, _ = infer.open_model(dataset, settings, device)
+    likelihood, tokenizer, _ = infer.open_model(dataset, settings, device, made_with=facts)
     texts = infer.history_texts(dataset, TRAIN, facts["history"], facts["max_history"])
     histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
     start, spread = infer.starting_point(likelihood, facts["init"], seeded(facts["seed"], 3))

@@ -208,8 +208,8 @@ def summarize(rows):
     for entries in table.values():  # share of the lift that the planted truth gives (demo)
         if {"none", "planted"} <= entries.keys():
             floor, ceiling = entries["none"]["test_auc"]["mean"], entries["planted"]["test_auc"]["mean"]
-            for entry in entries.values():
-                entry["share_of_planted_lift"] = (entry["test_auc"]["mean"] - floor) / (ceiling - floor) if ceiling > floor else None
+            for entry in entries.values() if ceiling - floor > 0.01 else ():  # a share of no lift says nothing (--signal 0)
+                entry["share_of_planted_lift"] = (entry["test_auc"]["mean"] - floor) / (ceiling - floor)
     return table
 
 

@@ -124,7 +124,8 @@ READERS = {".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
 MADE_BY = {"dataset.json": "01_prepare_data.py", "interactions.npy": "01_prepare_data.py", "users.json": "01_prepare_data.py",
            "items.json": "01_prepare_data.py", "truth.npy": "01_prepare_data.py", "profiles.npy": "02_infer_profiles.py",
-           "profiles.json": "02_infer_profiles.py", "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py",
+           "profiles.json": "02_infer_profiles.py", "profiles_users.json": "02_infer_profiles.py", "tiny.json": "02_infer_profiles.py",
+           "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py",
            "quantize.json": "03_quantize.py"}
 
 

@@ -13,7 +13,7 @@ SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_t
 
 
 def test_every_flag_it_names_exists():
-    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--write"}
+    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--write", "--help"}
     sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
     missing = [flag for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT)) - foreign if f'"{flag}"' not in sources]
     assert not missing
@@ -34,7 +34,8 @@ def test_every_name_of_the_symbol_table_exists():
 def test_the_commands_it_shows_run(inferred, tmp_path):
     """The stage-by-stage block, on a small world and with short settings added."""
     block = re.search(r"```bash\n(python 01_prepare_data\.py\n.*?)```", TEXT, re.S)[1]
-    small = {"01": ["--subsample-users", 100], "02": ["--tiny-sentences", 320, "--steps", 2], "03": ["--epochs", 1], "04": ["--seeds", 1, "--epochs", 2]}
+    small = {"01": ["--subsample-users", 100], "02": ["--tiny-sentences", 320, "--steps", 2], "03": ["--epochs", 1],
+             "04": ["--seeds", 1, "--epochs", 2]}
     for line in block.strip().split("\n"):
         _, script, *flags = line.split("#")[0].split()
         ok(run_stage(script, *flags, "--run", tmp_path / "run", *small[script[:2]]))

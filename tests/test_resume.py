@@ -14,7 +14,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, infer, likelihood_of, make_lm, ok, prepare, random_theta, run_stage)
+from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, infer, likelihood_of, make_lm, ok, prepare, quantize, random_theta,
+                      run_stage)
 
 import common
 
@@ -231,3 +232,28 @@ def test_llm_auto_takes_gpt2_on_a_cpu_and_says_so(prepared, tmp_path, monkeypatc
         call_stage(infer, "--run", run, "--device", "cpu")
     printed = capsys.readouterr().out
     assert "chose gpt2" in printed and "0.5 GB" in printed and "override" in printed
+
+
+def test_new_users_get_rows_and_everybody_else_keeps_his_bytes(lm_folders, tmp_path, capsys):
+    run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
+    call_stage(infer, "--run", run, *flags)
+    old, old_users = np.load(run / "profiles.npy"), json.loads((run / "users.json").read_text())
+    call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
+    users = json.loads((run / "users.json").read_text())
+    added = [raw for raw in users if raw not in old_users]
+    assert set(old_users) < set(users) and len(added) == 20
+    (run / "new.txt").write_text("\n".join([*added[:15], old_users[0]]) + "\n")
+    with pytest.raises(common.UserError, match="other settings \\(steps\\)"):
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--users", run / "new.txt")
+    call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+    new, facts = np.load(run / "profiles.npy"), json.loads((run / "profiles.json").read_text())
+    for row, raw in enumerate(old_users):
+        assert old[row].tobytes() == new[users.index(raw)].tobytes()
+    inferred = set(json.loads((run / "profiles_users.json").read_text())["inferred"])
+    fresh_rows = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
+    assert facts["added_users"] == 15 and len(fresh_rows) >= 12 and len(np.unique(new[fresh_rows, 0], axis=0)) == len(fresh_rows)
+    call_stage(quantize, "--run", run, "--epochs", 0)
+    (run / "new.txt").write_text("nobody\n")
+    with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):
+        call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
