@@ -16,7 +16,9 @@ Run:
 """
 
 import hashlib
+import os
 import re
+import tempfile
 import urllib.request
 import zipfile
 from collections import Counter
@@ -27,8 +29,8 @@ import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
 from tqdm import tqdm
 
-from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least, atomic, guarded, save_json,
-                    save_npy)
+from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least, atomic, fingerprint, guarded,
+                    one_run_at_a_time, save_json, save_npy)
 
 # ---------------------------------------------------------------- settings
 
@@ -93,7 +95,8 @@ def load_demo(args):
     """A world whose user profiles are known: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, about 14 ratings a user.
 
     An item is met more often, and liked more often, when its category fits the user's hobby and its tier the background;
-    item quality, user generosity and noise act on top. --signal scales both effects of the planted profiles.
+    item quality, user generosity and noise act on top. The planted types also differ a little in generosity towards any item.
+    --signal scales all effects of the planted profiles.
     """
     rng = np.random.default_rng((args.seed, 1))
     n_users, n_items = 2000, 400
@@ -194,8 +197,9 @@ def download_ml_100k(folder):
                     bar.update(len(chunk))
             if hashlib.md5(temporary.read_bytes()).hexdigest() != ML_100K_MD5:
                 raise UserError("the download's checksum is wrong", ML_100K_URL, "try again, or place the files by hand (--data-dir)")
-        with zipfile.ZipFile(archive) as zipped:
-            zipped.extractall(folder)
+        with zipfile.ZipFile(archive) as zipped, tempfile.TemporaryDirectory(dir=folder) as aside:
+            zipped.extractall(aside)
+            os.replace(Path(aside) / "ml-100k", target)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot download ml-100k: {getattr(error, 'reason', error)}", ML_100K_URL,
                         "unpack it by hand and give the folder with u.data and u.item as --data-dir") from None
@@ -295,8 +299,8 @@ def save(run, dataset, truth, args):
     n, users, items = len(dataset.interactions), len(dataset.users), len(dataset.items)
     facts = {"dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n, "sparsity": 1 - n / users / items,
              "positive_rate": float(dataset.interactions[:, 2].mean()), "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
-             "seed": args.seed, "min_interactions": args.min_interactions, "positive_above": args.positive_above,
-             "fingerprint": dataset.fingerprint()}
+             "fingerprint": dataset.fingerprint(), "truth_fingerprint": None if truth is None else fingerprint(truth),
+             **{key: getattr(args, key) for key in ("seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "signal")}}
     (run / "dataset.json").unlink(missing_ok=True)
     save_npy(run / "interactions.npy", dataset.interactions)
     save_json(run / "users.json", dataset.users)
@@ -313,9 +317,10 @@ def save(run, dataset, truth, args):
 
 def main():
     args = parse_arguments()
-    announce("01 prepare data", args)
+    announce("01 prepare data", args, "nothing, the demo is made here" if args.dataset == "demo" else args.data_dir or "data/" + args.dataset)
     dataset, truth = build(LOADERS[args.dataset](args), args)
-    facts = save(args.run, dataset, truth, args)
+    with one_run_at_a_time(args.run):
+        facts = save(args.run, dataset, truth, args)
     report(dataset, facts, truth)
     print(f"\nwrote dataset.json interactions.npy users.json items.json{'' if truth is None else ' truth.npy'} to {args.run}")
     print(f"next: python 02_infer_profiles.py --run {args.run}")

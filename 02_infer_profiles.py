@@ -30,13 +30,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from common import (TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, fingerprint, freeze, guarded, load, load_dataset,
-                    load_language_model, one_run_at_a_time, parameter_counts, peak_memory_mb, pick_device, ranks, save_json, seeded)
+from common import (TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, check_same, fingerprint,
+                    freeze, guarded, is_out_of_memory, load, load_dataset, load_language_model, one_run_at_a_time,
+                    parameter_counts, peak_memory_mb, pick_device, ranks, save_json, seeded)
 
 # ---------------------------------------------------------------- settings
 
 HUB_NAMES = {"gpt2": ("gpt2", "0.5 GB"), "llama2-7b": ("meta-llama/Llama-2-7b-hf", "13.5 GB")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most this much shorter than its longest
 HELDOUT_USERS = 20_000  # a sample this large fixes the held-out NLL to far less than the differences of interest
 SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest next words after x^m
 ACTIVATIONS = 40   # numbers a layer keeps per token for the backward pass, in units of its width
@@ -49,7 +51,7 @@ def parse_arguments():
     parser.add_argument("--lm", default="auto", help="tiny (trained here on item metadata), gpt2, llama2-7b (the paper's), "
                         "a hub name or a local folder; auto: tiny on the demo, else llama2-7b on a CUDA card with 20 GiB free, else gpt2")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto",
-                        help="of the LLM; auto: fp16 on cuda, fp32 on cpu; theta is always fp32")
+                        help="of the LLM; auto: fp32, on cuda fp16 (tiny: fp32); theta is always fp32")
     parser.add_argument("--steps", type=at_least(1), default=20, help="AdamW steps a user")
     parser.add_argument("--lr", type=at_least(1e-12, float), default=0.1,
                         help="AdamW step size in units of the slot's spread (paper: 0.001, unscaled)")
@@ -61,7 +63,8 @@ def parse_arguments():
     parser.add_argument("--history", choices=("liked", "all", "rated"), default="liked",
                         help="which training rows y holds; rated marks each title + or -")
     parser.add_argument("--max-history", type=at_least(1), default=20, help="most recent titles of a user")
-    parser.add_argument("--block-size", type=at_least(1), help="users solved at once (default: by a token budget that suits the device)")
+    parser.add_argument("--block-size", type=lambda text: None if text == "auto" else at_least(1)(text), default="auto",
+                        help="most users solved at once; auto: by a budget of tokens that suits the CPU's cache or the GPU's free memory")
     parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens with vocabulary logits at once")
     parser.add_argument("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: 16000, above 500 items 24000)")
     parser.add_argument("--users", type=Path, help="file of raw user ids, one a line, added since the last run (01 has been run again with their "
@@ -179,17 +182,19 @@ def tokenize_histories(tokenizer, texts, room):
 
 
 def make_blocks(histories, block_size, token_budget, prompt_length):
-    """Users with a history, longest first, cut into blocks of similar length: at most block_size users or token_budget tokens.
+    """Users with a history, longest first, cut into blocks: at most block_size users, else at most token_budget tokens.
 
-    Longest first: if memory does not suffice, it shows in the first minute.
+    A block holds users within LENGTH_SPREAD of its longest, so that padding stays below half of that. Longest first: if memory
+    does not suffice, it shows in the first minute.
     """
-    users = sorted((user for user, ids in enumerate(histories) if len(ids)), key=lambda user: (-len(histories[user]), user))
-    blocks = []
-    while users:
-        longest = prompt_length + len(histories[users[0]])
-        size = block_size or max(1, token_budget // longest)
-        blocks.append(users[:size])
-        users = users[size:]
+    blocks, longest = [], 0
+    for user in sorted((user for user, ids in enumerate(histories) if len(ids)), key=lambda user: (-len(histories[user]), user)):
+        length = prompt_length + len(histories[user])
+        full = not blocks or len(blocks[-1]) >= (block_size or max(1, token_budget // longest))
+        if full or length < (1 - LENGTH_SPREAD) * longest:
+            blocks.append([])
+            longest = length
+        blocks[-1].append(user)
     return blocks
 
 
@@ -275,11 +280,15 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
+        if theta.requires_grad and self.dtype in LOSS_SCALE:  # grow gradients on their way through fp16, shrink them where theta is fp32
+            theta = theta * 1.0
+            theta.register_hook(lambda gradient: gradient / LOSS_SCALE[self.dtype])
         states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]  # the state before each history token predicts it
         real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
         nll = TokenNLL.apply(states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
-        owner = real.nonzero()[:, 0]
-        return torch.zeros(len(theta), device=self.device).index_add(0, owner, nll)
+        if nll.requires_grad and self.dtype in LOSS_SCALE:
+            nll.register_hook(lambda gradient: gradient * LOSS_SCALE[self.dtype])
+        return torch.zeros(len(theta), device=self.device).index_add(0, real.nonzero()[:, 0], nll)
 
     @torch.no_grad()
     def next_word(self, m):
@@ -330,7 +339,6 @@ def descend(likelihood, start, spread, ids, lengths, users, names, args):
     theta = theta_0 + spread * z; AdamW acts on z, elementwise, so that users do not touch each other.
     Raises UserError naming the users when a loss or gradient is not finite.
     """
-    scale = LOSS_SCALE.get(likelihood.dtype, 1.0)
     z = torch.zeros(len(users), *start.shape, device=likelihood.device, requires_grad=True)  # Shape: (B, M, d)
     optimizer = torch.optim.AdamW([z], lr=args.lr, weight_decay=0.0)
     before = None
@@ -338,17 +346,20 @@ def descend(likelihood, start, spread, ids, lengths, users, names, args):
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        (loss.sum() * scale).backward()
-        z.grad /= scale
-        sound = torch.isfinite(loss) & torch.isfinite(z.grad).flatten(1).all(dim=1)
-        if not sound.all():
-            bad = [str(names[user]) for user, ok in zip(users, sound.tolist()) if not ok]
-            raise UserError(f"loss or gradient is not finite for users {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}",
-                            f"--lr {args.lr}, {likelihood.dtype}", "lower --lr or take --dtype bf16 or fp32; nothing was written for them")
+        loss.sum().backward()
+        check_finite(torch.isfinite(loss) & torch.isfinite(z.grad).flatten(1).all(dim=1), users, names, f"--lr {args.lr}, {likelihood.dtype}")
         before = nll.detach() if before is None else before
         optimizer.step()
         optimizer.zero_grad()
     return (start + spread[:, None] * z).detach(), before
+
+
+def check_finite(sound, users, names, where):
+    """Raise UserError naming the users where bool (B,) sound is False."""
+    if not sound.all():
+        bad = [str(names[user]) for user, ok in zip(users, sound.tolist()) if not ok]
+        raise UserError(f"loss or gradient is not finite for users {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}", where,
+                        "lower --lr or take --dtype bf16 or fp32; nothing was written for them")
 
 
 def infer_block(likelihood, start, spread, histories, users, names, args):
@@ -357,6 +368,7 @@ def infer_block(likelihood, start, spread, histories, users, names, args):
     theta, before = descend(likelihood, start, spread, ids, lengths, users, names, args)
     with torch.no_grad():
         after = likelihood(theta, ids, lengths)
+    check_finite(torch.isfinite(after), users, names, f"--lr {args.lr}, {likelihood.dtype}")
     return theta.cpu().numpy(), before.cpu().numpy(), after.cpu().numpy()
 
 
@@ -383,7 +395,7 @@ class Progress:
     def begin(self, settings, shape, fresh, kept=None):
         """Rank 0: go on with an unfinished run of the same settings, else make room on disk for a new one.
 
-        kept: None or (rows, array (n, M, d)) of users whose theta stays as it is (--users).
+        kept: None or a function that gives (rows, array (n, M, d)) of the users whose theta stays as it is (--users).
         """
         found, _ = self.read()
         if found == settings and not fresh:
@@ -397,25 +409,30 @@ class Progress:
             with open(temporary, "r+b") as file:  # reserve the space now: a memory map has no way to say that the disk is full
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             if kept:
-                array[kept[0]] = kept[1]
+                rows, theta = kept()
+                array[rows] = theta
             array.flush()
         self.path.write_text(json.dumps(settings) + "\n")
 
     def open(self, settings):
-        """The memory-mapped (U, M, d) array to write to; also mends the end of this rank's file."""
+        """Open the array to write rows to, and this rank's file, whose torn last line is cut off."""
         content = self.path.read_bytes() if self.path.exists() else b""
         self.log = open(self.path, "ab")
         self.log.truncate(content.rfind(b"\n") + 1)
         if b"\n" not in content:
             self.log.write((json.dumps(settings) + "\n").encode())
             self.log.flush()
-        # Where the run was killed between its last two files, the finished array is already in its place.
-        self.array = np.lib.format.open_memmap(self.partial if self.partial.exists() else self.final, mode="r+")
-        return self.array
+        self.rows = open(self.where(), "r+b", buffering=0)
+
+    def where(self):
+        """The array's file: where a run was killed between its last files, the finished array is already in its place."""
+        return self.partial if self.partial.exists() else self.final
 
     def record(self, block, users, theta, before, after, tokens):
-        self.array[users] = theta
-        self.array.flush()
+        offset = np.load(self.where(), mmap_mode="r").offset
+        for user, row in zip(users, theta):  # plain writes, not a memory map: ranks on other machines write to the same pages
+            os.pwrite(self.rows.fileno(), row.tobytes(), offset + int(user) * row.nbytes)
+        os.fsync(self.rows.fileno())
         line = {"block": block, "before": float(before.sum(dtype=np.float64)), "after": float(after.sum(dtype=np.float64)), "tokens": tokens}
         self.log.write((json.dumps(line) + "\n").encode())
         self.log.flush()
@@ -423,9 +440,8 @@ class Progress:
 
     def finish(self, facts, owners):
         """Rank 0: put the array in its place, write profiles_users.json and profiles.json, forget the progress."""
-        (self.run / "profiles.json").unlink(missing_ok=True)
         if self.partial.exists():
-            os.replace(self.partial, self.final)
+            os.replace(self.partial, self.final)  # stages 03 and 04 refuse it until its profiles.json is there too
         save_json(self.run / "profiles_users.json", owners)
         save_json(self.run / "profiles.json", facts)
         self.clear()
@@ -530,8 +546,9 @@ def train_tiny(dataset, folder, args):
     length = max(map(len, history_texts(dataset, TRAIN, args.history, args.max_history)))  # so that every position is learned
     key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_FIT, length], size)
     facts_path = folder / "tiny.json"
-    if facts_path.exists() and json.loads(facts_path.read_text()).get("fingerprint") == key:
-        return
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(facts_path.read_text())["fingerprint"] == key:
+            return
     from transformers import GPT2Config, GPT2LMHeadModel, logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -641,7 +658,7 @@ def open_model(dataset, args, device, made_with=None):
         name = choose_model(dataset, args, device)
         if args.lm == "tiny" and made_with is None:
             train_tiny(dataset, Path(name), args)
-        elif args.lm == "tiny" and load(Path(name), "tiny.json")["fingerprint"] != made_with["lm_fingerprint"]:
+        elif args.lm == "tiny" and load(args.run, "lm-tiny/tiny.json", ("fingerprint",))["fingerprint"] != made_with["lm_fingerprint"]:
             raise UserError("lm-tiny is not the LM that made profiles.npy", args.run, f"run: python 02_infer_profiles.py --run {args.run}")
         loaded = load_language_model(name, DTYPES[args.dtype], device)
     vars(args).update(ranks.share({"lm": args.lm, "dtype": args.dtype}))
@@ -651,7 +668,7 @@ def open_model(dataset, args, device, made_with=None):
     model, tokenizer = loaded
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask, args.logit_chunk)
     check_head(likelihood)
-    return likelihood, tokenizer, json.loads((Path(name) / "tiny.json").read_text()) if args.lm == "tiny" else None
+    return likelihood, tokenizer, load(args.run, "lm-tiny/tiny.json", ("fingerprint", "sensitivity")) if args.lm == "tiny" else None
 
 
 def token_budget_of(likelihood):
@@ -661,6 +678,15 @@ def token_budget_of(likelihood):
         return max(768, 600_000 // width)
     layers, bytes_each = likelihood.model.config.num_hidden_layers, likelihood.words.weight.element_size()
     return max(2048, torch.cuda.mem_get_info(likelihood.device)[0] // 2 // (ACTIVATIONS * width * layers * bytes_each))
+
+
+def settled_budget(run, progress, likelihood):
+    """The token budget of the unfinished or finished run, else a new one: free memory varies, a run's blocks must not."""
+    found = progress.read()[0]
+    if found is None and (run / "profiles.json").exists():
+        found = load(run, "profiles.json")
+    width = likelihood.words.weight.shape[1]
+    return found["token_budget"] if found and found.get("width") == width else token_budget_of(likelihood)
 
 
 def room_for_history(likelihood):
@@ -677,7 +703,9 @@ def solve(likelihood, start, spread, histories, blocks, progress, done, names, a
         tokens = int(sum(len(histories[user]) for user in users))
         try:
             progress.record(number, users, *infer_block(likelihood, start, spread, histories, users, names, args), tokens)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise UserError(f"out of memory with a block of {len(users)} users", f"{likelihood.device}",
                             f"add --block-size {max(1, len(users) // 2)} --fresh, or --dtype fp16") from None
         worked += (tokens + len(users) * likelihood.prompt_length) * args.steps
@@ -696,7 +724,8 @@ class Earlier:
     """A finished stage 02 that --users adds to: its facts and rows, by raw user id."""
 
     def __init__(self, run, dataset, args):
-        self.facts, self.theta, owners = load(run, "profiles.json"), load(run, "profiles.npy"), load(run, "profiles_users.json")
+        self.run, self.facts = run, load(run, "profiles.json", (*RECORDED, "fingerprint", "lm_fingerprint"))
+        owners = load(run, "profiles_users.json", ("users", "inferred"))
         for key in ("lm", "dtype"):
             if getattr(args, key) == "auto":
                 setattr(args, key, self.facts[key])
@@ -716,19 +745,24 @@ class Earlier:
         self.rows, self.old_rows = [user for user, _ in here], [row for _, row in here]
         inferred = set(owners["inferred"])
         self.solved = [user for user, row in here if row in inferred]
-        self.missing = sorted({index[raw] for raw in asked} - set(self.solved))
+        self.missing, self.asked = sorted({index[raw] for raw in asked} - set(self.solved)), sorted(asked)
 
     def kept(self):
-        return self.rows, self.theta[self.old_rows]
+        """(rows, theta (n, M, d)) that stay as they are."""
+        theta = load(self.run, "profiles.npy")
+        check_same(self.run, "profiles.npy", "profiles.json", fingerprint(theta), self.facts["fingerprint"], "02_infer_profiles.py")
+        return self.rows, theta[self.old_rows]
 
 
 def infer(dataset, device, args):
     earlier = Earlier(args.run, dataset, args) if args.users else None
+    texts = history_texts(dataset, TRAIN, args.history, args.max_history)
+    if not any(texts):
+        raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
     likelihood, tokenizer, tiny = open_model(dataset, args, device, earlier and earlier.facts)
     if ranks.rank() == 0:
-        announce("02 infer profiles", args)
+        announce("02 infer profiles", args, f"dataset.json interactions.npy users.json items.json in {args.run}")
         print("parameters: trainable {:,d}, frozen {:,d}; theta is the only trainable tensor".format(*parameter_counts(likelihood.model)))
-    texts = history_texts(dataset, TRAIN, args.history, args.max_history)
     histories = tokenize_histories(tokenizer, texts, room_for_history(likelihood))
     if args.show_mask:
         user = next((user for user, ids in enumerate(histories) if len(ids)), 0)
@@ -739,29 +773,32 @@ def infer(dataset, device, args):
         wanted = set(earlier.missing)
         histories = [ids if user in wanted else ids[:0] for user, ids in enumerate(histories)]
     progress = Progress(args.run, ranks.rank())
-    unfinished = progress.read()[0] if not args.fresh else None
-    budget = ranks.share((unfinished or {}).get("token_budget") or token_budget_of(likelihood))  # free memory varies; blocks must not
+    budget = ranks.share(settled_budget(args.run, progress, likelihood) if ranks.rank() == 0 else None)
     blocks = make_blocks(histories, args.block_size, budget, likelihood.prompt_length)
-    if not blocks and not earlier:
-        raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
     rng = seeded(args.seed, 3)
     start, spread = starting_point(likelihood, args.init, rng)
     settings = {key: getattr(args, key) for key in RECORDED} | {
-        "token_budget": budget, "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"],
-        "added_users": earlier and len(earlier.missing)}
-    if ranks.rank() == 0 and not args.fresh and already_done(args.run, settings):
+        "token_budget": budget, "width": start.shape[1], "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"],
+        "added_users": earlier and fingerprint(earlier.asked)}
+    finished = ranks.rank() == 0 and not args.fresh and already_done(args.run, settings)
+    if finished:
         print("profiles.npy is there, made with these settings; nothing to do (--fresh infers again)")
         print(f"next: python 03_quantize.py --run {args.run}")
     elif ranks.rank() == 0:
-        progress.begin(settings, (len(dataset.users), *start.shape), args.fresh, earlier and earlier.kept())
-    if not ranks.share(progress.read()[0]):
+        progress.begin(settings, (len(dataset.users), *start.shape), args.fresh, earlier and earlier.kept)
+    finished, done = ranks.share((finished, None if finished or ranks.rank() else progress.read()[1]))
+    if finished:
         return None
-    theta = progress.open(settings)
-    worked, seconds = solve(likelihood, start, spread, histories, blocks, progress, progress.read()[1], dataset.users, args)
+    progress.open(settings)
+    worked, seconds = solve(likelihood, start, spread, histories, blocks, progress, done, dataset.users, args)
     worked = ranks.total(worked)  # also waits for every rank's last block
     if ranks.rank() > 0:
         return None
 
+    done = progress.read()[1]
+    if not set(range(len(blocks))) <= done.keys():
+        raise RuntimeError("some blocks were never done")  # cannot happen: a block is recorded or an error raised
+    theta = np.lib.format.open_memmap(progress.where(), mode="r+")
     solved = sorted({user for block in blocks for user in block} | set(earlier.solved if earlier else []))
     population = mean_theta(theta, solved)
     unknown = np.setdiff1d(np.arange(len(dataset.users)), solved)
@@ -769,18 +806,17 @@ def infer(dataset, device, args):
     theta.flush()
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args.history, args.max_history), room_for_history(likelihood))
     heldout = heldout_nll(likelihood, theta, population, validation, solved, rng, budget)
-    done = progress.read()[1].values()
-    tokens = sum(record["tokens"] for record in done) or 1
+    tokens = sum(record["tokens"] for record in done.values()) or 1
     facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout,
              "lm_sensitivity": tiny and tiny["sensitivity"],
-             "train_nll": {when: sum(record[when] for record in done) / tokens for when in ("before", "after")},
+             "train_nll": {when: sum(record[when] for record in done.values()) / tokens for when in ("before", "after")},
              "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1), "ranks": ranks.count(),
              "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else peak_memory_mb(),
              "fingerprint": fingerprint(theta)}
     progress.finish(facts, {"users": dataset.users, "inferred": solved})
     report(facts, tiny)
     show_users(dataset, theta, texts, solved, likelihood, tokenizer)
-    print(f"\nwrote profiles.npy profiles.json to {args.run}\nnext: python 03_quantize.py --run {args.run}")
+    print(f"\nwrote profiles.npy profiles.json profiles_users.json to {args.run}\nnext: python 03_quantize.py --run {args.run}")
 
 
 def already_done(run, settings):

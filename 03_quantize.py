@@ -33,7 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (DCN, TRAIN, Field, Parser, UserError, announce, at_least, atomic, check_same, fingerprint, guarded, load, load_dataset,
-                    one_run_at_a_time, parameter_counts, pick_device, save_json, save_npy, save_torch, seeded)
+                    load_truth, one_run_at_a_time, parameter_counts, pick_device, save_json, save_npy, save_torch, seeded)
 
 infer = importlib.import_module("02_infer_profiles")
 
@@ -84,13 +84,18 @@ def parse_codes(text, profiles):
 # ---------------------------------------------------------------- data
 
 def read_inputs(args):
-    """(dataset, theta (U, M, d), stage 02's facts, truth or None), checked to belong together."""
-    dataset, facts = load_dataset(args.run), load(args.run, "profiles.json")
+    """(dataset, theta (U, M, d), known bool (U,), stage 02's facts, truth or None), checked to belong together.
+
+    known: users whose theta was inferred; the others hold the population profile.
+    """
+    dataset = load_dataset(args.run)
+    facts = load(args.run, "profiles.json", (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint"))
     theta = np.array(load(args.run, "profiles.npy"))
     check_same(args.run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
     check_same(args.run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"], "02_infer_profiles.py")
-    truth = np.array(load(args.run, "truth.npy")) if (args.run / "truth.npy").exists() else None
-    return dataset, theta, facts, truth
+    known = np.zeros(len(dataset.users), dtype=bool)
+    known[load(args.run, "profiles_users.json", ("inferred",))["inferred"]] = True
+    return dataset, theta, known, facts, load_truth(args.run)
 
 
 def open_likelihood(dataset, facts, args, device):
@@ -332,6 +337,7 @@ def quantize_nearest(dataset, theta, known, sizes, facts, args, device):
     likelihood = None
     if args.llm_loss and args.epochs:
         likelihood, histories, start, spread = open_likelihood(dataset, facts, args, device)
+        budget = infer.token_budget_of(likelihood)
     # Note: theta is centred and divided by the spread of the LLM's own slot words, one number a profile: lr, alpha and beta then
     # mean the same for every LLM. DEVIATION(5). --paper works on theta as it is.
     centre = torch.zeros(theta.shape[1:]) if args.paper else torch.tensor(theta[known].mean(0))
@@ -349,9 +355,14 @@ def quantize_nearest(dataset, theta, known, sizes, facts, args, device):
     def llm(batch_z, batch):
         """l_llm of stage 02, prior included, at the current theta."""
         batch_theta = centre.to(device) + unit.to(device)[:, None] * batch_z
-        ids, lengths = infer.pad(histories, batch, device)
         prior = ((batch_theta - start) / spread[:, None]).pow(2).sum((1, 2))
-        return likelihood(batch_theta, ids, lengths) + facts["prior"] / 2 * prior
+        # A block of tokens at a time: its gradient is taken at once and its graph freed, then handed on to the joint loss.
+        leaf, nll = batch_theta.detach().requires_grad_(), torch.zeros(len(batch), device=device)
+        for rows in infer.make_blocks([histories[user] for user in batch], None, budget, likelihood.prompt_length):
+            nll[rows] = likelihood(leaf[rows], *infer.pad([histories[batch[row]] for row in rows], range(len(rows)), device))
+            nll.sum().backward()
+            nll = nll.detach()
+        return nll + (leaf.grad * (batch_theta - batch_theta.detach())).sum((1, 2)) + facts["prior"] / 2 * prior
 
     if args.epochs:
         with torch.no_grad():
@@ -422,12 +433,9 @@ def save(run, dataset, codes, books, weights, sizes, known, facts):
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
-    dataset, theta, facts, truth = read_inputs(args)
+    dataset, theta, known, facts, truth = read_inputs(args)
     sizes = parse_codes(args.codes, dataset.profiles)
-    announce("03 quantize", args)
-    liked = facts["history"] == "liked"
-    known = np.zeros(len(dataset.users), dtype=bool)  # users with a training history; the others hold the population profile
-    known[[user for user, _, label in dataset.rows(TRAIN).tolist() if label or not liked]] = True
+    announce("03 quantize", args, f"dataset.json interactions.npy users.json items.json profiles.npy profiles.json in {args.run}")
     with one_run_at_a_time(args.run):
         quantize = {"nearest": quantize_nearest, "likelihood": quantize_likelihood}[args.assign]
         codes, books, weights, log = quantize(dataset, theta, known, sizes, facts, args, device)
@@ -436,7 +444,7 @@ def main():
         agreed = None if truth is None else agreement(codes[known], truth[known])
         settings = {key: value for key, value in vars(args).items() if key not in ("run", "device", "codes")}
         save(args.run, dataset, codes, books, weights, sizes, known, {**settings, "codes": sizes, "profiles": report, "loss": log, **(agreed or {}),
-             "dataset_fingerprint": dataset.fingerprint(), "profiles_fingerprint": facts["fingerprint"]})
+             "dataset_fingerprint": dataset.fingerprint(), "profiles_fingerprint": facts["fingerprint"], "added_users": facts.get("added_users")})
     show(report, agreed)
     print(f"\nwrote codebooks.pt feature_bank.npy feature_bank.csv quantize.json to {args.run}\nnext: python 04_train_ctr.py --run {args.run}")
 

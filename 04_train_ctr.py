@@ -15,9 +15,12 @@ Run:
     python 04_train_ctr.py --run runs/ml-100k --ids none,random,shuffled,userip
 """
 
+import contextlib
 import copy
+import json
 import sys
 import time
+from dataclasses import dataclass
 
 import numpy as np
 import sklearn
@@ -26,7 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (DCN, TEST, TRAIN, VALIDATION, Field, Parser, UserError, announce, at_least, auc, check_same, fingerprint, guarded,
-                    load, load_dataset, logloss, mean_sd, parameter_counts, pick_device, save_json, save_torch, seeded)
+                    load, load_dataset, load_truth, logloss, mean_sd, one_run_at_a_time, parameter_counts, pick_device, save_json, save_torch,
+                    seeded)
 
 # ---------------------------------------------------------------- settings
 
@@ -119,12 +123,12 @@ def build_features(dataset, kind, codes, theta=None):
     return fields + item_fields + profile_fields, lookup
 
 
-def codes_of(ids, bank, truth, rng):
-    """int (U, M) codes that a row of the results table uses, or None for `none`."""
+def codes_of(ids, bank, sizes, truth, rng):
+    """int (U, M) codes that a row of the results table uses, or None for `none`. sizes: K_m of each profile."""
     if ids == "none":
         return None
     if ids == "random":  # as many codes as the real ones, uniform: what a meaningless id does
-        return np.stack([rng.integers(bank[:, m].max() + 1, size=len(bank)) for m in range(bank.shape[1])], axis=1)
+        return np.stack([rng.integers(size, size=len(bank)) for size in sizes], axis=1)
     if ids == "shuffled":  # the real usage counts on the wrong users
         return bank[rng.permutation(len(bank))]
     return truth if ids == "planted" else bank
@@ -176,10 +180,10 @@ def train(model, splits, args):
     return best, state
 
 
-def run_one(dataset, model_name, ids, seed, bank, truth, theta, args, device):
+def run_one(dataset, model_name, ids, seed, inputs, args, device):
     """Build features and model for one cell of the table and train it; seeds are paired: the same for every --ids."""
-    codes = codes_of(ids, bank, truth, np.random.default_rng((args.seed, seed, 4)))
-    fields, lookup = build_features(dataset, args.fields, codes, theta if ids == "userip" else None)
+    codes = codes_of(ids, inputs.bank, inputs.sizes, inputs.truth, np.random.default_rng((args.seed, seed, 4)))
+    fields, lookup = build_features(dataset, args.fields, codes, inputs.theta if ids == "userip" else None)
     splits = {}
     for split in (TRAIN, VALIDATION, TEST):
         users, items, labels = dataset.rows(split).T
@@ -231,57 +235,84 @@ def markdown(summary, base_logloss):
 
 # ---------------------------------------------------------------- main
 
+@dataclass
+class Inputs:
+    """What the rows of the table are made from: bank int (U, M), K_m, planted truth int (U, M), theta float (U, M, d) or None each."""
+
+    bank: np.ndarray | None = None
+    sizes: list | None = None
+    truth: np.ndarray | None = None
+    theta: np.ndarray | None = None
+
+
 def read_inputs(args):
-    """(dataset, bank, truth or None, theta or None), all checked to belong together; fills in args.ids."""
-    dataset = load_dataset(args.run)
-    has_truth = (args.run / "truth.npy").exists()
-    args.ids = args.ids or [ids for ids in IDS if ids != "planted" or has_truth]
-    if "planted" in args.ids and not has_truth:
+    """(dataset, Inputs), all checked to belong together; fills in args.ids."""
+    dataset, truth = load_dataset(args.run), load_truth(args.run)
+    for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test")):
+        if len(np.unique(dataset.rows(split)[:, 2])) < 2:
+            raise UserError(f"all labels of the {name} split are equal, so there is no AUC", args.run,
+                            "give more data or another --positive-above in 01")
+    args.ids = args.ids or [ids for ids in IDS if ids != "planted" or truth is not None]
+    if "planted" in args.ids and truth is None:
         raise UserError("this data set has no planted truth", args.run / "truth.npy", "leave planted out of --ids")
     if args.ids == ["none"]:
-        return dataset, None, None, None
-    facts, bank = load(args.run, "quantize.json"), np.array(load(args.run, "feature_bank.npy"))
+        return dataset, Inputs()
+    facts = load(args.run, "quantize.json", ("dataset_fingerprint", "profiles_fingerprint", "fingerprint", "codes"))
+    bank = np.array(load(args.run, "feature_bank.npy"))
     check_same(args.run, "feature_bank.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
     check_same(args.run, "feature_bank.npy", "quantize.json", fingerprint(bank), facts["fingerprint"], "03_quantize.py")
-    truth = np.array(load(args.run, "truth.npy")) if has_truth else None
+    if facts.get("added_users"):
+        print("WARNING: stage 02 ran with --users: old users' theta has seen rows of the earlier split, so test figures may be too good")
     theta = None
     if args.profile_input == "embedding":
         theta = np.array(load(args.run, "profiles.npy"))
         check_same(args.run, "profiles.npy", "quantize.json", fingerprint(theta), facts["profiles_fingerprint"], "03_quantize.py")
         spread = theta.std(axis=(0, 2), keepdims=True)  # one scale a profile; the projection learns the rest
         theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
-    for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test")):
-        if len(np.unique(dataset.rows(split)[:, 2])) < 2:
-            raise UserError(f"all labels of the {name} split are equal, so there is no AUC", args.run,
-                            "give more data or another --positive-above in 01")
-    return dataset, bank, truth, theta
+    return dataset, Inputs(bank, facts["codes"], truth, theta)
+
+
+def finished_cells(path, settings):
+    """Rows that an interrupted run of the same settings has finished, else none."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return found["rows"] if found["settings"] == settings else []
+    return []
 
 
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
-    dataset, bank, truth, theta = read_inputs(args)
+    dataset, inputs = read_inputs(args)
     args.batch_size = args.batch_size or min(1024, max(128, len(dataset.rows(TRAIN)) // 160))
-    announce("04 train CTR", args)
-    rows, states = [], {}
-    cells = [(model, ids, seed) for model in args.models for seed in range(args.seeds) for ids in args.ids]
-    for model, ids, seed in (bar := tqdm(cells, desc="training", unit="run")):
-        bar.set_postfix_str(f"{model} {ids} seed {seed}")
-        row, state = run_one(dataset, model, ids, seed, bank, truth, theta, args, device)
-        rows.append(row)
-        if seed == 0 and (ids == "userip" or model not in states):
-            states[model] = state
-    rate, labels = dataset.rows(TRAIN)[:, 2].mean(), dataset.rows(TEST)[:, 2]
-    base_logloss = logloss(labels, np.full(len(labels), rate))
-    summary = summarize(rows)
-    for model, state in states.items():
-        save_torch(args.run / f"ctr_{model}.pt", state)
-    save_json(args.run / "results.json", {
-        "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields, "profile_input": args.profile_input,
-        "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
+    announce("04 train CTR", args, f"dataset.json interactions.npy users.json items.json feature_bank.npy quantize.json in {args.run}")
+    with one_run_at_a_time(args.run):
+        partial = args.run / "results.partial.json"
+        settings = [fingerprint(*(value for value in (inputs.bank, inputs.theta) if value is not None)), dataset.fingerprint(),
+                    {key: str(value) for key, value in vars(args).items()}]
+        rows = finished_cells(partial, settings)
+        done = {(row["model"], row["ids"], row["seed"]) for row in rows}
+        cells = [(model, ids, seed) for model in args.models for seed in range(args.seeds) for ids in args.ids]
+        kept = "userip" if "userip" in args.ids else args.ids[0]  # whose best epoch becomes ctr_<model>.pt
+        for model, ids, seed in (bar := tqdm([cell for cell in cells if cell not in done], desc="training", unit="run")):
+            bar.set_postfix_str(f"{model} {ids} seed {seed}")
+            row, state = run_one(dataset, model, ids, seed, inputs, args, device)
+            if seed == 0 and ids == kept:
+                save_torch(args.run / f"ctr_{model}.pt", state)
+            rows.append(row)
+            save_json(partial, {"settings": settings, "rows": rows})
+        rate, labels = dataset.rows(TRAIN)[:, 2].mean(), dataset.rows(TEST)[:, 2]
+        base_logloss = logloss(labels, np.full(len(labels), rate))
+        summary = summarize(rows)
+        save_json(args.run / "results.json", {
+            "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields, "profile_input": args.profile_input,
+            "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                         "scikit-learn": sklearn.__version__}})
+        partial.unlink()
     print("\n" + markdown(summary, base_logloss))
-    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json " + " ".join(f"ctr_{model}.pt" for model in states) + f" to {args.run}")
+    files = " ".join(["results.json", *(f"ctr_{model}.pt" for model in args.models)])
+    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote {files} to {args.run}")
 
 
 if __name__ == "__main__":

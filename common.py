@@ -43,11 +43,30 @@ def guarded(main):
     except KeyboardInterrupt:
         print("\ninterrupted: what is finished is kept; the same command goes on", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        todo = {errno.ENOSPC: "free some disk space and run the same command again",
-                errno.EACCES: "choose a folder you may write with --run", errno.EROFS: "choose a writable folder with --run",
-                }.get(error.errno, "check the path and run the same command again")
-        sys.exit(complain(f"{error.strerror or error} ({error.filename or 'a file of this run'}); {todo}"))
+    except Exception as error:
+        sys.exit(complain(explain(error)))
+
+
+def explain(error):
+    """One line for an exception that is the machine's or the user's doing; any other is a bug and raised again."""
+    if is_out_of_memory(error):
+        return "out of memory (this machine); take smaller settings (--block-size, --batch-users, --max-history) or a smaller --lm"
+    text = str(error)
+    if "No space left" in text or "File too large" in text or "PytorchStreamWriter" in text:
+        return f"a file could not be written, the disk is full ({text[:80]}); free some disk space and run the same command again"
+    if ranks.rank() > 0 and isinstance(error, RuntimeError):
+        return f"another rank stopped (rank {ranks.rank()}: {text[:80]}); see its message"
+    if not isinstance(error, OSError):
+        raise error
+    todo = {errno.ENOSPC: "free some disk space and run the same command again",
+            errno.EACCES: "choose a folder you may write with --run", errno.EROFS: "choose a writable folder with --run",
+            }.get(error.errno, "check the path and run the same command again")
+    return f"{error.strerror or error} ({error.filename or 'a file of this run'}); {todo}"
+
+
+def is_out_of_memory(error):
+    """MemoryError, CUDA's error, and the RuntimeError that PyTorch raises on a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def complain(message):
@@ -84,8 +103,9 @@ def at_least(low, kind=int):
     return parse
 
 
-def announce(stage, args):
-    """Print the resolved settings of a stage on one line."""
+def announce(stage, args, reads):
+    """Print what a stage reads and its resolved settings."""
+    print(f"[{stage}] reads {reads}")
     print(f"[{stage}] " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
 
 
@@ -124,20 +144,24 @@ READERS = {".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
 MADE_BY = {"dataset.json": "01_prepare_data.py", "interactions.npy": "01_prepare_data.py", "users.json": "01_prepare_data.py",
            "items.json": "01_prepare_data.py", "truth.npy": "01_prepare_data.py", "profiles.npy": "02_infer_profiles.py",
-           "profiles.json": "02_infer_profiles.py", "profiles_users.json": "02_infer_profiles.py", "tiny.json": "02_infer_profiles.py",
+           "profiles.json": "02_infer_profiles.py", "profiles_users.json": "02_infer_profiles.py", "lm-tiny/tiny.json": "02_infer_profiles.py",
            "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py",
            "quantize.json": "03_quantize.py"}
 
 
-def load(run, name):
-    """Read an artifact of a run by its ending (.json, .npy memory-mapped, .pt); a clear UserError when it cannot be read."""
+def load(run, name, keys=()):
+    """Read an artifact of a run by its ending (.json, .npy memory-mapped, .pt); UserError when it cannot be read or lacks keys."""
     path, again = Path(run) / name, f"run: python {MADE_BY.get(name, 'the stage before')} --run {run}"
     if not path.exists():
         raise UserError(f"{name} is missing", run, again)
     try:
-        return READERS[path.suffix](path)
+        value = READERS[path.suffix](path)
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
         raise UserError(f"{name} cannot be read: {error}", run, f"make it again, {again}") from error
+    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if lacking:
+        raise UserError(f"{name} lacks {', '.join(lacking)}", run, again)
+    return value
 
 
 def fingerprint(*parts):
@@ -174,15 +198,20 @@ class Dataset:
 
 def load_dataset(run):
     """Read and check stage 01's artifacts. Raises UserError when they do not belong together."""
-    facts, interactions = load(run, "dataset.json"), load(run, "interactions.npy")
-    try:
-        dataset = Dataset(np.array(interactions), load(run, "users.json"), load(run, "items.json"), facts["profiles"],
-                          facts["task_prompt"], facts["dataset"])
-        recorded = facts["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"dataset.json lacks {error}", run, f"run: python 01_prepare_data.py --run {run}") from None
-    check_same(run, "interactions.npy", "dataset.json", dataset.fingerprint(), recorded, "01_prepare_data.py")
+    facts = load(run, "dataset.json", ("profiles", "task_prompt", "dataset", "fingerprint"))
+    dataset = Dataset(np.array(load(run, "interactions.npy")), load(run, "users.json"), load(run, "items.json"), facts["profiles"],
+                      facts["task_prompt"], facts["dataset"])
+    check_same(run, "interactions.npy", "dataset.json", dataset.fingerprint(), facts["fingerprint"], "01_prepare_data.py")
     return dataset
+
+
+def load_truth(run):
+    """int16 (U, M) planted profiles of a demo run, for evaluation alone; None where there are none."""
+    if not (Path(run) / "truth.npy").exists():
+        return None
+    truth = np.array(load(run, "truth.npy"))
+    check_same(run, "truth.npy", "dataset.json", fingerprint(truth), load(run, "dataset.json").get("truth_fingerprint"), "01_prepare_data.py")
+    return truth
 
 
 def check_same(run, artifact, source, found, expected, remedy):
@@ -196,6 +225,7 @@ def check_same(run, artifact, source, found, expected, remedy):
 def one_run_at_a_time(run):
     """Hold the run directory's lock; a second process is refused with a UserError. The kernel frees it when a process dies."""
     import fcntl
+    Path(run).mkdir(parents=True, exist_ok=True)
     with open(Path(run) / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -373,8 +403,10 @@ class FieldEmbedding(nn.Module):
         super().__init__()
         self.fields, self.dim = fields, dim
         self.columns = sum(field.width for field in fields)
-        starts = np.cumsum([0] + [field.size + 1 for field in fields])  # one extra row a field: padding
-        self.register_buffer("offsets", torch.tensor(np.repeat(starts[:-1], [field.width for field in fields])), persistent=False)
+        starts = np.cumsum([0] + [field.size + 1 if field.vectors is None else 0 for field in fields])  # one extra row a field: padding
+        widths = [field.width for field in fields]
+        self.register_buffer("offsets", torch.tensor(np.repeat(starts[:-1], widths)), persistent=False)
+        self.register_buffer("from_vectors", torch.tensor(np.repeat([field.vectors is not None for field in fields], widths)), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
         self.simple = all(field.width == 1 and field.vectors is None for field in fields)
@@ -385,9 +417,9 @@ class FieldEmbedding(nn.Module):
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
 
     def forward(self, ids):
-        embedded = self.table(ids + self.offsets)  # Shape: (B, columns, D)
         if self.simple:
-            return embedded
+            return self.table(ids + self.offsets)  # Shape: (B, columns, D)
+        embedded = self.table((ids + self.offsets).masked_fill(self.from_vectors, 0))
         parts, column = [], 0
         for field in self.fields:
             if field.vectors is not None:

@@ -51,10 +51,10 @@ def test_dcn_learns_a_product_of_two_fields_that_no_sum_can_express():
 def test_controls_are_what_they_say():
     bank = np.array([[0, 2], [1, 0], [3, 1], [1, 3], [0, 0]] * 40, dtype=np.int16)
     rng = np.random.default_rng(0)
-    shuffled, random = ctr.codes_of("shuffled", bank, None, rng), ctr.codes_of("random", bank, None, rng)
+    shuffled, random = ctr.codes_of("shuffled", bank, [6, 4], None, rng), ctr.codes_of("random", bank, [6, 4], None, rng)
     assert sorted(map(tuple, shuffled)) == sorted(map(tuple, bank)) and not np.array_equal(shuffled, bank)
-    assert random.shape == bank.shape and (random.max(0) == bank.max(0)).all()
-    assert ctr.codes_of("none", bank, None, rng) is None and ctr.codes_of("userip", bank, None, rng) is bank
+    assert random.shape == bank.shape and random.max(0).tolist() == [5, 3]  # uniform over K codes, used or not
+    assert ctr.codes_of("none", bank, None, None, rng) is None and ctr.codes_of("userip", bank, None, None, rng) is bank
 
 
 @pytest.mark.parametrize("kind, names", [("ids", ["user", "item", "profile_0", "profile_1"]),
@@ -78,9 +78,9 @@ def test_best_epoch_is_chosen_on_validation_alone(world):
     turned = dataset.interactions.copy()
     turned[turned[:, 3] == 2, 2] ^= 1
     args = settings(seed=0, fields="ids", lr=1e-3, batch_size=128, epochs=4, patience=2)
-    one, state = ctr.run_one(dataset, "dcn", "userip", 0, truth, truth, None, args, torch.device("cpu"))
+    one, state = ctr.run_one(dataset, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
     poisoned = common.Dataset(turned, *list(vars(dataset).values())[1:])
-    two, other = ctr.run_one(poisoned, "dcn", "userip", 0, truth, truth, None, args, torch.device("cpu"))
+    two, other = ctr.run_one(poisoned, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
     assert (one["val_auc"], one["best_epoch"]) == (two["val_auc"], two["best_epoch"]) and one["test_auc"] == pytest.approx(1 - two["test_auc"])
     assert all(torch.equal(state[key], other[key]) for key in state)
 

@@ -88,9 +88,18 @@ def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
     for flags in (("--steps", 4), ("--lr", 0.3), ("--prior", 0), ("--init", "vocab"), ("--init", "random"), ("--mask", "causal"),
                   ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16")):
         assert not np.allclose(theta(*flags), base, atol=1e-7), flags
-    for flags in (("--block-size", 7), ("--logit-chunk", 50)):  # how, not what: rounding aside the same
+    assert not np.allclose(theta("--init", "random", "--seed", 1), theta("--init", "random"))
+    for flags in (("--block-size", 7), ("--logit-chunk", 50), ("--block-size", "auto")):  # how, not what: rounding aside the same
         assert np.allclose(theta(*flags), base, atol=2e-3), flags
     assert theta("--lm", lm_folders["llama"]).shape == base.shape
+
+
+def test_sentences_and_seed_change_the_tiny_lm(prepared, tmp_path):
+    run, found = copy_run(prepared, tmp_path / "run"), []
+    for flags in (("--tiny-sentences", 64), ("--tiny-sentences", 96), ("--tiny-sentences", 64, "--seed", 1)):
+        call_stage(infer, "--run", run, "--lm", "tiny", "--steps", 1, "--fresh", *flags)
+        found.append(json.loads((run / "profiles.json").read_text())["train_nll"]["before"])
+    assert len(set(found)) == 3
 
 
 def test_show_mask_prints_the_grid_and_writes_nothing(prepared, lm_folders, tmp_path, capsys):
@@ -110,6 +119,16 @@ def empty_training(run):
     """No user has a liked training row."""
     interactions, facts = np.load(run / "interactions.npy"), json.loads((run / "dataset.json").read_text())
     interactions[interactions[:, 3] == 0, 2] = 0
+    dataset = common.Dataset(interactions, json.loads((run / "users.json").read_text()), json.loads((run / "items.json").read_text()),
+                             facts["profiles"], facts["task_prompt"])
+    np.save(run / "interactions.npy", interactions)
+    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+
+
+def one_class(run):
+    """Every test row is liked."""
+    interactions, facts = np.array(np.load(run / "interactions.npy")), json.loads((run / "dataset.json").read_text())
+    interactions[interactions[:, 3] == 2, 2] = 1
     dataset = common.Dataset(interactions, json.loads((run / "users.json").read_text()), json.loads((run / "items.json").read_text()),
                              facts["profiles"], facts["task_prompt"])
     np.save(run / "interactions.npy", interactions)
@@ -136,6 +155,12 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, [], lambda run: (run / "items.json").write_text("[]"), ["another dataset", "01_prepare_data.py"]),
     (infer, [], lambda run: (run / "users.json").write_text("{"), ["users.json cannot be read", "01_prepare_data.py"]),
     (infer, [], empty_training, ["no user has a training history", "--history all"]),
+    (infer, ["--lm", "tiny"], empty_training, ["no user has a training history", "--history all"]),
+    (infer, ["--users", "/nowhere"], None, ["other settings", "--users"]),
+    (quantize, [], lambda run: (run / "profiles.json").write_text("{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], lambda run: np.save(run / "truth.npy", np.load(run / "truth.npy") * 0), ["truth.npy was made from another dataset"]),
+    (ctr, [], lambda run: (run / "quantize.json").write_text("[]"), ["quantize.json lacks", "03_quantize.py"]),
+    (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
     (quantize, [], lambda run: (run / "profiles.npy").unlink(), ["profiles.npy is missing", "02_infer_profiles.py"]),
     (quantize, [], other_dataset, ["profiles.npy was made from another dataset", "02_infer_profiles.py"]),
     (quantize, [], lambda run: np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1), ["another profiles", "02_infer_profiles.py"]),

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, infer, likelihood_of, make_lm, ok, prepare, quantize, random_theta,
+from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, infer, likelihood_of, make_lm, ok, prepare, quantize, random_theta,
                       run_stage)
 
 import common
@@ -117,6 +117,47 @@ def test_fresh_forgets_and_finished_work_is_not_redone(prepared, lm_folders, tmp
     assert "nothing to do" in capsys.readouterr().out and (run / "profiles.npy").stat().st_mtime_ns == stamp
     call_stage(infer, *flags, "--fresh")
     assert (run / "profiles.npy").stat().st_mtime_ns > stamp
+
+
+def test_finished_settings_are_not_mixed_with_an_interrupted_run_of_others(prepared, lm_folders, tmp_path, monkeypatch):
+    run = copy_run(prepared, tmp_path / "run")
+    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
+    call_stage(infer, *flags)
+    content, calls, solve_block = (run / "profiles.npy").read_bytes(), [], infer.infer_block
+
+    def stop_at_the_second(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return solve_block(*args)
+
+    monkeypatch.setattr(infer, "infer_block", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        call_stage(infer, *flags, "--prior", 50)
+    monkeypatch.undo()
+    call_stage(infer, *flags)
+    assert (run / "profiles.npy").read_bytes() == content
+
+
+def test_stage_04_goes_on_after_an_interrupt(inferred, tmp_path, monkeypatch):
+    flags = ["--seeds", 2, "--epochs", 2, "--ids", "none,userip"]
+    whole, run = copy_run(inferred, tmp_path / "whole"), copy_run(inferred, tmp_path / "run")
+    call_stage(ctr, "--run", whole, *flags)
+    calls, run_one = [], ctr.run_one
+
+    def stop_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run_one(*args)
+
+    monkeypatch.setattr(ctr, "run_one", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        call_stage(ctr, "--run", run, *flags)
+    call_stage(ctr, "--run", run, *flags)
+    assert len(calls) == 3 + 2 and not (run / "results.partial.json").exists()
+    rows = [[(row["ids"], row["seed"], row["test_auc"]) for row in json.loads((path / "results.json").read_text())["rows"]] for path in (whole, run)]
+    assert rows[0] == rows[1]
 
 
 def test_a_second_process_on_the_run_is_refused(prepared, lm_folders, tmp_path):
