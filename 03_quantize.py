@@ -4,36 +4,43 @@
     c_m   = argmin_k ||theta^m - v_k^m||^2                                                                          Eq. (6)
     L     = l_llm + alpha l_vec                                                                                     Eq. (7)
 
-The codebooks start from k-means over all theta; a surrogate DCN is warmed up on these codes; then minibatches of users
-update theta, codebooks and surrogate together (Algorithm 1). --assign likelihood replaces the three by EM, in which the
-codes themselves are the soft tokens.
+The paper's way (--quantizer vq, the default): the codebooks start from k-means over all theta; a surrogate DCN is warmed up on
+these codes; then minibatches of users update theta, codebooks and surrogate together (Algorithm 1). --quantizer kmeans stops
+at the start. --assign likelihood (--quantizer em) is EM proper, in which the codes themselves are the soft tokens.
 
 Reads:  dataset.json interactions.npy users.json items.json truth.npy (01; truth for the evaluation alone), profiles.npy profiles.json lm-tiny/ (02)
-Writes: codebooks.pt (M tensors (K_m, d) and what assigns a new user), feature_bank.npy int16 (U, M) and .csv, quantize.json
+Writes: codebooks.pt (M tensors (K_m, d) and what assigns a new user), feature_bank.npy int16 (U, M), feature_bank.csv, feature_bank.user
+        (RecBole's atomic file), quantize.json
 
 Run:
-    python 03_quantize.py                                      # the demo: 20 s
+    python 03_quantize.py                                      # the demo: 15 s
     python 03_quantize.py --assign likelihood                  # EM with codes as soft tokens
     python 03_quantize.py --run runs/ml-100k --codes 8,4
+    python 03_quantize.py --keep-codebooks                     # after 02 --users: new users get codes, nobody else's changes
 """
 
 import argparse
+import contextlib
 import csv
 import importlib
 import itertools
 import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import sklearn.cluster
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from torch import nn
 from tqdm import tqdm
 
-from common import (DCN, TRAIN, Field, Parser, UserError, announce, at_least, atomic, check_same, fingerprint, guarded, load, load_dataset,
-                    load_truth, one_run_at_a_time, parameter_counts, pick_device, save_json, save_npy, save_torch, seeded)
+from common import (DCN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic, check_same, fingerprint,
+                    guarded, load, load_dataset, load_truth, one_run_at_a_time, parameter_counts, pick_device, save_json,
+                    save_npy, save_torch, seeded)
 
 infer = importlib.import_module("02_infer_profiles")
 
@@ -46,24 +53,31 @@ PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "batch_users": 128, "start": "
 def parse_arguments():
     parser = Parser(__doc__)
     parser.add_argument("--codes", help="codebook sizes K_1,K_2,... (default: what stage 01 wrote; paper: 4,3)")
-    parser.add_argument("--alpha", type=at_least(0, float), default=1.0, help="weight of l_vec beside l_llm, Eq. 7 (paper: 0.001)")
-    parser.add_argument("--beta", type=at_least(0, float), default=0.25, help="weight of the commitment term, Eq. 5 (paper: 0.001)")
-    parser.add_argument("--llm-loss", action=argparse.BooleanOptionalAction, default=True,
-                        help="keep the LLM's likelihood in the joint objective, Eq. 7")
-    parser.add_argument("--assign", choices=("nearest", "likelihood"), default="nearest",
-                        help="nearest: Eq. 6; likelihood: EM, the code under which the LLM finds the history likeliest")
-    parser.add_argument("--start", choices=("kmeans", "random"), default="kmeans",
-                        help="first codebook: k-means++ over all theta, or U(-1/K, 1/K) as in the authors' code")
-    parser.add_argument("--epochs", type=at_least(0), default=3, help="joint epochs over all users (EM: rounds); 0 keeps plain k-means")
-    parser.add_argument("--warm-up", type=at_least(0), default=10, help="epochs of the surrogate alone, codes and theta frozen")
+    parser.add_argument("--quantizer", choices=QUANTIZERS, help="vq: Algorithm 1; kmeans: its start alone; em: codes as soft tokens "
+                        "(default: vq, with --assign likelihood em)")
+    parser.add_argument("--assign", choices=("nearest", "likelihood"),
+                        help="a user's code: the nearest to theta, Eq. 6, or the one under which the LLM finds the history likeliest (em)")
+    parser.add_argument("--epochs", type=at_least(0), default=3, help="vq: joint epochs over all users; em: rounds")
+    parser.add_argument("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
     parser.add_argument("--lr", type=at_least(1e-12, float), default=0.02,
                         help="step size of theta and codebooks in units of the slot's spread (paper: 0.001, unscaled)")
-    parser.add_argument("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
+    parser.add_argument("--start", choices=("kmeans", "random"), default="kmeans",
+                        help="vq, em: first codebook, k-means++ over all theta, or U(-1/K, 1/K) as in the authors' code")
+    parser.add_argument("--alpha", type=at_least(0, float), default=1.0, help="vq: weight of l_vec beside l_llm, Eq. 7 (paper: 0.001)")
+    parser.add_argument("--beta", type=at_least(0, float), default=0.25, help="vq: weight of the commitment term, Eq. 5 (paper: 0.001)")
+    parser.add_argument("--llm-loss", action=argparse.BooleanOptionalAction, default=True,
+                        help="vq: keep the LLM's likelihood in the joint objective, Eq. 7")
+    parser.add_argument("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone, codes and theta frozen")
     parser.add_argument("--paper", action="store_true",
-                        help="the literal settings of section 3.4: " + " ".join(f"{k}={v}" for k, v in PAPER.items()))
+                        help="other defaults, the literal settings of section 3.4: " + " ".join(f"{k}={v}" for k, v in PAPER.items()))
+    parser.add_argument("--keep-codebooks", action="store_true", help="learn nothing: users who have no code yet get one from codebooks.pt")
+    if "--paper" in sys.argv:
+        parser.set_defaults(**PAPER)
     args = parser.parse_args()
-    if args.paper:
-        vars(args).update(PAPER)
+    args.quantizer = args.quantizer or ("em" if args.assign == "likelihood" else "vq")
+    args.assign = args.assign or ("likelihood" if args.quantizer == "em" else "nearest")
+    if (args.assign == "likelihood") != (args.quantizer == "em"):
+        parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}; leave one of them out")
     return args
 
 
@@ -83,29 +97,37 @@ def parse_codes(text, profiles):
 
 # ---------------------------------------------------------------- data
 
-def read_inputs(args):
-    """(dataset, theta (U, M, d), known bool (U,), stage 02's facts, truth or None), checked to belong together.
+@dataclass
+class Problem:
+    """What a quantizer may look at. theta float32 (U, M, d); known bool (U,): its theta was inferred, the others hold the
+    population profile; facts: stage 02's settings. No truth in here."""
 
-    known: users whose theta was inferred; the others hold the population profile.
-    """
-    dataset = load_dataset(args.run)
-    facts = load(args.run, "profiles.json", (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint"))
-    theta = np.array(load(args.run, "profiles.npy"))
-    check_same(args.run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
-    check_same(args.run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"], "02_infer_profiles.py")
+    run: Path
+    dataset: Dataset
+    theta: np.ndarray
+    known: np.ndarray
+    facts: dict
+
+    def open_likelihood(self, device):
+        """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,)): stage 02 as it was run."""
+        settings = SimpleNamespace(**{**self.facts, "run": self.run, "logit_chunk": 4096})
+        likelihood, tokenizer, _ = infer.open_model(self.dataset, settings, device, made_with=self.facts)
+        texts = infer.history_texts(self.dataset, TRAIN, self.facts["history"], self.facts["max_history"])
+        histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
+        start, spread = infer.starting_point(likelihood, self.facts["init"], seeded(self.facts["seed"], 3))
+        return likelihood, histories, start, spread
+
+
+def read_problem(run):
+    """(Problem, truth or None), checked to belong together."""
+    dataset = load_dataset(run)
+    facts = load(run, "profiles.json", (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint"))
+    theta = np.array(load(run, "profiles.npy"))
+    check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
+    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"], "02_infer_profiles.py")
     known = np.zeros(len(dataset.users), dtype=bool)
-    known[load(args.run, "profiles_users.json", ("inferred",))["inferred"]] = True
-    return dataset, theta, known, facts, load_truth(args.run)
-
-
-def open_likelihood(dataset, facts, args, device):
-    """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,)): stage 02 as it was run."""
-    settings = SimpleNamespace(**{**facts, "run": args.run, "logit_chunk": 4096})
-    likelihood, tokenizer, _ = infer.open_model(dataset, settings, device, made_with=facts)
-    texts = infer.history_texts(dataset, TRAIN, facts["history"], facts["max_history"])
-    histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
-    start, spread = infer.starting_point(likelihood, facts["init"], seeded(facts["seed"], 3))
-    return likelihood, histories, start, spread
+    known[load(run, "profiles_users.json", ("inferred",))["inferred"]] = True
+    return Problem(run, dataset, theta, known, facts), load_truth(run)
 
 
 def rows_by_user(rows, n_users):
@@ -116,6 +138,12 @@ def rows_by_user(rows, n_users):
 
 # ---------------------------------------------------------------- model
 
+@torch.no_grad()
+def nearest(theta, codebook):
+    """Eq. (6): theta (B, d), codebook (K, d) -> index of the nearest code (B,)."""
+    return torch.cdist(theta, codebook).argmin(dim=1)
+
+
 class VectorQuantizer(nn.Module):
     """One codebook C^m with K codes v_k (van den Oord et al. 2017). All distances are squared norms summed over d."""
 
@@ -125,7 +153,7 @@ class VectorQuantizer(nn.Module):
 
     def assign(self, theta):
         """Eq. (6): c = argmin_k ||theta - v_k||^2. (B, d) -> (B,)."""
-        return torch.cdist(theta, self.codebook).argmin(dim=1)
+        return nearest(theta, self.codebook)
 
     def forward(self, theta):
         """(B, d) -> quantized (B, d) that passes its gradient straight to theta, codes (B,), and Eq. (5)'s terms (B,), (B,)."""
@@ -152,16 +180,19 @@ class Surrogate(nn.Module):
 
 
 class CodeMixture:
-    """EM with the codes as soft tokens: p(y) = sum over combinations c of prod_m pi^m_c * P_LLM(y | v^1_c1, ..., v^M_cM).
+    """p(y) = sum over combinations c of prod_m pi^m_c * P_LLM(y | v^1_c1, ..., v^M_cM): a mixture whose components are soft tokens.
 
-    likelihood: Eq. (4); books: M tensors (K_m, d) in the space of theta; weights: M tensors log pi^m (K_m,).
+    likelihood: Eq. (4); books: M tensors (K_m, d) in the space of theta; log_weights: M tensors log pi^m (K_m,).
     Up to COMBINATIONS combinations are enumerated; beyond, one profile is updated at a time with the others at their best code.
     """
 
-    def __init__(self, likelihood, books, weights, histories):
-        self.likelihood, self.books, self.weights, self.histories = likelihood, books, weights, histories
+    def __init__(self, likelihood, books, log_weights, histories):
+        self.likelihood, self.books, self.log_weights, self.histories = likelihood, books, log_weights, histories
         self.sizes = [len(book) for book in books]
         self.all = torch.tensor(list(itertools.product(*map(range, self.sizes)))) if math.prod(self.sizes) <= COMBINATIONS else None
+
+    def blocks(self):
+        return infer.make_blocks(self.histories, None, infer.token_budget_of(self.likelihood), self.likelihood.prompt_length)
 
     def theta(self, codes):
         """(B, M) codes -> (B, M, d)."""
@@ -173,12 +204,12 @@ class CodeMixture:
         ids, lengths = infer.pad(self.histories, users, self.likelihood.device)
         columns = []
         for codes in candidates.to(ids.device).unbind(1):
-            prior = sum(weight[codes[:, m]] for m, weight in enumerate(self.weights))
+            prior = sum(weight[codes[:, m]] for m, weight in enumerate(self.log_weights))
             columns.append(prior - self.likelihood(self.theta(codes), ids, lengths))
         return torch.stack(columns, dim=1)
 
     def responsibilities(self, users, codes):
-        """E-step: (candidates (B, C, M), responsibilities (B, C), log-likelihood (B,), best codes (B, M)).
+        """(candidates (B, C, M), responsibilities (B, C), log-likelihood (B,), best codes (B, M)) of a block of users.
 
         codes: the users' present best codes, from which the coordinate updates start.
         """
@@ -195,6 +226,19 @@ class CodeMixture:
                 best[:, m] = joint.argmax(1).cpu()
         return candidates, joint.softmax(1).cpu(), joint.logsumexp(1).cpu(), best
 
+    def e_step(self, codes):
+        """Over all users with a history: (mean log-likelihood, best codes (U, M), codes drawn from the responsibilities (U, M),
+        usage: M tensors of expected counts (K_m,)). codes (U, M): the best so far."""
+        codes = torch.tensor(codes)
+        drawn, total, usage, blocks = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes], self.blocks()
+        for users in tqdm(blocks, desc="E-step", unit="block", leave=False):
+            candidates, share, evidence, codes[users] = self.responsibilities(users, codes[users])
+            drawn[users] = candidates[torch.arange(len(users)), torch.multinomial(share, 1).squeeze(1)]
+            total += float(evidence.double().sum())
+            for m, size in enumerate(self.sizes):
+                usage[m] += torch.zeros(size).index_add(0, candidates[:, :, m].flatten(), share.flatten())
+        return total / sum(map(len, blocks)), codes.numpy(), drawn, usage
+
 
 def first_codebooks(theta, sizes, start, seed):
     """A codebook (K, d) for each profile: k-means++ with restarts over all given theta (n, M, d), or U(-1/K, 1/K) noise."""
@@ -204,7 +248,7 @@ def first_codebooks(theta, sizes, start, seed):
         if size > distinct:
             raise UserError(f"{size} codes for {distinct} distinct theta", "--codes", f"choose at most {distinct} for profile {m + 1}")
         if start == "kmeans":
-            codebooks.append(KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_)
+            codebooks.append(sklearn.cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_)
         else:
             codebooks.append(np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2])))
     return [torch.tensor(codebook, dtype=torch.float32) for codebook in codebooks]
@@ -255,7 +299,7 @@ def train_jointly(theta, quantizers, surrogate, rows, offsets, users, llm, args,
     shape = (-1, len(quantizers), theta.weight.shape[1] // len(quantizers))
     optimizers = [torch.optim.SparseAdam([theta.weight], lr=args.lr), torch.optim.AdamW(quantizers.parameters(), lr=args.lr, weight_decay=0.0),
                   torch.optim.AdamW(surrogate.parameters(), lr=1e-3, weight_decay=0.0)]
-    log, before = [], assign_all(theta.weight.detach().view(shape), quantizers)
+    log, before = [], assign_all(theta.weight.detach().view(shape), [quantizer.codebook for quantizer in quantizers])
     for epoch in range(1, args.epochs + 1):
         surrogate.train()
         sums, batches = {}, np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
@@ -271,121 +315,169 @@ def train_jointly(theta, quantizers, surrogate, rows, offsets, users, llm, args,
                 optimizer.step()
             for name, part in parts.items():
                 sums[name] = sums.get(name, 0.0) + part * len(batch) / len(users)
-        codes = assign_all(theta.weight.detach().view(shape), quantizers)
-        log.append({"epoch": epoch, **sums, "ids_changed": int((codes != before)[users].any(1).sum())})
+        codes = assign_all(theta.weight.detach().view(shape), [quantizer.codebook for quantizer in quantizers])
+        log.append({"epoch": epoch, **sums, "ids_changed": int((codes != before)[users].any(1).sum()),
+                    "perplexity": [round(perplexity(codes[users, m], len(quantizer.codebook)), 3) for m, quantizer in enumerate(quantizers)]})
         before = codes
-        tqdm.write(f"epoch {epoch}: " + " ".join(f"{name} {value:.4g}" for name, value in log[-1].items() if name != "epoch"))
+        tqdm.write(" ".join(f"{name} {value if isinstance(value, list) else f'{value:.4g}'}" for name, value in log[-1].items()))
     return log
 
 
-@torch.no_grad()
-def assign_all(theta, quantizers):
-    """Eq. (6) over all users: theta (U, M, d) -> int (U, M)."""
-    return torch.stack([quantizer.assign(theta[:, m]) for m, quantizer in enumerate(quantizers)], dim=1).cpu().numpy()
+# ---------------------------------------------------------------- quantizers: fit learns, assign is a pure function of what was learned
+
+def assign_all(theta, books):
+    """Eq. (6) over all users and profiles: theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
+    return torch.stack([nearest(theta[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
 
 
-def quantize_likelihood(dataset, theta, known, sizes, facts, args, device):
-    """EM (--assign likelihood). Returns (codes (U, M), codebooks, weights, log); the codebooks start as quantize_nearest's do.
+class KMeans(nn.Module):
+    """Plain k-means over theta: no recommender, no LLM. What the two below start from."""
+
+    def __init__(self, problem, sizes, args, device):
+        super().__init__()
+        self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
+        self.books, self.log_weights = None, None
+
+    def fit(self):
+        """Learn self.books, M tensors (K_m, d) in the space of theta. Returns (codes (U, M), log: a dict an epoch)."""
+        self.books = first_codebooks(self.problem.theta[self.problem.known], self.sizes, "kmeans", self.args.seed)
+        return self.assign(), []
+
+    def assign(self):
+        """Codes (U, M) of all users; nothing is learned."""
+        return assign_all(torch.tensor(self.problem.theta), self.books)
+
+
+class JointVQ(KMeans):
+    """The paper's way, Algorithm 1: VQ layers trained with the surrogate recommender's and the LLM's loss, Eq. (5)-(7)."""
+
+    def fit(self):
+        """As above; the theta of self.problem moves too, and the codes are those nearest to the moved theta."""
+        args, problem, device = self.args, self.problem, self.device
+        rng = seeded(args.seed, 6)
+        theta, known, dataset = problem.theta, problem.known, problem.dataset
+        # Note: theta is centred and divided by the spread of the LLM's own slot words, one number a profile: lr, alpha and beta then
+        # mean the same for every LLM. DEVIATION(5). --paper works on theta as it is.
+        centre = torch.zeros(theta.shape[1:]) if args.paper else torch.tensor(theta[known].mean(0))
+        unit = torch.ones(theta.shape[1]) if args.paper else torch.tensor(problem.facts["spread"])
+        z = (torch.tensor(theta) - centre) / unit[:, None]
+        quantizers = nn.ModuleList(map(VectorQuantizer, first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed))).to(device)
+        table = nn.Embedding(len(z), z[0].numel(), sparse=True, _weight=z.flatten(1).clone()).to(device)
+        surrogate = Surrogate(len(dataset.users), len(dataset.items), theta.shape[1], theta.shape[2]).to(device)
+        rows, offsets = rows_by_user(dataset.rows(TRAIN), len(dataset.users))
+        llm = self.likelihood_of(centre.to(device), unit.to(device)) if args.llm_loss and args.epochs else None
+        print(f"parameters: trainable theta {table.weight.numel():,d}, codebooks {parameter_counts(quantizers)[0]:,d}, surrogate "
+              f"{parameter_counts(surrogate)[0]:,d}; the LLM is frozen")
+        if args.epochs:
+            quantized = torch.stack([quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)], dim=1)
+            warm_up(surrogate, rows, quantized, args.warm_up, device, rng)
+        log = train_jointly(table, quantizers, surrogate, torch.from_numpy(rows.astype(np.int64)).to(device), offsets,
+                            np.flatnonzero(known), llm, args, rng)
+        problem.theta = (centre + unit[:, None] * table.weight.detach().cpu().view(z.shape)).numpy()
+        self.books = [centre[m] + unit[m] * quantizer.codebook.detach().cpu() for m, quantizer in enumerate(quantizers)]
+        return self.assign(), log
+
+    def likelihood_of(self, centre, unit):
+        """l_llm of stage 02, prior included, as a function (z (B, M, d), users (B,)) -> (B,) with theta = centre + unit * z."""
+        likelihood, histories, start, spread = self.problem.open_likelihood(self.device)
+        budget, weight = infer.token_budget_of(likelihood), self.problem.facts["prior"] / 2
+
+        def llm(z, users):
+            theta = centre + unit[:, None] * z
+            # A block of tokens at a time: its gradient is taken at once and its graph freed, then handed on to the joint loss.
+            leaf, nll = theta.detach().requires_grad_(), torch.zeros(len(users), device=z.device)
+            for rows in infer.make_blocks([histories[user] for user in users], None, budget, likelihood.prompt_length):
+                part = likelihood(leaf[rows], *infer.pad([histories[users[row]] for row in rows], range(len(rows)), z.device))
+                part.sum().backward()
+                nll[rows] = part.detach()
+            return nll + (leaf.grad * (theta - theta.detach())).sum((1, 2)) + weight * ((theta - start) / spread[:, None]).pow(2).sum((1, 2))
+
+        return llm
+
+
+class SoftCodeEM(KMeans):
+    """EM with the codes as soft tokens (CodeMixture). The codebooks start from k-means; a user's own theta is not used after that.
 
     A round is an E-step over all users and an M-step: the weights in closed form, the codes by AdamW on -log P(y | c) with c drawn
     from the responsibilities, an unbiased gradient of the expected log-likelihood. Of all rounds the likeliest codebooks are kept.
     """
-    seeded(args.seed, 7)
-    likelihood, histories, _, spread = open_likelihood(dataset, facts, args, device)
-    books = first_codebooks(theta[known], sizes, args.start, args.seed)
-    # Note: a code is moved in units of the slot's spread, like theta in stage 02.
-    shifts = [torch.zeros_like(book, device=device).requires_grad_() for book in books]
-    bases = [book.to(device) for book in books]
-    mixture = CodeMixture(likelihood, bases, [torch.full((size,), -math.log(size), device=device) for size in sizes], histories)
-    optimizer = torch.optim.AdamW(shifts, lr=args.lr, weight_decay=0.0)
-    blocks = infer.make_blocks(histories, args.batch_users, infer.token_budget_of(likelihood), likelihood.prompt_length)
-    codes = torch.tensor(assign_all(torch.tensor(theta), [VectorQuantizer(book) for book in books]))
-    log, best = [], None
-    for round_ in range(args.epochs + 1):
-        drawn, total, before, usage = {}, 0.0, codes.clone(), [torch.zeros(size) for size in sizes]
-        for block in tqdm(blocks, desc=f"E-step {round_}", unit="block", leave=False):
-            candidates, share, evidence, codes[block] = mixture.responsibilities(block, codes[block])
-            drawn[tuple(block)] = candidates[torch.arange(len(block)), torch.multinomial(share, 1).squeeze(1)]
-            total += float(evidence.double().sum())
-            for m, size in enumerate(sizes):
-                usage[m] += torch.zeros(size).index_add(0, candidates[:, :, m].flatten(), share.flatten())
-        users = sum(map(len, blocks))
-        log.append({"epoch": round_, "log_likelihood": total / users, "ids_changed": int((codes != before).any(1).sum())})
-        tqdm.write(f"round {round_}: log-likelihood a user {log[-1]['log_likelihood']:.4f}, ids changed {log[-1]['ids_changed']}")
-        if best is None or log[-1]["log_likelihood"] > best[0]:
-            best = (log[-1]["log_likelihood"], codes.clone(), [book.detach().clone() for book in mixture.books], mixture.weights)
-        if round_ == args.epochs:
-            break
-        mixture.weights = [((count + 1) / (count + 1).sum()).log().to(device) for count in usage]
-        for index in tqdm(np.random.default_rng((args.seed, round_)).permutation(len(blocks)), desc="M-step", unit="block", leave=False):
-            block = blocks[index]
-            mixture.books = [base + unit * shift for base, unit, shift in zip(bases, spread, shifts)]
-            ids, lengths = infer.pad(histories, block, device)
-            loss = likelihood(mixture.theta(drawn[tuple(block)].to(device)), ids, lengths).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        mixture.books = [(base + unit * shift).detach() for base, unit, shift in zip(bases, spread, shifts)]
-    _, codes, books, weights = best
-    return codes.numpy(), [book.cpu() for book in books], [weight.cpu() for weight in weights], log
+
+    def fit(self):
+        args = self.args
+        seeded(args.seed, 7)
+        likelihood, histories, _, spread = self.problem.open_likelihood(self.device)
+        bases = [book.to(self.device) for book in first_codebooks(self.problem.theta[self.problem.known], self.sizes, args.start, args.seed)]
+        shifts = [torch.zeros_like(base).requires_grad_() for base in bases]  # Note: in units of the slot's spread, like theta in stage 02
+        mixture = CodeMixture(likelihood, bases, [torch.full((size,), -math.log(size), device=self.device) for size in self.sizes], histories)
+        optimizer = torch.optim.AdamW(shifts, lr=args.lr, weight_decay=0.0)
+        codes, log, best = assign_all(torch.tensor(self.problem.theta, device=self.device), bases), [], None
+        for round_ in range(args.epochs + 1):
+            before, (evidence, codes, drawn, usage) = codes, mixture.e_step(codes)
+            log.append({"epoch": round_, "log_likelihood": evidence, "ids_changed": int((codes != before).any(1).sum())})
+            tqdm.write(f"round {round_}: log-likelihood a user {evidence:.4f}, ids changed {log[-1]['ids_changed']}")
+            if best is None or evidence > best[0]:
+                best = evidence, codes, [book.cpu() for book in mixture.books], [weight.cpu() for weight in mixture.log_weights]
+            if round_ < args.epochs:
+                mixture.log_weights = [((count + 1) / (count + 1).sum()).log().to(self.device) for count in usage]
+                blocks = mixture.blocks()
+                for index in tqdm(np.random.default_rng((args.seed, round_)).permutation(len(blocks)), desc="M-step", unit="block", leave=False):
+                    mixture.books = [base + unit * shift for base, unit, shift in zip(bases, spread, shifts)]
+                    ids, lengths = infer.pad(histories, blocks[index], self.device)
+                    loss = likelihood(mixture.theta(drawn[blocks[index]].to(self.device)), ids, lengths).mean()
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                mixture.books = [(base + unit * shift).detach() for base, unit, shift in zip(bases, spread, shifts)]
+        _, codes, self.books, self.log_weights = best
+        return codes, log
+
+    def assign(self):
+        """K_1 x ... x K_M forward passes a user and no gradient; theta is used only beyond COMBINATIONS, to start from."""
+        likelihood, histories, *_ = self.problem.open_likelihood(self.device)
+        books, weights = ([tensor.to(self.device) for tensor in tensors] for tensors in (self.books, self.log_weights))
+        nearest_codes = assign_all(torch.tensor(self.problem.theta, device=self.device), books)
+        return CodeMixture(likelihood, books, weights, histories).e_step(nearest_codes)[1]
 
 
-def quantize_nearest(dataset, theta, known, sizes, facts, args, device):
-    """The paper's way, Algorithm 1. Returns (codes (U, M), codebooks in the space of theta, None, log)."""
-    rng = seeded(args.seed, 6)
-    users = np.flatnonzero(known)
-    likelihood = None
-    if args.llm_loss and args.epochs:
-        likelihood, histories, start, spread = open_likelihood(dataset, facts, args, device)
-        budget = infer.token_budget_of(likelihood)
-    # Note: theta is centred and divided by the spread of the LLM's own slot words, one number a profile: lr, alpha and beta then
-    # mean the same for every LLM. DEVIATION(5). --paper works on theta as it is.
-    centre = torch.zeros(theta.shape[1:]) if args.paper else torch.tensor(theta[known].mean(0))
-    unit = torch.ones(theta.shape[1]) if args.paper else torch.tensor(facts["spread"])
-    z = (torch.tensor(theta) - centre) / unit[:, None]
-    codebooks = first_codebooks(z[known].numpy(), sizes, args.start, args.seed)
-    quantizers = nn.ModuleList(VectorQuantizer(codebook) for codebook in codebooks).to(device)
-    table = nn.Embedding(len(z), z[0].numel(), sparse=True, _weight=z.flatten(1).clone()).to(device)
-    surrogate = Surrogate(len(dataset.users), len(dataset.items), theta.shape[1], theta.shape[2]).to(device)
-    rows, offsets = rows_by_user(dataset.rows(TRAIN), len(dataset.users))
-    trainable = {"theta": table.weight.numel(), "codebooks": parameter_counts(quantizers)[0], "surrogate": parameter_counts(surrogate)[0]}
-    print("parameters: trainable " + ", ".join(f"{name} {count:,d}" for name, count in trainable.items())
-          + f"; frozen LLM {0 if likelihood is None else parameter_counts(likelihood.model)[1]:,d}")
+QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM}
 
-    def llm(batch_z, batch):
-        """l_llm of stage 02, prior included, at the current theta."""
-        batch_theta = centre.to(device) + unit.to(device)[:, None] * batch_z
-        prior = ((batch_theta - start) / spread[:, None]).pow(2).sum((1, 2))
-        # A block of tokens at a time: its gradient is taken at once and its graph freed, then handed on to the joint loss.
-        leaf, nll = batch_theta.detach().requires_grad_(), torch.zeros(len(batch), device=device)
-        for rows in infer.make_blocks([histories[user] for user in batch], None, budget, likelihood.prompt_length):
-            nll[rows] = likelihood(leaf[rows], *infer.pad([histories[batch[row]] for row in rows], range(len(rows)), device))
-            nll.sum().backward()
-            nll = nll.detach()
-        return nll + (leaf.grad * (batch_theta - batch_theta.detach())).sum((1, 2)) + facts["prior"] / 2 * prior
 
-    if args.epochs:
-        with torch.no_grad():
-            quantized = torch.stack([quantizer(z[:, m].to(device))[0] for m, quantizer in enumerate(quantizers)], dim=1)
-        warm_up(surrogate, rows, quantized, args.warm_up, device, rng)
-    log = train_jointly(table, quantizers, surrogate, torch.from_numpy(rows.astype(np.int64)).to(device), offsets, users,
-                        llm if likelihood is not None else None, args, rng)
-    codes = assign_all(table.weight.detach().view(z.shape), quantizers)
-    books = [centre[m] + unit[m] * quantizer.codebook.detach().cpu() for m, quantizer in enumerate(quantizers)]
-    return codes, books, None, log
+def keep_codebooks(problem, args, device):
+    """(codes (U, M), sizes, quantizer): --keep-codebooks. Users with a code keep it; the others are assigned by what was learned."""
+    saved = load(args.run, "codebooks.pt", ("codebooks", "log_weights", "quantizer", "width"))
+    if len(saved["codebooks"]) != problem.theta.shape[1] or saved["width"] != problem.theta.shape[2]:
+        raise UserError("codebooks.pt was made for other profiles or another LLM", args.run, f"run: python 03_quantize.py --run {args.run}")
+    sizes, earlier = [len(book) for book in saved["codebooks"]], {}
+    with contextlib.suppress(FileNotFoundError), open(args.run / "feature_bank.csv", newline="", encoding="utf-8") as file:
+        earlier = {row[0]: list(map(int, row[1:])) for row in list(csv.reader(file))[1:]}
+    args.quantizer, args.assign = saved["quantizer"], "likelihood" if saved["quantizer"] == "em" else "nearest"
+    quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
+    quantizer.books, quantizer.log_weights = saved["codebooks"], saved["log_weights"]
+    codes = quantizer.assign()
+    for user, raw in enumerate(problem.dataset.users):
+        if str(raw) in earlier and earlier[str(raw)] != sizes:
+            codes[user] = earlier[str(raw)]
+    return codes, sizes, quantizer
 
 
 # ---------------------------------------------------------------- evaluate
 
-def health(codes, sizes, names):
-    """Per profile over all known users: active codes, perplexity exp(entropy), largest share, counts."""
+def perplexity(codes, size):
+    """exp(entropy) of the codes' usage: 1 when all users share one code, K when all codes are used alike."""
+    share = np.bincount(codes, minlength=size) / max(1, len(codes))
+    return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+
+
+def health(codes, theta, books, names):
+    """Per profile over all users given: active codes, perplexity, largest share, counts, and the mean of ||theta - nearest code|| over
+    ||theta - second nearest||: near 1 the codes are arbitrary cuts through one cloud, near 0 the users fall into groups."""
     report = []
-    for m, size in enumerate(sizes):
-        counts = np.bincount(codes[:, m], minlength=size)
-        share = counts / counts.sum()
-        entropy = -(share[share > 0] * np.log(share[share > 0])).sum()
-        report.append({"name": names[m], "active": int((counts > 0).sum()), "perplexity": float(np.exp(entropy)),
-                       "max_share": float(share.max()), "counts": counts.tolist()})
+    for m, book in enumerate(books):
+        counts = np.bincount(codes[:, m], minlength=len(book))
+        distances = torch.cdist(torch.as_tensor(theta[:, m]), book).topk(2, largest=False).values
+        report.append({"name": names[m], "active": int((counts > 0).sum()), "perplexity": perplexity(codes[:, m], len(book)),
+                       "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist(),
+                       "distance_ratio": float((distances[:, 0] / distances[:, 1].clamp(min=1e-12)).mean())})
     return report
 
 
@@ -401,7 +493,7 @@ def show(report, agreed):
     """Code usage as a histogram in text, with warnings."""
     for profile in report:
         print(f"{profile['name']}: {profile['active']} of {len(profile['counts'])} codes active, perplexity {profile['perplexity']:.2f}, "
-              f"largest share {profile['max_share']:.2f}")
+              f"largest share {profile['max_share']:.2f}, distance ratio first / second {profile['distance_ratio']:.2f}")
         for code, count in enumerate(profile["counts"]):
             print(f"    {code:3d} {count:7,d} {'#' * round(50 * count / max(profile['counts']))}")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
@@ -414,17 +506,21 @@ def show(report, agreed):
 
 # ---------------------------------------------------------------- save
 
-def save(run, dataset, codes, books, weights, sizes, known, facts):
+def save(run, problem, codes, quantizer, facts):
     """Write bank, codebooks and facts; users without a history, like users unseen, get the unknown code K_m."""
-    bank = np.where(known[:, None], codes, np.array(sizes)).astype(np.int16)
+    dataset, sizes = problem.dataset, facts["codes"]
+    bank = np.where(problem.known[:, None], codes, np.array(sizes)).astype(np.int16)
     (run / "quantize.json").unlink(missing_ok=True)
     names = [profile["name"] for profile in dataset.profiles]
-    save_torch(run / "codebooks.pt", {"codebooks": books, "log_weights": weights, "assign": facts["assign"], "profiles": names})
+    save_torch(run / "codebooks.pt", {"codebooks": quantizer.books, "log_weights": quantizer.log_weights, "quantizer": facts["quantizer"],
+                                      "profiles": names, "width": problem.theta.shape[2]})
     save_npy(run / "feature_bank.npy", bank)
-    with atomic(run / "feature_bank.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["user_id", *names])
-        writer.writerows([user, *row] for user, row in zip(dataset.users, bank.tolist()))
+    for name, delimiter, header in (("feature_bank.csv", ",", ["user_id", *names]),
+                                    ("feature_bank.user", "\t", [f"{field}:token" for field in ("user_id", *names)])):
+        with atomic(run / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows([user, *row] for user, row in zip(dataset.users, bank.tolist()))
     save_json(run / "quantize.json", {**facts, "fingerprint": fingerprint(bank)})
 
 
@@ -433,20 +529,26 @@ def save(run, dataset, codes, books, weights, sizes, known, facts):
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
-    dataset, theta, known, facts, truth = read_inputs(args)
-    sizes = parse_codes(args.codes, dataset.profiles)
+    problem, truth = read_problem(args.run)
+    facts, known, names = problem.facts, problem.known, [profile["name"] for profile in problem.dataset.profiles]
+    sizes = parse_codes(args.codes, problem.dataset.profiles)
     announce("03 quantize", args, f"dataset.json interactions.npy users.json items.json profiles.npy profiles.json in {args.run}")
     with one_run_at_a_time(args.run):
-        quantize = {"nearest": quantize_nearest, "likelihood": quantize_likelihood}[args.assign]
-        codes, books, weights, log = quantize(dataset, theta, known, sizes, facts, args, device)
-        names = [profile["name"] for profile in dataset.profiles]
-        report = health(codes[known], sizes, names)
+        if args.keep_codebooks:
+            codes, sizes, quantizer = keep_codebooks(problem, args, device)
+            log = load(args.run, "quantize.json")["loss"]
+        else:
+            quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
+            codes, log = quantizer.fit()
+        report = health(codes[known], problem.theta[known], quantizer.books, names)
         agreed = None if truth is None else agreement(codes[known], truth[known])
         settings = {key: value for key, value in vars(args).items() if key not in ("run", "device", "codes")}
-        save(args.run, dataset, codes, books, weights, sizes, known, {**settings, "codes": sizes, "profiles": report, "loss": log, **(agreed or {}),
-             "dataset_fingerprint": dataset.fingerprint(), "profiles_fingerprint": facts["fingerprint"], "added_users": facts.get("added_users")})
+        save(args.run, problem, codes, quantizer, {
+            **settings, "codes": sizes, "profiles": report, "loss": log, **(agreed or {}), "dataset_fingerprint": problem.dataset.fingerprint(),
+            "profiles_fingerprint": facts["fingerprint"], "added_users": facts.get("added_users")})
     show(report, agreed)
-    print(f"\nwrote codebooks.pt feature_bank.npy feature_bank.csv quantize.json to {args.run}\nnext: python 04_train_ctr.py --run {args.run}")
+    print(f"\nwrote codebooks.pt feature_bank.npy feature_bank.csv feature_bank.user quantize.json to {args.run}\n"
+          f"next: python 04_train_ctr.py --run {args.run}")
 
 
 if __name__ == "__main__":

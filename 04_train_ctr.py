@@ -63,6 +63,7 @@ def parse_arguments():
     parser.add_argument("--patience", type=at_least(1), default=5, help="stop after this many epochs without a better validation AUC")
     parser.add_argument("--batch-size", type=at_least(1), help="rows per step (default: 1/160 of the training rows, within 128-1024)")
     parser.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="Adam step size (paper: 0.001)")
+    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.0, help="L2 penalty in Adam")
     args = parser.parse_args()
     for flag, known in (("models", MODELS), ("ids", IDS)):
         if getattr(args, flag) is not None:
@@ -149,7 +150,7 @@ def train(model, splits, args):
     splits: {TRAIN | VALIDATION | TEST: (ids (n, columns), labels (n,))}. The test split is looked at once, at the best epoch.
     """
     ids, labels = splits[TRAIN]
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     best = {"val_auc": -1.0, "best_epoch": 0}
     seconds = 0.0
     for epoch in range(1, args.epochs + 1):

@@ -129,18 +129,47 @@ def peak_mib(device):
     return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def compare(shape, device, repeats, users=64):
+def make_histories(users=64):
+    """Token ids of histories of 16 to 238 tokens."""
+    return [np.arange(length) % 100 for length in np.linspace(16, 238, users).round().astype(int)]
+
+
+VARIANTS = {"authors_fp32": (authors_way, torch.float32), "ours_fp32": (ours, torch.float32), "ours_bf16": (ours, torch.bfloat16)}
+
+
+def memory(shape, device):
+    """Peak memory of one step over all users above that of the loaded model, MiB; each variant in a process of its own."""
+    figures = {}
+    for name in VARIANTS:
+        command = [sys.executable, __file__, "--device", device.type, "--threads", str(torch.get_num_threads()), "--memory-of", name]
+        output = subprocess.run(command + ["--quick"] * (shape == "quick"), check=True, capture_output=True, text=True).stdout
+        figures[f"{name}_step_mib"] = json.loads(output.splitlines()[-1])["step_mib"]
+        print(f"{name:14s} peak memory of a step, above the model's: {figures[f'{name}_step_mib']:.0f} MiB", flush=True)
+    return figures
+
+
+def memory_of(name, shape, device):
+    """What `memory` measures, in this process."""
+    way, dtype = VARIANTS[name]
+    model = random_model(shape, dtype, device)
+    before = peak_mib(device)
+    way(model, make_histories(), 1)
+    return {"step_mib": peak_mib(device) - before}
+
+
+def compare(shape, device, repeats):
     """Our way in fp32 and bf16 against the authors' in fp32: interleaved, medians."""
-    histories = [np.arange(length) % 100 for length in np.linspace(16, 238, users).round().astype(int)]
+    histories = make_histories()
+    users = len(histories)
     fp32, bf16 = random_model(shape, torch.float32, device), random_model(shape, torch.bfloat16, device)
     work = useful_flops(fp32, histories, make_likelihood(fp32).prompt_length)
-    rates = {"authors_fp32": [], "ours_fp32": [], "ours_bf16": []}
+    rates = {name: [] for name in VARIANTS}
     peaks = {"fp32": [], "bf16": []}
     for repeat in range(repeats + 1):
         peaks["fp32"].append(matmul_peak(torch.float32, device))
         peaks["bf16"].append(matmul_peak(torch.bfloat16, device))
-        for name, seconds in (("authors_fp32", authors_way(fp32, histories, 1)), ("ours_fp32", ours(fp32, histories, 1)),
-                              ("ours_bf16", ours(bf16, histories, 1))):
+        for name, (way, dtype) in VARIANTS.items():
+            seconds = way(fp32 if dtype == torch.float32 else bf16, histories, 1)
             if repeat:  # the first round warms up
                 rates[name].append(users / seconds)
     rate = {name: statistics.median(values) for name, values in rates.items()}
@@ -151,9 +180,9 @@ def compare(shape, device, repeats, users=64):
         speed = rate[name] / users * work
         figures["authors_fp32_peak_fraction" if name.startswith("authors") else f"{dtype}_peak_fraction"] = speed / peak[dtype]
         print(f"{name:14s} {rate[name]:9.2f} user-steps/s   {speed / 1e9:9.1f} GFLOP/s of {peak[dtype] / 1e9:9.1f} = {speed / peak[dtype]:.0%}")
-    figures |= {"ours_bf16_over_authors_fp32": rate["ours_bf16"] / rate["authors_fp32"], "peak_mib": peak_mib(device),
-                "fp32_gflops_peak": peak["fp32"] / 1e9, "bf16_gflops_peak": peak["bf16"] / 1e9}
-    print(f"ours bf16 / authors fp32: {figures['ours_bf16_over_authors_fp32']:.2f}; peak memory {figures['peak_mib']:.0f} MiB, both models together")
+    figures |= {"ours_bf16_over_authors_fp32": rate["ours_bf16"] / rate["authors_fp32"], "fp32_gflops_peak": peak["fp32"] / 1e9,
+                "bf16_gflops_peak": peak["bf16"] / 1e9}
+    print(f"ours bf16 / authors fp32: {figures['ours_bf16_over_authors_fp32']:.2f}")
     return figures
 
 
@@ -188,6 +217,8 @@ def linear(sizes=(1000, 4000, 16000)):
             facts = json.loads((run / "profiles.json").read_text())
             figures[size] = (1e3 * facts["seconds"] / size, facts["peak_memory_mb"])
             print(f"{size:6d} users: {figures[size][0]:.3f} ms a user, peak {figures[size][1]} MB", flush=True)
+    times, peaks = zip(*figures.values())
+    print(f"time per user within {max(times) / min(times) - 1:.0%}, peak memory within {max(peaks) / min(peaks) - 1:.0%}")
     return {"ms_per_user": {str(size): value[0] for size, value in figures.items()},
             "peak_mb": {str(size): value[1] for size, value in figures.items()}}
 
@@ -218,18 +249,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="medians of this many")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--linear", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory-of", choices=VARIANTS, help="one variant's peak memory alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     shape = "quick" if args.quick else "gpt2"
-    if args.linear:
+    if args.memory_of:
+        figures = memory_of(args.memory_of, shape, device)
+    elif args.linear:
         figures = linear((200, 400) if args.quick else (1000, 4000, 16000))
     elif args.profile:
-        histories = [np.arange(length) % 100 for length in np.linspace(16, 238, 64).round().astype(int)]
+        histories = make_histories()
         for dtype in (torch.float32, torch.bfloat16):
             model = random_model(shape, dtype, device)
             ours(model, histories, 1)
@@ -238,7 +272,7 @@ def main():
             print(dtype, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40), sep="\n")
         figures = {}
     else:
-        figures = compare(shape, device, 1 if args.quick else args.repeats)
+        figures = memory(shape, device) | compare(shape, device, 1 if args.quick else args.repeats)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

@@ -10,6 +10,8 @@ import torch
 from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, quantize, random_rows
 from torch import nn
 
+import common
+
 
 def test_nearest_code_against_explicit_loops():
     torch.manual_seed(0)
@@ -127,9 +129,12 @@ def test_em_e_step_against_enumeration_and_its_coordinate_form(world, monkeypatc
 
 def test_health_figures_and_collapse_warning(capsys):
     codes = np.array([[0, 1]] * 50 + [[1, 1]] * 50)
-    report = quantize.health(codes, [4, 3], ["a", "b"])
+    theta = np.array([[[0.0, 0.0], [1.0, 0.0]], [[3.0, 0.0], [1.0, 0.0]]], dtype=np.float32).repeat(50, axis=0)
+    books = [torch.tensor([[0.0, 1.0], [3.0, 0.0], [9.0, 9.0], [9.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 0.0], [3.0, 0.0]])]
+    report = quantize.health(codes, theta, books, ["a", "b"])
     assert report[0]["active"] == 2 and report[0]["perplexity"] == pytest.approx(2.0) and report[0]["max_share"] == 0.5
     assert report[1]["counts"] == [0, 100, 0] and report[1]["perplexity"] == pytest.approx(1.0)
+    assert report[0]["distance_ratio"] == pytest.approx((1 / 3 + 0) / 2) and report[1]["distance_ratio"] == pytest.approx(0.5)
     quantize.show(report, None)
     assert capsys.readouterr().out.count("WARNING") == 1
 
@@ -141,20 +146,69 @@ def test_bank_is_eq_6_over_all_users_and_the_csv_agrees(inferred):
     lines = (inferred / "feature_bank.csv").read_text().splitlines()
     assert bank.dtype == np.int16 and bank.shape == (len(users), 2) and [len(book) for book in stored["codebooks"]] == facts["codes"] == [4, 3]
     assert lines[0] == "user_id,hobby,background" and lines[1:] == [f"{user},{a},{b}" for user, (a, b) in zip(users, bank.tolist())]
+    lines = (inferred / "feature_bank.user").read_text().splitlines()
+    assert lines[0] == "user_id:token\thobby:token\tbackground:token"
+    assert lines[1:] == [f"{user}\t{a}\t{b}" for user, (a, b) in zip(users, bank.tolist())]
     interactions = np.load(inferred / "interactions.npy")
     liked = set(interactions[(interactions[:, 3] == 0) & (interactions[:, 2] == 1), 0].tolist())
     for user, codes in enumerate(bank.tolist()):
         assert (codes == [4, 3]) == (user not in liked)
 
 
-def test_without_joint_epochs_the_bank_is_plain_k_means(inferred, tmp_path):
+def test_plain_k_means_is_eq_6_on_theta_and_the_start_of_algorithm_1(inferred, tmp_path):
+    run, found = copy_run(inferred, tmp_path / "run"), []
+    for flags in (("--quantizer", "kmeans"), ("--epochs", 0)):
+        call_stage(quantize, "--run", run, *flags)
+        found.append(np.load(run / "feature_bank.npy"))
+        theta, stored = np.load(run / "profiles.npy"), torch.load(run / "codebooks.pt", weights_only=True)
+        for m in range(2):
+            distance = ((theta[:, m, None] - stored["codebooks"][m].numpy()) ** 2).sum(2)
+            known = found[-1][:, m] < len(stored["codebooks"][m])
+            assert np.array_equal(distance.argmin(1)[known], found[-1][known, m])
+    assert np.mean(found[0] == found[1]) > 0.99
+
+
+def problem_of(run):
+    return quantize.read_problem(run)[0]
+
+
+def test_assignment_is_a_pure_function_of_theta_and_codebooks(inferred):
+    problem, order = problem_of(inferred), np.random.default_rng(0).permutation(120)
+    quantizer = quantize.QUANTIZERS["kmeans"](problem, [4, 3], SimpleNamespace(seed=0), torch.device("cpu"))
+    codes, _ = quantizer.fit()
+    theta = problem.theta.copy()
+    assert np.array_equal(quantizer.assign(), codes) and np.array_equal(problem.theta, theta)
+    problem.theta = theta[order]
+    assert np.array_equal(quantizer.assign(), codes[order])
+
+
+def test_em_assigns_by_the_history_alone_and_its_likelihood_rises(inferred):
+    problem = problem_of(inferred)
+    args = SimpleNamespace(seed=0, start="kmeans", epochs=2, lr=0.05)
+    quantizer = quantize.QUANTIZERS["em"](problem, [4, 3], args, torch.device("cpu"))
+    codes, log = quantizer.fit()
+    evidence = [entry["log_likelihood"] for entry in log]
+    assert evidence[0] < evidence[1] < evidence[2]
+    problem.theta = np.zeros_like(problem.theta)  # a new user has no theta: forward passes suffice
+    assert np.array_equal(quantizer.assign()[problem.known], codes[problem.known])
+
+
+def test_collapse_is_reported_when_it_is_forced(inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")
-    call_stage(quantize, "--run", run, "--epochs", 0)
-    theta, bank, stored = np.load(run / "profiles.npy"), np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt", weights_only=True)
-    for m in range(2):
-        distance = ((theta[:, m, None] - stored["codebooks"][m].numpy()) ** 2).sum(2)
-        known = bank[:, m] < len(stored["codebooks"][m])
-        assert np.array_equal(distance.argmin(1)[known], bank[known, m])
+    theta = np.load(run / "profiles.npy")
+    theta[:, 0] += 5  # far from every code that starts near 0
+    np.save(run / "profiles.npy", theta)
+    facts = json.loads((run / "profiles.json").read_text())
+    (run / "profiles.json").write_text(json.dumps(facts | {"fingerprint": common.fingerprint(theta)}))
+    call_stage(quantize, "--run", run, "--paper", "--epochs", 1, "--no-llm-loss")
+    assert "WARNING: the codebook of hobby has collapsed; try --start kmeans" in capsys.readouterr().out
+    assert json.loads((run / "quantize.json").read_text())["profiles"][0]["max_share"] > 0.9
+
+
+def test_paper_sets_defaults_that_a_flag_overrides(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["03_quantize.py", "--paper", "--beta", "0.5"])
+    args = quantize.parse_arguments()
+    assert (args.alpha, args.beta, args.lr, args.batch_users, args.start, args.warm_up) == (1e-3, 0.5, 1e-3, 128, "random", 0)
 
 
 def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
@@ -165,14 +219,14 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
                            if key in ("loss", "profiles", "fingerprint")})
     base = numbers()
     assert base == numbers()
-    for flags in (("--alpha", 3), ("--beta", 2), ("--no-llm-loss",), ("--assign", "likelihood"), ("--start", "random"), ("--epochs", 3),
-                  ("--warm-up", 2), ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
+    for flags in (("--alpha", 3), ("--beta", 2), ("--no-llm-loss",), ("--assign", "likelihood"), ("--quantizer", "kmeans"), ("--start", "random"),
+                  ("--epochs", 3), ("--warm-up", 2), ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
         assert numbers(*flags) != base, flags
 
 
 def test_likelihood_of_stage_03_is_that_of_stage_02(inferred):
-    facts, dataset = json.loads((inferred / "profiles.json").read_text()), quantize.load_dataset(inferred)
-    likelihood, histories, start, spread = quantize.open_likelihood(dataset, facts, SimpleNamespace(run=inferred), torch.device("cpu"))
+    facts = json.loads((inferred / "profiles.json").read_text())
+    likelihood, histories, start, spread = problem_of(inferred).open_likelihood(torch.device("cpu"))
     assert spread.tolist() == pytest.approx(facts["spread"])
     theta, users = np.load(inferred / "profiles.npy"), [user for user, ids in enumerate(histories) if len(ids)]
     assert infer.mean_nll(likelihood, lambda block: theta[block], histories, users, 2000) == pytest.approx(facts["train_nll"]["after"], abs=1e-4)

@@ -283,6 +283,8 @@ def test_new_users_get_rows_and_everybody_else_keeps_his_bytes(lm_folders, tmp_p
     run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
     call_stage(infer, "--run", run, *flags)
+    call_stage(quantize, "--run", run)
+    old_ids, books = np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt", weights_only=True)["codebooks"]
     old, old_users = np.load(run / "profiles.npy"), json.loads((run / "users.json").read_text())
     call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
     users = json.loads((run / "users.json").read_text())
@@ -298,7 +300,10 @@ def test_new_users_get_rows_and_everybody_else_keeps_his_bytes(lm_folders, tmp_p
     inferred = set(json.loads((run / "profiles_users.json").read_text())["inferred"])
     fresh_rows = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
     assert facts["added_users"] and len(fresh_rows) >= 12 and len(np.unique(new[fresh_rows, 0], axis=0)) == len(fresh_rows)
-    call_stage(quantize, "--run", run, "--epochs", 0)
+    call_stage(quantize, "--run", run, "--keep-codebooks")
+    ids = np.load(run / "feature_bank.npy")
+    assert [ids[users.index(raw)].tolist() for raw in old_users] == old_ids.tolist()
+    assert ids[fresh_rows].tolist() == [[int(((new[row, m] - books[m].numpy()) ** 2).sum(1).argmin()) for m in range(2)] for row in fresh_rows]
     (run / "new.txt").write_text("nobody\n")
     with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):
         call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
