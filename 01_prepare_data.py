@@ -54,6 +54,7 @@ def parse_arguments():
     parser.add_argument("--positive-above", type=at_least(0, float), default=3.0, help="label 1 for ratings above this (paper: 3)")
     parser.add_argument("--max-per-user", type=at_least(1), help="keep a random N rows of each user (default: all)")
     parser.add_argument("--subsample-users", type=at_least(1), help="keep a random N users, for class-room sizes (default: all)")
+    parser.add_argument("--profile-words", help="words that stand in the prompt for the profiles' names, such as zorp,quell (ablation)")
     parser.add_argument("--signal", type=at_least(0, float), default=1.0,
                         help="demo: strength of the planted profiles; 0 is the negative control")
     return parser.parse_args()
@@ -233,6 +234,16 @@ def in_order(raw_ids):
     return sorted(set(raw_ids.tolist()), key=lambda raw: (0, int(raw), "") if raw.isdecimal() else (1, 0, raw))
 
 
+def rename(profiles, words):
+    """The profiles with other words for their names in the prompt (None: as they are)."""
+    if words is None:
+        return profiles
+    words = words.split(",")
+    if len(words) != len(profiles):
+        raise UserError(f"{len(words)} words for {len(profiles)} profiles", "--profile-words", "give one for each, separated by commas")
+    return [{**profile, "prompt": profile["prompt"].replace(profile["name"], word)} for profile, word in zip(profiles, words)]
+
+
 def build(source, args):
     """(Dataset, truth or None): labels, filtering, ids and the split of CONTRACT's rules of evidence."""
     kept = thin_out(source, args)
@@ -253,7 +264,7 @@ def build(source, args):
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
     records = [{"id": raw, "title": source.titles.get(raw, raw), "attributes": source.attributes.get(raw, {})} for raw in items]
-    dataset = Dataset(interactions, users, records, source.profiles, TASK_PROMPT, args.dataset)
+    dataset = Dataset(interactions, users, records, rename(source.profiles, args.profile_words), TASK_PROMPT, args.dataset)
     truth = None if source.truth is None else np.array([source.truth[raw] for raw in users], dtype=np.int16)
     return dataset, truth
 

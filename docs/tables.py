@@ -1,18 +1,123 @@
-"""Write the README's results tables from the artifacts of finished runs.
+"""Run the studies behind the README's tables, and write the tables from the artifacts.
 
-    python docs/tables.py                                        # print the table of runs/demo
-    python docs/tables.py demo=runs/demo demo7=runs/demo7 --write    # put each table between its markers in README.md
+    python docs/tables.py demo demo7 nosignal --write      # run the four scripts where results are missing, then fill the README
+    python docs/tables.py demo=runs/mine                   # print the table of a run of your own
+    python docs/tables.py ml-100k ml-100k-ablations --data-dir PATH --write
+    python docs/tables.py demo-codes                       # codebook sizes, Figs. 5 and 6
 
-A table NAME stands in the README between the lines `<!-- table NAME -->` and `<!-- end NAME -->`.
+A study that was interrupted goes on with what is missing. Each table stands in the README between `<!-- table NAME -->` and
+`<!-- end NAME -->`.
 """
 
 import argparse
 import json
 import re
+import shutil
+import statistics
+import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+STAGES = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py")
+MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
+           2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
+
+DATA = {  # name: flags of stages 01 and 02
+    "demo": ("", ""), "demo7": ("--seed 7", ""), "nosignal": ("--signal 0", ""),
+    "ml-100k": ("--dataset ml-100k", "--lm tiny"),
+}
+ABLATIONS = {  # row: flags of stages 01 (None: as the base has it), 02 (None: likewise), 03 and 04
+    "the default": (None, None, "", ""),
+    "without VQ: theta through a projection (Table 3)": (None, None, "", "--profile-input embedding"),
+    "plain k-means": (None, None, "--quantizer kmeans", ""),
+    "no likelihood in the joint loss": (None, None, "--no-llm-loss", ""),
+    "EM, codes as soft tokens": (None, None, "--assign likelihood", ""),
+    "the paper's literal settings": (None, None, "--paper", ""),
+    "plain causal mask": (None, "--mask causal", "", ""),
+    "theta starts as noise": (None, "--init random", "", ""),
+    "no prior": (None, "--prior 0", "", ""),
+    "history of all titles": (None, "--history all", "", ""),
+    "nonsense profile names": ("--profile-words zorp,quell", "--lm {base}/lm-tiny", "", ""),
+}
+CODES = {f"K = {sizes}": (None, None, f"--codes {sizes}", "") for sizes in
+         ("2,3", "4,3", "8,3", "16,3", "32,3", "64,3", "4,9", "4,27", "4,81")}
+STUDIES = {f"{data}-{name}": (data, rows) for data in DATA for name, rows in (("ablations", ABLATIONS), ("codes", CODES))}
+
+
+def stage(number, run, flags):
+    command = [sys.executable, str(ROOT / STAGES[number - 1]), "--run", str(run), *flags.split()]
+    print("$ python " + " ".join(command[1:]), flush=True)
+    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        sys.exit(f"error: {STAGES[number - 1]} failed ({run}); see its message above")
+
+
+def run_all(name, data_dir):
+    """The four scripts for one data set, unless its results are there. Returns the run directory."""
+    run, (first, second) = ROOT / "runs" / name, DATA[name]
+    if not (run / "results.json").exists():
+        stage(1, run, first + (f" --data-dir {data_dir}" if data_dir and "--dataset" in first else ""))
+        stage(2, run, second)
+        stage(3, run, "")
+        stage(4, run, "")
+    return run
+
+
+def run_study(name, data_dir):
+    """Every row of a study in a run directory of its own beside the base's. Returns {row: run directory}."""
+    data, rows = STUDIES[name]
+    base, runs = run_all(data, data_dir), {}
+    for row, (first, second, third, fourth) in rows.items():
+        slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
+        runs[row] = run = base.parent / f"{data}-study" / slug
+        if (run / "results.json").exists():
+            continue
+        run.mkdir(parents=True, exist_ok=True)
+        for number in (1, 2):
+            for file in MADE_BY[number] if (first, second)[number - 1] is None else ():
+                if (base / file).is_dir():
+                    shutil.copytree(base / file, run / file, dirs_exist_ok=True)
+                elif (base / file).exists():
+                    shutil.copy(base / file, run / file)
+        if first is not None:
+            stage(1, run, f"{DATA[data][0]} {first}" + (f" --data-dir {data_dir}" if data_dir and "--dataset" in DATA[data][0] else ""))
+        if second is not None:
+            if "--lm" not in second and (base / "lm-tiny").exists():  # the same LM where its training text is the same
+                shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
+            stage(2, run, second.format(base=base) if "--lm" in second else f"{DATA[data][1]} {second}")
+        stage(3, run, third)
+        stage(4, run, f"--ids userip {fourth}")
+    return runs
+
+
+def study_table(name, data_dir):
+    """Markdown: a row a variant; differences are paired by seed with `none` and `random` of the base run."""
+    runs = run_study(name, data_dir)
+    base = read(ROOT / "runs" / STUDIES[name][0], "results.json")
+    planted = base["summary"]["dcn"].get("planted")
+    truth = read(ROOT / "runs" / STUDIES[name][0], "quantize.json").get("nmi_truth") is not None
+    lines = ["| variant | test AUC | AUC - none | AUC - random |" + " planted lift |" * bool(planted) + " perplexity |" + " NMI |" * truth
+             + " NLL own / population / shuffled |", "|---" * (6 + bool(planted) + truth) + "|"]
+    for row, run in runs.items():
+        results, quantized, profiles = (read(run, f"{file}.json") for file in ("results", "quantize", "profiles"))
+        found = {entry["seed"]: entry["test_auc"] for entry in results["rows"]}
+        controls = [{entry["seed"]: entry["test_auc"] for entry in base["rows"] if entry["ids"] == ids} for ids in ("none", "random")]
+        cells = [row, spread(list(found.values()))]
+        cells += [spread([value - control[seed] for seed, value in found.items()], True) for control in controls]
+        if planted:
+            floor = base["summary"]["dcn"]["none"]["test_auc"]["mean"]
+            cells.append(f"{(statistics.mean(found.values()) - floor) / (planted['test_auc']['mean'] - floor):.0%}")
+        cells.append(" / ".join(f"{profile['perplexity']:.2f}" for profile in quantized["profiles"]))
+        if truth:
+            cells.append(" / ".join(f"{value:.2f}" for value in quantized["nmi_truth"]))
+        cells.append(" / ".join(f"{value:.4f}" for value in profiles["heldout_nll"].values()))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{base['fields']}`; run by `python docs/tables.py {name}`."])
+
+
+def spread(values, signed=False):
+    return figures({"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}, signed)
 
 
 def read(run, name):
@@ -57,21 +162,24 @@ def results_table(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", default=["demo=runs/demo"], help="NAME=RUN_DIRECTORY")
+    parser.add_argument("tables", nargs="*", default=["demo"], metavar="NAME",
+                        help=f"{', '.join(DATA)}, or one of these with -ablations or -codes; NAME=DIR takes a finished run")
+    parser.add_argument("--data-dir", help="of the real data sets, for stage 01")
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md instead of printing them")
     args = parser.parse_args()
     text = README.read_text(encoding="utf-8")
     for item in args.tables:
         name, _, run = item.partition("=")
-        table = results_table(run or f"runs/{name}")
+        if not run and name not in DATA and name not in STUDIES:
+            sys.exit(f"error: no such table (docs/tables.py {name}); known: {', '.join([*DATA, *STUDIES])}")
+        pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
+        if args.write and not pattern.search(text):
+            sys.exit(f"error: no markers for the table {name} (README.md); add <!-- table {name} --> and <!-- end {name} -->")
+        table = study_table(name, args.data_dir) if name in STUDIES else results_table(run or run_all(name, args.data_dir))
         if not args.write:
             print(f"{name}\n\n{table}\n")
             continue
-        pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
-        if not pattern.search(text):
-            sys.exit(f"error: no markers for the table {name} (README.md); add <!-- table {name} --> and <!-- end {name} -->")
         text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
-    if args.write:
         README.write_text(text, encoding="utf-8")
 
 

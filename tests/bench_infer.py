@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 common = importlib.import_module("common")
 infer = importlib.import_module("02_infer_profiles")
 
+DEMO = {"seed": 0, "signal": 1.0, "min_interactions": 1, "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
+        "profile_words": None, "dataset": "demo"}  # stage 01's settings
 PAPER_USERS = {"Clothing": (38_764, 179_223), "Movies": (7_506, 441_783), "Games": (2_490, 19_927), "Yelp": (27_147, 1_293_247)}
 
 
@@ -226,7 +228,7 @@ def linear(sizes=(1000, 4000, 16000)):
 def write_world(run, users):
     """Stage 01's artifacts for many users with 10 training rows each."""
     prepare = importlib.import_module("01_prepare_data")
-    args = SimpleNamespace(seed=0, signal=1.0, min_interactions=1, positive_above=3.0, max_per_user=None, subsample_users=None, dataset="demo")
+    args = SimpleNamespace(**DEMO)
     demo, _ = prepare.build(prepare.load_demo(args), args)
     rng = np.random.default_rng(0)
     rows = np.stack([np.repeat(np.arange(users), 12), rng.integers(len(demo.items), size=users * 12), np.ones(users * 12, dtype=int),
@@ -238,8 +240,7 @@ def write_world(run, users):
 def make_tiny(folder):
     """A random GPT-2 of the tiny LM's shape with a tokenizer of the demo's titles."""
     prepare = importlib.import_module("01_prepare_data")
-    args = SimpleNamespace(seed=0, signal=1.0, min_interactions=1, positive_above=3.0, max_per_user=None, subsample_users=200, dataset="demo",
-                           history="liked", max_history=10, tiny_sentences=320)
+    args = SimpleNamespace(**{**DEMO, "subsample_users": 200}, history="liked", max_history=10, tiny_sentences=320)
     dataset, _ = prepare.build(prepare.load_demo(args), args)
     infer.train_tiny(dataset, folder, args)
     return folder

@@ -140,6 +140,7 @@ def other_dataset(run):
 
 
 BAD = [  # stage, flags, what happens to the run before, words the error must hold
+    (prepare, ["--profile-words", "zorp"], None, ["1 words for 2 profiles", "--profile-words"]),
     (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["u.genre", "--data-dir"]),
     (prepare, ["--min-interactions", 100000], None, ["0 interactions are left", "lower it"]),
     (prepare, ["--min-interactions", 0], None, ["smallest is 1"]),

@@ -103,7 +103,7 @@ def test_every_flag_changes_the_data():
         args = prepare_args(**{"subsample_users": 150, **changes})
         return prepare.build(prepare.load_demo(args), args)[0].fingerprint()
     prints = [world(), world(seed=1), world(signal=0.5), world(min_interactions=6), world(positive_above=4.0), world(max_per_user=11),
-              world(subsample_users=140)]
+              world(subsample_users=140), world(profile_words="zorp,quell")]
     assert len(set(prints)) == len(prints) and world() == prints[0]
 
 
