@@ -26,15 +26,15 @@ import numpy as np
 import sklearn
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
-from common import (DCN, TEST, TRAIN, VALIDATION, Field, Parser, UserError, announce, at_least, auc, check_same, fingerprint, guarded,
-                    load, load_dataset, load_truth, logloss, mean_sd, one_run_at_a_time, parameter_counts, pick_device, save_json, save_torch,
-                    seeded)
+from common import (DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, auc, check_same,
+                    fingerprint, guarded, linear, load, load_dataset, load_truth, logloss, mean_sd, mlp, one_run_at_a_time,
+                    parameter_counts, pick_device, save_json, save_torch, seeded)
 
 # ---------------------------------------------------------------- settings
 
-MODELS = {"dcn": DCN}  # a class built from a list of Fields; forward: (B, columns) ids -> (B,) logits
 IDS = ("none", "random", "shuffled", "userip", "planted")
 FIELDS = ("ids", "ids+attributes", "attributes")
 
@@ -133,6 +133,220 @@ def codes_of(ids, bank, sizes, truth, rng):
     if ids == "shuffled":  # the real usage counts on the wrong users
         return bank[rng.permutation(len(bank))]
     return truth if ids == "planted" else bank
+
+
+# ---------------------------------------------------------------- models: logit = f(field embeddings), shapes (B, F, D) -> (B,)
+#
+# F fields, D = 8, MLP 16-16 with dropout .2 for all (section 3.4). e_i is field i's embedding; pairs run over i < j.
+# "first order" is b + sum_i w_i, a field embedding of width 1.
+
+class Recommender(nn.Module):
+    """What the models below share: field embeddings, the first-order term, and the F (F - 1) / 2 pairs of fields."""
+
+    def __init__(self, fields, dim=8, vectors=1, first_order=True):
+        """vectors: embeddings of width dim for each id (none, one, or in the field-aware models one for each field)."""
+        super().__init__()
+        self.F, self.D = len(fields), dim
+        if vectors:
+            self.embed = FieldEmbedding(fields, vectors * dim)
+        if first_order:
+            self.weights, self.bias = FieldEmbedding(fields, 1), nn.Parameter(torch.zeros(1))
+        left, right = torch.triu_indices(self.F, self.F, 1)
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def first_order(self, ids):
+        return self.weights(ids).sum((1, 2)) + self.bias
+
+    def towards(self, ids):
+        """Field-aware embeddings (B, F, F, D): [:, i, j] is what field i shows to field j."""
+        return self.embed(ids).view(-1, self.F, self.F, self.D)
+
+    def field_aware_pairs(self, towards):
+        """<e_i towards j, e_j towards i> of all pairs: (B, P)."""
+        return (towards[:, self.left, self.right] * towards[:, self.right, self.left]).sum(2)
+
+
+def factorization(e):
+    """sum_{i<j} <e_i, e_j> = (||sum_i e_i||^2 - sum_i ||e_i||^2) / 2, Rendle 2010. (B, F, D) -> (B,)."""
+    return (e.sum(1).pow(2) - e.pow(2).sum(1)).sum(1) / 2
+
+
+class LR(Recommender):
+    """Logistic regression: the first-order term alone. The floor that every other model must clear."""
+
+    def __init__(self, fields):
+        super().__init__(fields, vectors=0)
+
+    def forward(self, ids):
+        return self.first_order(ids)
+
+
+class FFM(Recommender):
+    """first order + sum_{i<j} <e_i towards j, e_j towards i>. Juan et al. 2016, Eq. (4). Memory F times that of the others."""
+
+    def __init__(self, fields):
+        super().__init__(fields, vectors=len(fields))
+
+    def forward(self, ids):
+        return self.first_order(ids) + self.field_aware_pairs(self.towards(ids)).sum(1)
+
+
+class AFM(Recommender):
+    """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)). Xiao et al. 2017, Eq. (5)-(7)."""
+
+    def __init__(self, fields, attention=8, dropout=0.2):
+        super().__init__(fields)
+        self.W, self.h, self.p = linear(self.D, attention), nn.Linear(attention, 1, bias=False), nn.Linear(self.D, 1, bias=False)
+        nn.init.ones_(self.p.weight)  # Note: starts as a plain FM; from noise the sign of half of the dimensions must be unlearned first
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        products = e[:, self.left] * e[:, self.right]  # Shape: (B, P, D)
+        attention = torch.softmax(self.h(torch.relu(self.W(products))), dim=1)  # Shape: (B, P, 1)
+        return self.first_order(ids) + self.p(self.dropout((attention * products).sum(1))).squeeze(1)
+
+
+class DeepFM(Recommender):
+    """first order + FM + MLP on the same embeddings. Guo et al. 2017, Eq. (1)-(4)."""
+
+    def __init__(self, fields):
+        super().__init__(fields)
+        self.deep = nn.Sequential(mlp(self.F * self.D, (16, 16), 0.2), linear(16, 1))
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        return self.first_order(ids) + factorization(e) + self.deep(e.flatten(1)).squeeze(1)
+
+
+class PNN(Recommender):
+    """MLP on the embeddings and the inner products <e_i, e_j> of all pairs (IPNN). Qu et al. 2016, Eq. (2)-(7)."""
+
+    def __init__(self, fields):
+        super().__init__(fields, first_order=False)
+        self.deep = nn.Sequential(mlp(self.F * self.D + len(self.left), (16, 16), 0.2), linear(16, 1))
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        inner = (e[:, self.left] * e[:, self.right]).sum(2)
+        return self.deep(torch.cat([e.flatten(1), inner], dim=1)).squeeze(1)
+
+
+class ONN(Recommender):
+    """MLP on each field's own embedding and the field-aware inner products of all pairs. Yang et al. 2020, Eq. (5)-(8).
+
+    An id has an embedding for each operation it takes part in: [i, i] is the copy, [i, j] the product with field j.
+    """
+
+    def __init__(self, fields):
+        super().__init__(fields, vectors=len(fields), first_order=False)
+        self.deep = nn.Sequential(mlp(self.F * self.D + len(self.left), (16, 16), 0.2), linear(16, 1))
+
+    def forward(self, ids):
+        towards = self.towards(ids)
+        copies = towards.diagonal(dim1=1, dim2=2).transpose(1, 2)  # Shape: (B, F, D)
+        return self.deep(torch.cat([copies.flatten(1), self.field_aware_pairs(towards)], dim=1)).squeeze(1)
+
+
+class AFN(Recommender):
+    """Logarithmic neurons exp(sum_i w_ik ln|e_i|): products of fields with learned powers. Cheng et al. 2020, Eq. (6)-(8).
+
+    Note: |e| is kept above 1e-4, for ln and its gradient blow up at 0; BatchNorm after ln and after exp holds both in range.
+    """
+
+    def __init__(self, fields, neurons=32):
+        super().__init__(fields)
+        self.powers = nn.Linear(self.F, neurons)
+        self.log_norm, self.exp_norm = nn.BatchNorm1d(self.F * self.D), nn.BatchNorm1d(neurons * self.D)
+        self.deep = nn.Sequential(mlp(neurons * self.D, (16, 16), 0.2), linear(16, 1))
+
+    def forward(self, ids):
+        logs = self.log_norm(self.embed(ids).abs().clamp(min=1e-4).log().flatten(1)).view(-1, self.F, self.D)
+        crossed = self.powers(logs.transpose(1, 2)).exp()  # Shape: (B, D, neurons)
+        return self.first_order(ids) + self.deep(self.exp_norm(crossed.flatten(1))).squeeze(1)
+
+
+class AutoInt(Recommender):
+    """Layers e <- ReLU(self-attention over fields + W e), then a linear logit. Song et al. 2019, Eq. (5)-(9)."""
+
+    def __init__(self, fields, layers=3, heads=2):
+        super().__init__(fields)
+        self.heads = heads
+        self.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(self.D, self.D, bias=False) for name in ("query", "key", "value", "skip")})
+                                    for _ in range(layers))
+        self.head = linear(self.F * self.D, 1)
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        for layer in self.layers:
+            e = torch.relu(attend(e, layer, self.heads) + layer["skip"](e))
+        return self.first_order(ids) + self.head(e.flatten(1)).squeeze(1)
+
+
+def attend(e, layer, heads):
+    """Multi-head scaled dot-product self-attention over the fields, written out. (B, F, D) -> (B, F, D)."""
+    query, key, value = (layer[name](e).unflatten(2, (heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))  # (B, heads, F, D')
+    weights = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)  # Shape: (B, heads, F, F)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+class DIFM(Recommender):
+    """FM whose weights and embeddings are rescaled by m_i = attention's factor + MLP's factor. Lu et al. 2020, Eq. (7)-(12)."""
+
+    def __init__(self, fields, heads=2):
+        super().__init__(fields)
+        self.heads = heads
+        self.attention = nn.ModuleDict({name: nn.Linear(self.D, self.D, bias=False) for name in ("query", "key", "value", "skip")})
+        self.deep = mlp(self.F * self.D, (16, 16), 0.2)
+        self.from_vectors, self.from_bits = nn.Linear(self.F * self.D, self.F), nn.Linear(16, self.F, bias=False)
+        nn.init.ones_(self.from_vectors.bias)  # Note: m = 1, a plain FM, is the start; a factor near 0 would stop every gradient
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        vectors = torch.relu(attend(e, self.attention, self.heads) + self.attention["skip"](e))
+        m = self.from_vectors(vectors.flatten(1)) + self.from_bits(self.deep(e.flatten(1)))  # Shape: (B, F)
+        return (m * self.weights(ids).squeeze(2)).sum(1) + self.bias + factorization(m.unsqueeze(2) * e)
+
+
+class FiBiNET(Recommender):
+    """first order + MLP on bilinear pairs (e_i W_ij) * e_j of the embeddings and of the same after SENET. Huang et al. 2019, Eq. (3)-(9)."""
+
+    def __init__(self, fields):
+        super().__init__(fields)
+        pairs, squeezed = len(self.left), max(1, self.F // 2)
+        self.squeeze, self.excite = linear(self.F, squeezed), linear(squeezed, self.F)
+        nn.init.ones_(self.excite.bias)  # Note: every field is let through at first; ReLU would keep a field that starts at 0 shut for good
+        self.W = nn.Parameter(torch.randn(2, pairs, self.D, self.D) / self.D ** 0.5)  # one set for each of the two
+        self.deep = nn.Sequential(mlp(2 * pairs * self.D, (16, 16), 0.2), linear(16, 1))
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        gates = torch.relu(self.excite(torch.relu(self.squeeze(e.mean(2)))))  # Shape: (B, F)
+        pairs = [torch.einsum("bpd,pdk->bpk", v[:, self.left], W) * v[:, self.right] for v, W in zip((e, gates.unsqueeze(2) * e), self.W)]
+        return self.first_order(ids) + self.deep(torch.cat(pairs, dim=1).flatten(1)).squeeze(1)
+
+
+class DCNv2(Recommender):
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP. Wang et al. 2021, Eq. (1)."""
+
+    def __init__(self, fields, layers=3):
+        super().__init__(fields, first_order=False)
+        width = self.F * self.D
+        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.deep = mlp(width, (16, 16), 0.2)
+        self.head = linear(width + 16, 1)
+
+    def forward(self, ids):
+        x = x0 = self.embed(ids).flatten(1)
+        for layer in self.cross:
+            x = x0 * layer(x) + x
+        return self.head(torch.cat([x, self.deep(x0)], dim=1)).squeeze(1)
+
+
+# A class built from a list of Fields; forward: (B, columns) ids -> (B,) logits
+MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN, "deepfm": DeepFM, "autoint": AutoInt, "onn": ONN,
+          "pnn": PNN, "dcn": DCN, "dcnv2": DCNv2}
 
 
 # ---------------------------------------------------------------- loss and train

@@ -1,14 +1,17 @@
 """Stage 04 and the DCN: layers against explicit loops, controls, table."""
 
+import itertools
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import call_stage, copy_run, ctr, settings
-from sklearn.metrics import roc_auc_score
+from torch import nn
 
 import common
+from common import Field
 
 
 def test_cross_network_against_explicit_loops():
@@ -33,19 +36,6 @@ def test_field_embedding_of_many_valued_and_vector_fields():
     assert torch.allclose(out[0, 0], table[1]) and torch.allclose(out[1, 0], table[3])
     assert torch.allclose(out[0, 1], (table[5 + 0] + table[5 + 4]) / 2, atol=1e-6) and not out[1, 1].any()
     assert torch.allclose(out[0, 2], embed.projections["v"](vectors[2]))
-
-
-def test_dcn_learns_a_product_of_two_fields_that_no_sum_can_express():
-    torch.manual_seed(0)
-    ids = torch.randint(4, (4000, 2))
-    labels = ((ids[:, 0] < 2) == (ids[:, 1] < 2)).float()
-    model = common.DCN([common.Field("a", 4), common.Field("b", 4)], dropout=0.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    for _ in range(300):
-        optimizer.zero_grad()
-        torch.nn.functional.binary_cross_entropy_with_logits(model(ids), labels).backward()
-        optimizer.step()
-    assert roc_auc_score(labels, model(ids).detach()) > 0.99
 
 
 def test_controls_are_what_they_say():
@@ -124,3 +114,143 @@ def test_every_flag_of_stage_04_changes_a_number(inferred, tmp_path):
                   ("--profile-input", "embedding"), ("--epochs", 1), ("--batch-size", 32), ("--lr", 0.002)):
         assert numbers(*flags) != base, flags
     assert numbers("--epochs", 30, "--patience", 1) != numbers("--epochs", 30, "--patience", 20)
+
+
+# ---------------------------------------------------------------- the models against explicit loops over fields, one row at a time
+
+def perceptron(module, x):
+    """A Linear or a Sequential of them, ReLU and Dropout (off), by hand."""
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.ReLU))]
+    for layer in layers:
+        x = [sum(w * value for w, value in zip(row, x)) + b for row, b in zip(layer.weight.tolist(), layer.bias.tolist())] \
+            if isinstance(layer, nn.Linear) else [max(0.0, value) for value in x]
+    return x
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a, b))
+
+
+def times(a, b):
+    return [x * y for x, y in zip(a, b)]
+
+
+def matrix(weight, x):
+    return [dot(row, x) for row in weight.tolist()]
+
+
+def softmax(values):
+    exps = [math.exp(value) for value in values]
+    return [value / sum(exps) for value in exps]
+
+
+def flat(vectors):
+    return [value for vector in vectors for value in vector]
+
+
+def attention_by_loops(layer, e, heads):
+    """ReLU(self-attention over fields + W e) of one row."""
+    width = len(e[0]) // heads
+    query, key, value, skip = ([matrix(layer[name].weight, vector) for vector in e] for name in ("query", "key", "value", "skip"))
+    result = []
+    for i in range(len(e)):
+        mixed = []
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            weights = softmax([dot(query[i][part], key[j][part]) / math.sqrt(width) for j in range(len(e))])
+            mixed += [sum(weight * value[j][part][k] for j, weight in enumerate(weights)) for k in range(width)]
+        result.append([max(0.0, a + b) for a, b in zip(mixed, skip[i])])
+    return result
+
+
+def batch_norm(norm, x):
+    return [(value - mean) / math.sqrt(var + norm.eps) * w + b for value, mean, var, w, b in
+            zip(x, norm.running_mean.tolist(), norm.running_var.tolist(), norm.weight.tolist(), norm.bias.tolist())]
+
+
+def by_loops(name, model, e, w):
+    """The logit of one row from its field embeddings e (F lists; field-aware: F x F lists) and first-order weights w (F)."""
+    F, pairs = len(e), list(itertools.combinations(range(len(e)), 2))
+    first = sum(w) + float(model.bias.detach()) if hasattr(model, "bias") else None
+    if name == "lr":
+        return first
+    if name == "ffm":
+        return first + sum(dot(e[i][j], e[j][i]) for i, j in pairs)
+    if name == "afm":
+        products = [times(e[i], e[j]) for i, j in pairs]
+        attention = softmax([matrix(model.h.weight, [max(0.0, v) for v in perceptron(model.W, product)])[0] for product in products])
+        return first + dot(model.p.weight[0].tolist(), [sum(a * product[k] for a, product in zip(attention, products)) for k in range(len(e[0]))])
+    if name == "deepfm":
+        return first + sum(dot(e[i], e[j]) for i, j in pairs) + perceptron(model.deep, flat(e))[0]
+    if name == "pnn":
+        return perceptron(model.deep, flat(e) + [dot(e[i], e[j]) for i, j in pairs])[0]
+    if name == "onn":
+        return perceptron(model.deep, flat(e[i][i] for i in range(F)) + [dot(e[i][j], e[j][i]) for i, j in pairs])[0]
+    if name == "afn":
+        logs = batch_norm(model.log_norm, [math.log(max(abs(value), 1e-4)) for value in flat(e)])
+        D = len(e[0])
+        crossed = [math.exp(value) for k in range(D) for value in perceptron(model.powers, [logs[i * D + k] for i in range(F)])]
+        return first + perceptron(model.deep, batch_norm(model.exp_norm, crossed))[0]
+    if name == "autoint":
+        for layer in model.layers:
+            e = attention_by_loops(layer, e, model.heads)
+        return first + perceptron(model.head, flat(e))[0]
+    if name == "difm":
+        vectors = flat(attention_by_loops(model.attention, e, model.heads))
+        m = [a + b for a, b in zip(perceptron(model.from_vectors, vectors), matrix(model.from_bits.weight, perceptron(model.deep, flat(e))))]
+        return float(model.bias.detach()) + dot(m, w) + sum(m[i] * m[j] * dot(e[i], e[j]) for i, j in pairs)
+    if name == "fibinet":
+        means = [sum(vector) / len(vector) for vector in e]
+        gates = [max(0.0, v) for v in perceptron(model.excite, [max(0.0, v) for v in perceptron(model.squeeze, means)])]
+        both = (e, [[gate * value for value in vector] for gate, vector in zip(gates, e)])
+        crossed = [times(matrix(W[p].T, v[i]), v[j]) for W, v in zip(model.W, both) for p, (i, j) in enumerate(pairs)]
+        return first + perceptron(model.deep, flat(crossed))[0]
+    x0 = x = flat(e)
+    if name == "dcnv2":
+        for layer in model.cross:
+            x = [a * b + c for a, b, c in zip(x0, perceptron(layer, x), x)]
+    else:
+        for weight, bias in zip(model.cross.weight.tolist(), model.cross.bias.tolist()):
+            x = [a * dot(x, weight) + b + c for a, b, c in zip(x0, bias, x)]
+    return perceptron(model.head, x + perceptron(model.deep, x0))[0]
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_each_model_against_explicit_loops(name):
+    torch.manual_seed(1)
+    fields = [Field("user", 5), Field("item", 6), Field("genre", 3, 2), Field("profile_0", 4)]
+    model = ctr.MODELS[name](fields)
+    for parameter in model.parameters():  # large random values, so that every term matters
+        nn.init.normal_(parameter, std=0.5)
+    ids = torch.stack([torch.randint(0, 3, (40,)) for _ in range(5)], dim=1)
+    for _ in range(3):
+        model.train()(ids)  # fills BatchNorm's running figures
+    model.eval()
+    logits = model(ids)
+    for row in range(3):
+        e = model.embed(ids[row:row + 1])[0] if name != "lr" else torch.zeros(4, 8)
+        e = e.view(4, 4, 8) if name in ("ffm", "onn") else e
+        w = model.weights(ids[row:row + 1])[0, :, 0].tolist() if hasattr(model, "weights") else None
+        assert float(logits[row].detach()) == pytest.approx(by_loops(name, model, e.detach().tolist(), w), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_each_model_trains_every_parameter_and_learns(name):
+    """A world where users of even number like items of even number: only a product of the two fields can say it."""
+    torch.manual_seed(0)
+    ids = torch.cartesian_prod(torch.arange(8), torch.arange(8)).repeat(40, 1)
+    labels = ((ids[:, 0] + ids[:, 1]) % 2 == 0).float()
+    model = ctr.MODELS[name]([Field("user", 8), Field("item", 8)])
+    optimizer, start = torch.optim.Adam(model.parameters(), lr=0.01), [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(400):
+        batch = torch.randint(len(ids), (256,))
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model(ids[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    constant = {"h.weight", "W.weight", "W.bias"} if name == "afm" else set()  # one pair: its attention is 1
+    still = {n for (n, parameter), before in zip(model.named_parameters(), start) if torch.equal(parameter, before)}
+    assert still <= constant
+    model.eval()
+    score = common.auc(labels, ctr.predict(model, ids))
+    assert score > 0.95 if name != "lr" else abs(score - 0.5) < 0.1
