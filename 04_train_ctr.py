@@ -8,35 +8,43 @@ anything: `none` (no ids), `random` (a uniform code per user) and `shuffled` (th
 
 Reads:  dataset.json interactions.npy users.json items.json (01), feature_bank.npy quantize.json (03),
         truth.npy for --ids planted, profiles.npy for --profile-input embedding
-Writes: results.json (a row per model x ids x seed, and their summary), ctr_<model>.pt (state dict of the best epoch)
+Writes: results.json (a row per model x ids x seed, and their summary), ctr_<model>.pt and .json (state dict of the best epoch, what it
+        was trained on), predictions/ (test probabilities of each row of the table); with --score scores.csv
 
 Run:
     python 04_train_ctr.py                                                        # the demo, DCN, 5 seeds: 1 min
-    python 04_train_ctr.py --run runs/ml-100k --ids none,random,shuffled,userip
+    python 04_train_ctr.py --models all --ids none,random,shuffled,userip         # Tables 2 and 4
+    python 04_train_ctr.py --score pairs.csv                                      # user_id,item_id -> probability, by ctr_dcn.pt
 """
 
 import contextlib
 import copy
+import csv
+import itertools
 import json
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import scipy.stats  # comes with scikit-learn
 import sklearn
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import (DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, auc, check_same,
+from common import (DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, atomic, auc, check_same,
                     fingerprint, guarded, linear, load, load_dataset, load_truth, logloss, mean_sd, mlp, one_run_at_a_time,
-                    parameter_counts, pick_device, save_json, save_torch, seeded)
+                    parameter_counts, pick_device, save_json, save_npy, save_torch, seeded)
 
 # ---------------------------------------------------------------- settings
 
 IDS = ("none", "random", "shuffled", "userip", "planted")
 FIELDS = ("ids", "ids+attributes", "attributes")
+CHUNK = 2**22      # rows of interactions.npy in memory at once
+BOOTSTRAP = 200    # resamples of the test rows
 
 
 def names_of(known):
@@ -63,7 +71,8 @@ def parse_arguments():
     parser.add_argument("--patience", type=at_least(1), default=5, help="stop after this many epochs without a better validation AUC")
     parser.add_argument("--batch-size", type=at_least(1), help="rows per step (default: 1/160 of the training rows, within 128-1024)")
     parser.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="Adam step size (paper: 0.001)")
-    parser.add_argument("--weight-decay", type=at_least(0, float), default=0.0, help="L2 penalty in Adam")
+    parser.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="L2 penalty in Adam (paper: not said)")
+    parser.add_argument("--score", type=Path, help="CSV with the columns user_id,item_id: write its probabilities to scores.csv, train nothing")
     args = parser.parse_args()
     for flag, known in (("models", MODELS), ("ids", IDS)):
         if getattr(args, flag) is not None:
@@ -88,32 +97,32 @@ def attribute_table(dataset, name):
     return table, len(values)
 
 
-def build_features(dataset, kind, codes, theta=None):
-    """(fields, lookup) where lookup(users, items) gives the (n, columns) ids of those pairs.
+def build_features(dataset, kind, codes, sizes, theta=None):
+    """(fields, lookup) where lookup(users, items) gives the (n, columns) ids of those pairs; index U or I is an unseen user or item.
 
-    kind: ids | ids+attributes | attributes. codes: None or int (U, M). theta: None or float (U, M, d), then the profile
-    fields are projections of theta instead of codes.
+    kind: ids | ids+attributes | attributes. codes: None or int (U, M); sizes: K_m, the code that means unknown. theta: None or
+    float (U, M, d), then the profile fields are projections of theta instead of codes.
     """
-    fields, user_tables, item_tables = [], [], [np.arange(len(dataset.items))[:, None]]
+    n_users, n_items = len(dataset.users), len(dataset.items)
+    fields, user_tables, item_tables = [], [], [np.arange(n_items + 1)[:, None]]
     if kind != "attributes":
-        fields.append(Field("user", len(dataset.users)))
-        user_tables.append(np.arange(len(dataset.users))[:, None])
-    first_item_field = Field("item", len(dataset.items))
-    item_fields = [first_item_field]
+        fields.append(Field("user", n_users))
+        user_tables.append(np.arange(n_users + 1)[:, None])
+    item_fields = [Field("item", n_items)]
     if kind != "ids":
         for profile in dataset.profiles:
             table, size = attribute_table(dataset, profile["name"])
             item_fields.append(Field(f"item_{profile['name']}", size, table.shape[1]))
-            item_tables.append(table)
+            item_tables.append(np.concatenate([table, np.full((1, table.shape[1]), size)]))
     profile_fields = []
     if theta is not None:
-        for m in range(theta.shape[1]):
-            profile_fields.append(Field(f"profile_{m}", len(dataset.users), vectors=torch.tensor(theta[:, m])))
-        user_tables.append(np.tile(np.arange(len(dataset.users))[:, None], (1, theta.shape[1])))
+        theta = np.concatenate([theta, np.zeros_like(theta[:1])])
+        profile_fields = [Field(f"profile_{m}", n_users + 1, vectors=torch.tensor(theta[:, m])) for m in range(theta.shape[1])]
+        user_tables.append(np.tile(np.arange(n_users + 1)[:, None], (1, theta.shape[1])))
     elif codes is not None:
-        profile_fields = [Field(f"profile_{m}", int(codes[:, m].max()) + 1) for m in range(codes.shape[1])]
-        user_tables.append(codes.astype(np.int64))
-    user_table = np.concatenate(user_tables, axis=1) if user_tables else np.zeros((len(dataset.users), 0), dtype=np.int64)
+        profile_fields = [Field(f"profile_{m}", size + 1) for m, size in enumerate(sizes)]
+        user_tables.append(np.concatenate([codes, [sizes]]).astype(np.int64))
+    user_table = np.concatenate(user_tables, axis=1) if user_tables else np.zeros((n_users + 1, 0), dtype=np.int64)
     item_table = np.concatenate(item_tables, axis=1)
     split_at = 0 if kind == "attributes" else 1  # column order: user, item, attributes, profiles
 
@@ -124,15 +133,43 @@ def build_features(dataset, kind, codes, theta=None):
     return fields + item_fields + profile_fields, lookup
 
 
+class Rows:
+    """The rows of one split as tensors (ids (n, columns), labels (n,)), CHUNK rows of the memory-mapped file at a time.
+
+    What fits into one chunk is looked up once and kept.
+    """
+
+    def __init__(self, dataset, split, lookup, device):
+        self.interactions, self.split, self.lookup, self.device = dataset.interactions, split, lookup, device
+        self.starts = np.arange(0, len(self.interactions), CHUNK)
+        self.kept = self.read(0) if len(self.starts) == 1 else None
+
+    def read(self, start):
+        part = self.interactions[start:start + CHUNK]
+        users, items, labels, _ = part[part[:, 3] == self.split].T
+        return self.lookup(users, items).to(self.device), torch.tensor(labels, dtype=torch.float32, device=self.device)
+
+    def chunks(self):
+        for start in self.starts:
+            yield self.kept or self.read(start)
+
+    def shuffled_chunks(self):
+        """Chunks in random order and, within each, rows in random order: a step is then a slice, not a gather."""
+        for start in np.array(self.starts)[torch.randperm(len(self.starts)).numpy()]:
+            ids, labels = self.kept or self.read(start)
+            order = torch.randperm(len(ids), device=ids.device)
+            yield ids[order], labels[order]
+
+
 def codes_of(ids, bank, sizes, truth, rng):
-    """int (U, M) codes that a row of the results table uses, or None for `none`. sizes: K_m of each profile."""
+    """What a row of the results table uses: (codes int (U, M), sizes K_m), or (None, None) for `none`."""
     if ids == "none":
-        return None
+        return None, None
+    if ids == "planted":
+        return truth, (truth.max(axis=0) + 1).tolist()
     if ids == "random":  # as many codes as the real ones, uniform: what a meaningless id does
-        return np.stack([rng.integers(size, size=len(bank)) for size in sizes], axis=1)
-    if ids == "shuffled":  # the real usage counts on the wrong users
-        return bank[rng.permutation(len(bank))]
-    return truth if ids == "planted" else bank
+        return np.stack([rng.integers(size, size=len(bank)) for size in sizes], axis=1), sizes
+    return bank[rng.permutation(len(bank))] if ids == "shuffled" else bank, sizes  # shuffled: the real usage counts on the wrong users
 
 
 # ---------------------------------------------------------------- models: logit = f(field embeddings), shapes (B, F, D) -> (B,)
@@ -143,12 +180,12 @@ def codes_of(ids, bank, sizes, truth, rng):
 class Recommender(nn.Module):
     """What the models below share: field embeddings, the first-order term, and the F (F - 1) / 2 pairs of fields."""
 
-    def __init__(self, fields, dim=8, vectors=1, first_order=True):
+    def __init__(self, fields, dim=8, vectors=1, first_order=True, std=0.05):
         """vectors: embeddings of width dim for each id (none, one, or in the field-aware models one for each field)."""
         super().__init__()
         self.F, self.D = len(fields), dim
         if vectors:
-            self.embed = FieldEmbedding(fields, vectors * dim)
+            self.embed = FieldEmbedding(fields, vectors * dim, std)
         if first_order:
             self.weights, self.bias = FieldEmbedding(fields, 1), nn.Parameter(torch.zeros(1))
         left, right = torch.triu_indices(self.F, self.F, 1)
@@ -173,13 +210,16 @@ def factorization(e):
 
 
 class LR(Recommender):
-    """Logistic regression: the first-order term alone. The floor that every other model must clear."""
+    """Logistic regression: the first-order term alone. The floor that every other model must clear.
+
+    Note: eight times the stored weights. Nothing else moves the logit here, and at Adam's 1e-3 a weight of 2 would take 60 epochs.
+    """
 
     def __init__(self, fields):
         super().__init__(fields, vectors=0)
 
     def forward(self, ids):
-        return self.first_order(ids)
+        return 8 * self.first_order(ids)
 
 
 class FFM(Recommender):
@@ -295,7 +335,7 @@ class DIFM(Recommender):
     """FM whose weights and embeddings are rescaled by m_i = attention's factor + MLP's factor. Lu et al. 2020, Eq. (7)-(12)."""
 
     def __init__(self, fields, heads=2):
-        super().__init__(fields)
+        super().__init__(fields, std=0.01)  # Note: with .05 it overfits within three epochs (MovieLens-100K: test AUC .75 instead of .785)
         self.heads = heads
         self.attention = nn.ModuleDict({name: nn.Linear(self.D, self.D, bias=False) for name in ("query", "key", "value", "skip")})
         self.deep = mlp(self.F * self.D, (16, 16), 0.2)
@@ -353,65 +393,84 @@ MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "a
 
 @torch.no_grad()
 def predict(model, ids, batch=16384):
-    """Probabilities, float (n,), of the rows of ids."""
+    """Probabilities, float32 (n,), of the rows of ids."""
     model.eval()
     return torch.cat([torch.sigmoid(model(ids[start:start + batch])) for start in range(0, len(ids), batch)]).cpu().numpy()
 
 
-def train(model, splits, args):
-    """Adam on Eq. (9) until validation AUC stops rising. Returns (result row, state dict of the best epoch).
+def evaluate(model, rows):
+    """(labels, probabilities), each (n,), of a split."""
+    labels, probabilities = zip(*[(labels.cpu().numpy(), predict(model, ids)) for ids, labels in rows.chunks()])
+    return np.concatenate(labels), np.concatenate(probabilities)
 
-    splits: {TRAIN | VALIDATION | TEST: (ids (n, columns), labels (n,))}. The test split is looked at once, at the best epoch.
+
+def train(model, splits, args):
+    """Adam on Eq. (9) until validation AUC stops rising. Returns (result row, state dict of the best epoch, test probabilities).
+
+    splits: {TRAIN | VALIDATION | TEST: Rows}. The test split is looked at once, at the best epoch.
     """
-    ids, labels = splits[TRAIN]
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    best = {"val_auc": -1.0, "best_epoch": 0}
-    seconds = 0.0
+    best, seconds, samples = {"val_auc": -1.0, "best_epoch": 0}, 0.0, 0
     for epoch in range(1, args.epochs + 1):
         model.train()
         start = time.perf_counter()
-        order = torch.randperm(len(ids), device=ids.device)
-        shuffled_ids, shuffled_labels = ids[order], labels[order]  # one shuffle an epoch; a step is then a slice, not a gather
-        for at in range(0, len(ids), args.batch_size):
-            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper's formula lacks.
-            loss = F.binary_cross_entropy_with_logits(model(shuffled_ids[at:at + args.batch_size]),
-                                                      shuffled_labels[at:at + args.batch_size])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        for ids, labels in splits[TRAIN].shuffled_chunks():
+            for at in range(0, len(ids), args.batch_size):
+                # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper's formula lacks.
+                loss = F.binary_cross_entropy_with_logits(model(ids[at:at + args.batch_size]), labels[at:at + args.batch_size])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            samples += len(ids)
         seconds += time.perf_counter() - start
         if not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
-        score = auc(splits[VALIDATION][1].cpu(), predict(model, splits[VALIDATION][0]))
+        score = auc(*evaluate(model, splits[VALIDATION]))
         if score > best["val_auc"]:
             best = {"val_auc": score, "best_epoch": epoch}
             state = copy.deepcopy(model.state_dict())
         elif epoch - best["best_epoch"] >= args.patience:
             break
     model.load_state_dict(state)
-    probabilities = predict(model, splits[TEST][0])
-    best |= {"test_auc": auc(splits[TEST][1].cpu(), probabilities), "test_logloss": logloss(splits[TEST][1].cpu(), probabilities),
-             "train_samples_per_second": round(epoch * len(ids) / seconds), "parameters": parameter_counts(model)[0]}
-    return best, state
+    labels, probabilities = evaluate(model, splits[TEST])
+    best |= {"test_auc": auc(labels, probabilities), "test_logloss": logloss(labels, probabilities),
+             "train_samples_per_second": round(samples / seconds), "parameters": parameter_counts(model)[0]}
+    return best, state, probabilities
 
 
 def run_one(dataset, model_name, ids, seed, inputs, args, device):
     """Build features and model for one cell of the table and train it; seeds are paired: the same for every --ids."""
     codes = codes_of(ids, inputs.bank, inputs.sizes, inputs.truth, np.random.default_rng((args.seed, seed, 4)))
-    fields, lookup = build_features(dataset, args.fields, codes, inputs.theta if ids == "userip" else None)
-    splits = {}
-    for split in (TRAIN, VALIDATION, TEST):
-        users, items, labels = dataset.rows(split).T
-        splits[split] = (lookup(users, items).to(device), torch.tensor(labels, dtype=torch.float32, device=device))
+    fields, lookup = build_features(dataset, args.fields, *codes, inputs.theta if ids == "userip" else None)
+    splits = {split: Rows(dataset, split, lookup, device) for split in (TRAIN, VALIDATION, TEST)}
     seeded(args.seed, seed, 5)
-    result, state = train(MODELS[model_name](fields).to(device), splits, args)
-    return {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **result}, state
+    result, state, probabilities = train(MODELS[model_name](fields).to(device), splits, args)
+    return {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **result}, state, probabilities
 
 
 # ---------------------------------------------------------------- evaluate
 
-def summarize(rows):
-    """Per model and ids: mean and sd over seeds, and differences to `none` and to `random`, paired by seed."""
+def weighted_auc(ranks, labels, weights):
+    """AUC with a weight for each row; ranks: dense integer rank of each row's score (equal scores, equal ranks)."""
+    positive, negative = np.bincount(ranks, weights * labels), np.bincount(ranks, weights * (1 - labels))
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def bootstrap(labels, first, second, seed=0):
+    """95% interval of AUC(first) - AUC(second), each a list of test probabilities a seed; the test rows are resampled, the seeds averaged."""
+    rng, differences = np.random.default_rng(seed), []
+    ranks = [[np.unique(scores, return_inverse=True)[1] for scores in side] for side in (first, second)]
+    for _ in range(BOOTSTRAP):
+        weights = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels)).astype(float)
+        one, two = ([weighted_auc(rank, labels, weights) for rank in side] for side in ranks)
+        differences.append(np.mean(one) - np.mean(two))
+    return [float(bound) for bound in np.quantile(differences, (0.025, 0.975))]
+
+
+def summarize(rows, labels=None, predictions=None):
+    """Per model and ids: mean and sd over seeds; differences to `none` and to `random`, paired by seed, with the paired t-test's p over
+    the seeds and, given test labels (n,) and predictions {(model, ids, seed): (n,)}, the bootstrap's 95% interval over the test rows."""
     table, cells = {}, {}
     for row in rows:
         cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
@@ -421,8 +480,11 @@ def summarize(rows):
         for control in ("none", "random"):
             other = cells.get((model, control))
             if other and ids != control:
-                entry[f"auc_minus_{control}"] = dict(zip(("mean", "sd"), mean_sd(
-                    [row["test_auc"] - other[seed]["test_auc"] for seed, row in by_seed.items()])))
+                differences = [row["test_auc"] - other[seed]["test_auc"] for seed, row in by_seed.items()]
+                entry[f"auc_minus_{control}"] = found = dict(zip(("mean", "sd"), mean_sd(differences)))
+                found["p"] = float(scipy.stats.ttest_1samp(differences, 0).pvalue) if len(differences) > 1 and found["sd"] > 0 else None
+                if predictions:
+                    found["interval"] = bootstrap(labels, *([predictions[model, name, seed] for seed in by_seed] for name in (ids, control)))
         table.setdefault(model, {})[ids] = entry
     for entries in table.values():  # share of the lift that the planted truth gives (demo)
         if {"none", "planted"} <= entries.keys():
@@ -432,12 +494,30 @@ def summarize(rows):
     return table
 
 
+def improvements(summary):
+    """Eq. (10) and (11) of each model with ids against the best baseline, the model that is best without them; None without `none`."""
+    baselines = {model: entries["none"] for model, entries in summary.items() if "none" in entries}
+    if not baselines:
+        return None
+    best = max(baselines, key=lambda model: baselines[model]["test_auc"]["mean"])
+    auc_0, logloss_0 = (baselines[best][metric]["mean"] for metric in ("test_auc", "test_logloss"))
+    relative = {}
+    for model, entries in summary.items():
+        for ids in entries.keys() - {"none", "planted"}:
+            found, loss = entries[ids]["test_auc"]["mean"], entries[ids]["test_logloss"]["mean"]
+            relative.setdefault(model, {})[ids] = {"auc": (found - 0.5) / (auc_0 - 0.5) - 1, "logloss": (logloss_0 - loss) / loss}
+    return {"baseline": best, "test_auc": auc_0, "test_logloss": logloss_0, "relative": relative}
+
+
 def markdown(summary, base_logloss):
     """The results table as markdown lines."""
     lines = ["| model | ids | test AUC | logloss | AUC - none | AUC - random | share of planted lift |", "|---|---|---|---|---|---|---|"]
 
     def pm(entry, key, sign=""):
-        return f"{entry[key]['mean']:{sign}.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
+        if key not in entry:
+            return ""
+        p = entry[key].get("p")
+        return f"{entry[key]['mean']:{sign}.4f} ± {entry[key]['sd']:.4f}" + (f", p {p:.2g}" if p is not None else "")
 
     for model, entries in summary.items():
         for ids, entry in entries.items():
@@ -446,6 +526,40 @@ def markdown(summary, base_logloss):
                          f"{pm(entry, 'auc_minus_random', '+')} | {'' if share is None else f'{share:.0%}'} |")
     lines.append(f"| constant | base rate | 0.5000 | {base_logloss:.4f} | | | |")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- use: score pairs of raw ids
+
+def score(args, dataset, inputs, device):
+    """Write scores.csv: the probability of each user_id,item_id pair of a CSV file under a trained model. Unseen ids are counted; an
+    unseen user has the unknown codes, and the embedding of any unseen id is 0."""
+    model_name = args.models[0]
+    facts = load(args.run, f"ctr_{model_name}.json", ("ids", "fields", "fingerprints"))
+    check_same(args.run, f"ctr_{model_name}.pt", "feature bank or dataset", inputs.fingerprints(dataset), facts["fingerprints"], "04_train_ctr.py")
+    codes = codes_of(facts["ids"], inputs.bank, inputs.sizes, inputs.truth, np.random.default_rng((facts["seed"], 0, 4)))
+    fields, lookup = build_features(dataset, facts["fields"], *codes, inputs.theta if facts["ids"] == "userip" else None)
+    model = MODELS[model_name](fields).to(device)
+    model.load_state_dict(load(args.run, f"ctr_{model_name}.pt"))
+    users, items = ({str(raw): i for i, raw in enumerate(known)} for known in (dataset.users, [item["id"] for item in dataset.items]))
+    unseen, count = [set(), set()], 0
+    try:
+        with open(args.score, newline="", encoding="utf-8") as source, atomic(args.run / "scores.csv") as temporary, \
+                open(temporary, "w", newline="", encoding="utf-8") as target:
+            reader, writer = csv.DictReader(source), csv.writer(target, lineterminator="\n")
+            if not {"user_id", "item_id"} <= set(reader.fieldnames or ()):
+                raise UserError("the columns user_id and item_id are missing", args.score, "begin the file with the line user_id,item_id")
+            writer.writerow(["user_id", "item_id", "probability"])
+            while batch := list(itertools.islice(reader, 2**16)):
+                pairs = [(row["user_id"], row["item_id"]) for row in batch]
+                for seen, known, raws in zip(unseen, (users, items), zip(*pairs)):
+                    seen.update(set(raws) - known.keys())
+                ids = lookup(*np.array([[users.get(user, len(users)), items.get(item, len(items))] for user, item in pairs]).T)
+                writer.writerows([*pair, f"{value:.6f}"] for pair, value in zip(pairs, predict(model, ids.to(device))))
+                count += len(pairs)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the pairs: {error}", args.score, "give a CSV file with the columns user_id,item_id") from None
+    print(f"{count} pairs scored by {model_name} with {facts['ids']} ids; unseen: {len(unseen[0])} users, {len(unseen[1])} items\n"
+          f"wrote scores.csv to {args.run}")
 
 
 # ---------------------------------------------------------------- main
@@ -458,6 +572,9 @@ class Inputs:
     sizes: list | None = None
     truth: np.ndarray | None = None
     theta: np.ndarray | None = None
+
+    def fingerprints(self, dataset):
+        return fingerprint(dataset.fingerprint(), *(value for value in (self.bank, self.truth, self.theta) if value is not None))
 
 
 def read_inputs(args):
@@ -476,6 +593,8 @@ def read_inputs(args):
     bank = np.array(load(args.run, "feature_bank.npy"))
     check_same(args.run, "feature_bank.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
     check_same(args.run, "feature_bank.npy", "quantize.json", fingerprint(bank), facts["fingerprint"], "03_quantize.py")
+    if bank.shape != (len(dataset.users), len(facts["codes"])) or bank.min() < 0 or (bank > facts["codes"]).any():
+        raise UserError("feature_bank.npy holds a code beyond its codebook", args.run, f"run: python 03_quantize.py --run {args.run}")
     if facts.get("added_users"):
         print("WARNING: stage 02 ran with --users: old users' theta has seen rows of the earlier split, so test figures may be too good")
     theta = None
@@ -498,34 +617,50 @@ def finished_cells(path, settings):
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
+    if args.score:
+        facts = load(args.run, f"ctr_{args.models[0]}.json", ("ids", "fields", "profile_input", "seed"))
+        args.ids, args.profile_input = [facts["ids"]], facts["profile_input"]
     dataset, inputs = read_inputs(args)
-    args.batch_size = args.batch_size or min(1024, max(128, len(dataset.rows(TRAIN)) // 160))
     announce("04 train CTR", args, f"dataset.json interactions.npy users.json items.json feature_bank.npy quantize.json in {args.run}")
+    if args.score:
+        return score(args, dataset, inputs, device)
+    train_rows = dataset.rows(TRAIN)
+    args.batch_size = args.batch_size or min(1024, max(128, len(train_rows) // 160))
+    rate, labels = train_rows[:, 2].mean(), dataset.rows(TEST)[:, 2]
     with one_run_at_a_time(args.run):
-        partial = args.run / "results.partial.json"
-        settings = [fingerprint(*(value for value in (inputs.bank, inputs.theta) if value is not None)), dataset.fingerprint(),
-                    {key: str(value) for key, value in vars(args).items()}]
+        partial, predictions = args.run / "results.partial.json", args.run / "predictions"
+        settings = [inputs.fingerprints(dataset), {key: str(value) for key, value in vars(args).items()}]
         rows = finished_cells(partial, settings)
         done = {(row["model"], row["ids"], row["seed"]) for row in rows}
         cells = [(model, ids, seed) for model in args.models for seed in range(args.seeds) for ids in args.ids]
         kept = "userip" if "userip" in args.ids else args.ids[0]  # whose best epoch becomes ctr_<model>.pt
         for model, ids, seed in (bar := tqdm([cell for cell in cells if cell not in done], desc="training", unit="run")):
             bar.set_postfix_str(f"{model} {ids} seed {seed}")
-            row, state = run_one(dataset, model, ids, seed, inputs, args, device)
+            row, state, probabilities = run_one(dataset, model, ids, seed, inputs, args, device)
             if seed == 0 and ids == kept:
                 save_torch(args.run / f"ctr_{model}.pt", state)
+                save_json(args.run / f"ctr_{model}.json", {
+                    "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input, "seed": args.seed,
+                    "fingerprints": inputs.fingerprints(dataset)})
+            predictions.mkdir(exist_ok=True)
+            save_npy(predictions / f"{model}-{ids}-{seed}.npy", probabilities)
             rows.append(row)
             save_json(partial, {"settings": settings, "rows": rows})
-        rate, labels = dataset.rows(TRAIN)[:, 2].mean(), dataset.rows(TEST)[:, 2]
         base_logloss = logloss(labels, np.full(len(labels), rate))
-        summary = summarize(rows)
+        summary = summarize(rows, labels, {cell: load(predictions, "{}-{}-{}.npy".format(*cell)) for cell in cells})
+        improved = improvements(summary)
         save_json(args.run / "results.json", {
-            "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields, "profile_input": args.profile_input,
-            "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
+            "rows": rows, "summary": summary, "improvements": improved, "base_rate_logloss": base_logloss, "fields": args.fields,
+            "profile_input": args.profile_input, "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
             "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                          "scikit-learn": sklearn.__version__}})
         partial.unlink()
     print("\n" + markdown(summary, base_logloss))
+    if improved:
+        print(f"\nbest baseline without ids: {improved['baseline']}, AUC {improved['test_auc']:.4f}; against it, Eq. (10) and (11):")
+        for model, entries in improved["relative"].items():
+            print(f"    {model:8s} " + "; ".join(f"{ids} AUC {entry['auc']:+.2%}, logloss {entry['logloss']:+.2%}"
+                                                 for ids, entry in sorted(entries.items())))
     files = " ".join(["results.json", *(f"ctr_{model}.pt" for model in args.models)])
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote {files} to {args.run}")
 

@@ -145,13 +145,12 @@ READERS = {".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
 MADE_BY = {"dataset.json": "01_prepare_data.py", "interactions.npy": "01_prepare_data.py", "users.json": "01_prepare_data.py",
            "items.json": "01_prepare_data.py", "truth.npy": "01_prepare_data.py", "profiles.npy": "02_infer_profiles.py",
            "profiles.json": "02_infer_profiles.py", "profiles_users.json": "02_infer_profiles.py", "lm-tiny/tiny.json": "02_infer_profiles.py",
-           "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py",
-           "quantize.json": "03_quantize.py"}
+           "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py", "quantize.json": "03_quantize.py"}
 
 
 def load(run, name, keys=()):
     """Read an artifact of a run by its ending (.json, .npy memory-mapped, .pt); UserError when it cannot be read or lacks keys."""
-    path, again = Path(run) / name, f"run: python {MADE_BY.get(name, 'the stage before')} --run {run}"
+    path, again = Path(run) / name, f"run: python {MADE_BY.get(name, '04_train_ctr.py')} --run {run}"
     if not path.exists():
         raise UserError(f"{name} is missing", run, again)
     try:
@@ -199,9 +198,12 @@ class Dataset:
 def load_dataset(run):
     """Read and check stage 01's artifacts. Raises UserError when they do not belong together."""
     facts = load(run, "dataset.json", ("profiles", "task_prompt", "dataset", "fingerprint"))
-    dataset = Dataset(np.array(load(run, "interactions.npy")), load(run, "users.json"), load(run, "items.json"), facts["profiles"],
+    dataset = Dataset(load(run, "interactions.npy"), load(run, "users.json"), load(run, "items.json"), facts["profiles"],
                       facts["task_prompt"], facts["dataset"])
     check_same(run, "interactions.npy", "dataset.json", dataset.fingerprint(), facts["fingerprint"], "01_prepare_data.py")
+    users, items = dataset.interactions[:, 0], dataset.interactions[:, 1]
+    if min(users.min(), items.min()) < 0 or users.max() >= len(dataset.users) or items.max() >= len(dataset.items):
+        raise UserError("interactions.npy names a user or item beyond users.json or items.json", run, f"run: python 01_prepare_data.py --run {run}")
     return dataset
 
 
@@ -403,12 +405,15 @@ class FieldEmbedding(nn.Module):
         super().__init__()
         self.fields, self.dim = fields, dim
         self.columns = sum(field.width for field in fields)
-        starts = np.cumsum([0] + [field.size + 1 if field.vectors is None else 0 for field in fields])  # one extra row a field: padding
+        # One extra row a field, for padding and unseen ids.
+        starts = np.cumsum([0] + [field.size + 1 if field.vectors is None else 0 for field in fields])
         widths = [field.width for field in fields]
         self.register_buffer("offsets", torch.tensor(np.repeat(starts[:-1], widths)), persistent=False)
         self.register_buffer("from_vectors", torch.tensor(np.repeat([field.vectors is not None for field in fields], widths)), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
+        with torch.no_grad():  # the extra row stays 0: a padded value says nothing, an unseen id neither
+            self.table.weight[[start + field.size for start, field in zip(starts, fields) if field.vectors is None]] = 0
         self.simple = all(field.width == 1 and field.vectors is None for field in fields)
         self.projections = nn.ModuleDict({field.name: nn.Linear(field.vectors.shape[1], dim) for field in fields
                                           if field.vectors is not None})

@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
-from conftest import call_stage, copy_run, ctr, settings
+from conftest import call_stage, copy_run, ctr, quantize, settings
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
@@ -41,10 +43,11 @@ def test_field_embedding_of_many_valued_and_vector_fields():
 def test_controls_are_what_they_say():
     bank = np.array([[0, 2], [1, 0], [3, 1], [1, 3], [0, 0]] * 40, dtype=np.int16)
     rng = np.random.default_rng(0)
-    shuffled, random = ctr.codes_of("shuffled", bank, [6, 4], None, rng), ctr.codes_of("random", bank, [6, 4], None, rng)
+    shuffled, random = ctr.codes_of("shuffled", bank, [6, 4], None, rng)[0], ctr.codes_of("random", bank, [6, 4], None, rng)[0]
     assert sorted(map(tuple, shuffled)) == sorted(map(tuple, bank)) and not np.array_equal(shuffled, bank)
     assert random.shape == bank.shape and random.max(0).tolist() == [5, 3]  # uniform over K codes, used or not
-    assert ctr.codes_of("none", bank, None, None, rng) is None and ctr.codes_of("userip", bank, None, None, rng) is bank
+    assert ctr.codes_of("none", bank, None, None, rng) == (None, None) and ctr.codes_of("userip", bank, [6, 4], None, rng) == (bank, [6, 4])
+    assert ctr.codes_of("planted", None, None, bank, rng)[1] == [4, 4]
 
 
 @pytest.mark.parametrize("kind, names", [("ids", ["user", "item", "profile_0", "profile_1"]),
@@ -52,9 +55,11 @@ def test_controls_are_what_they_say():
                                          ("attributes", ["item", "item_hobby", "item_background", "profile_0", "profile_1"])])
 def test_features_hold_what_their_fields_say(world, kind, names):
     dataset, truth = world
-    fields, lookup = ctr.build_features(dataset, kind, truth)
+    fields, lookup = ctr.build_features(dataset, kind, truth, [4, 3])
     ids = lookup(np.array([5, 7]), np.array([3, 1]))
     assert [field.name for field in fields] == names and ids.shape == (2, sum(field.width for field in fields))
+    unseen = lookup(np.array([len(dataset.users)]), np.array([len(dataset.items)]))[0].tolist()
+    assert unseen == [field.size - field.name.startswith("profile") for field in fields]  # the unknown code, else the row that stays 0
     assert ids[:, -2:].tolist() == truth[[5, 7]].tolist() and ids[:, names.index("item")].tolist() == [3, 1]
     assert ("user" in names) == (ids[:, 0].tolist() == [5, 7])
     values = sorted({item["attributes"]["hobby"][0] for item in dataset.items})
@@ -67,10 +72,10 @@ def test_best_epoch_is_chosen_on_validation_alone(world):
     dataset, truth = world
     turned = dataset.interactions.copy()
     turned[turned[:, 3] == 2, 2] ^= 1
-    args = settings(seed=0, fields="ids", lr=1e-3, batch_size=128, epochs=4, patience=2)
-    one, state = ctr.run_one(dataset, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
+    args = settings(seed=0, fields="ids", lr=1e-3, batch_size=128, epochs=4, patience=2, weight_decay=0)
+    one, state, _ = ctr.run_one(dataset, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
     poisoned = common.Dataset(turned, *list(vars(dataset).values())[1:])
-    two, other = ctr.run_one(poisoned, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
+    two, other, _ = ctr.run_one(poisoned, "dcn", "userip", 0, ctr.Inputs(truth, [4, 3]), args, torch.device("cpu"))
     assert (one["val_auc"], one["best_epoch"]) == (two["val_auc"], two["best_epoch"]) and one["test_auc"] == pytest.approx(1 - two["test_auc"])
     assert all(torch.equal(state[key], other[key]) for key in state)
 
@@ -80,7 +85,8 @@ def test_summary_pairs_differences_by_seed():
             for ids, values in (("none", (0.50, 0.60)), ("random", (0.51, 0.59)), ("planted", (0.70, 0.90)), ("userip", (0.60, 0.80)))
             for seed, value in enumerate(values)]
     table = ctr.summarize(rows)["dcn"]
-    assert table["userip"]["auc_minus_none"] == pytest.approx({"mean": 0.15, "sd": np.std([0.1, 0.2], ddof=1)})
+    p = scipy.stats.ttest_rel([0.6, 0.8], [0.5, 0.6]).pvalue
+    assert table["userip"]["auc_minus_none"] == pytest.approx({"mean": 0.15, "sd": np.std([0.1, 0.2], ddof=1), "p": p})
     assert table["userip"]["share_of_planted_lift"] == pytest.approx(0.15 / 0.25) and "auc_minus_none" not in table["none"]
 
 
@@ -101,6 +107,62 @@ def test_results_json_and_checkpoint(inferred, tmp_path, capsys):
     assert state["cross.weight"].shape == (3, 32)
 
 
+def test_weighted_auc_and_the_bootstrap_interval():
+    rng = np.random.default_rng(0)
+    labels, weights = rng.integers(2, size=3000), rng.integers(4, size=3000)
+    bad, good = rng.integers(9, size=3000) / 9, rng.integers(9, size=3000) / 9 + 0.4 * labels  # many ties
+    for scores in (bad, good):
+        assert ctr.weighted_auc(np.unique(scores, return_inverse=True)[1], labels, weights) == pytest.approx(
+            roc_auc_score(labels, scores, sample_weight=weights))
+    low, high = ctr.bootstrap(labels, [good, good], [bad, bad])
+    assert 0 < low < common.auc(labels, good) - common.auc(labels, bad) < high < low + 0.1
+    assert ctr.bootstrap(labels, [bad], [bad]) == [0, 0]
+
+
+def test_relative_improvements_are_eq_10_and_11_against_the_best_baseline():
+    def entry(auc, loss):
+        return {"test_auc": {"mean": auc}, "test_logloss": {"mean": loss}}
+    found = ctr.improvements({"lr": {"none": entry(0.6, 0.65), "userip": entry(0.62, 0.6)},
+                              "dcn": {"none": entry(0.7, 0.5), "userip": entry(0.75, 0.4)}})
+    assert found["baseline"] == "dcn" and found["relative"]["dcn"]["userip"] == pytest.approx({"auc": 0.25 / 0.2 - 1, "logloss": 0.1 / 0.4})
+    assert found["relative"]["lr"]["userip"]["auc"] == pytest.approx(0.12 / 0.2 - 1)
+
+
+def test_rows_in_chunks_are_the_rows_at_once(world, monkeypatch):
+    dataset, truth = world
+    _, lookup = ctr.build_features(dataset, "ids", truth, [4, 3])
+    whole = ctr.Rows(dataset, 0, lookup, torch.device("cpu"))
+    monkeypatch.setattr(ctr, "CHUNK", 100)
+    parts = ctr.Rows(dataset, 0, lookup, torch.device("cpu"))
+    assert parts.kept is None and len(parts.starts) > 10
+    for first, second in zip(zip(*whole.chunks()), zip(*parts.chunks())):
+        assert torch.equal(torch.cat(first), torch.cat(second))
+    torch.manual_seed(0)
+    shuffled = torch.cat([ids for ids, _ in parts.shuffled_chunks()])
+    plain = torch.cat([ids for ids, _ in whole.chunks()])
+    assert not torch.equal(shuffled, plain) and sorted(shuffled.tolist()) == sorted(plain.tolist())
+
+
+def test_score_gives_the_trained_models_probabilities_and_counts_unseen_ids(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "none,userip", "--models", "dcn,deepfm", "--fields", "ids+attributes")
+    users, items = (json.loads((run / f"{name}.json").read_text()) for name in ("users", "items"))
+    test = np.load(run / "interactions.npy")
+    test = test[test[:, 3] == 2]
+    pairs = [(users[user], items[item]["id"]) for user, item, *_ in test] + [("stranger", items[0]["id"]), (users[0], "novelty")]
+    (run / "pairs.csv").write_text("item_id,user_id\n" + "".join(f"{item},{user}\n" for user, item in pairs))
+    capsys.readouterr()
+    call_stage(ctr, "--run", run, "--models", "deepfm", "--score", run / "pairs.csv")
+    assert f"{len(pairs)} pairs scored by deepfm with userip ids; unseen: 1 users, 1 items" in capsys.readouterr().out
+    lines = [line.split(",") for line in (run / "scores.csv").read_text().splitlines()]
+    assert lines[0] == ["user_id", "item_id", "probability"] and [tuple(line[:2]) for line in lines[1:]] == pairs
+    scores = np.array([float(line[2]) for line in lines[1:]])
+    assert np.allclose(scores[:-2], np.load(run / "predictions" / "deepfm-userip-0.npy"), atol=1e-6) and ((scores > 0) & (scores < 1)).all()
+    call_stage(quantize, "--run", run, "--epochs", 0, "--codes", "3,3")
+    with pytest.raises(common.UserError, match="ctr_deepfm.pt was made from another"):
+        call_stage(ctr, "--run", run, "--models", "deepfm", "--score", run / "pairs.csv")
+
+
 def test_every_flag_of_stage_04_changes_a_number(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
 
@@ -111,7 +173,8 @@ def test_every_flag_of_stage_04_changes_a_number(inferred, tmp_path):
     base = numbers()
     assert base == numbers()
     for flags in (("--seed", 1), ("--seeds", 2), ("--ids", "none"), ("--fields", "attributes"), ("--fields", "ids+attributes"),
-                  ("--profile-input", "embedding"), ("--epochs", 1), ("--batch-size", 32), ("--lr", 0.002)):
+                  ("--profile-input", "embedding"), ("--epochs", 1), ("--batch-size", 32), ("--lr", 0.002), ("--weight-decay", 0.01),
+                  ("--models", "deepfm")):
         assert numbers(*flags) != base, flags
     assert numbers("--epochs", 30, "--patience", 1) != numbers("--epochs", 30, "--patience", 20)
 
@@ -170,10 +233,10 @@ def batch_norm(norm, x):
 
 def by_loops(name, model, e, w):
     """The logit of one row from its field embeddings e (F lists; field-aware: F x F lists) and first-order weights w (F)."""
-    F, pairs = len(e), list(itertools.combinations(range(len(e)), 2))
+    F, pairs = len(w or e), list(itertools.combinations(range(len(w or e)), 2))
     first = sum(w) + float(model.bias.detach()) if hasattr(model, "bias") else None
     if name == "lr":
-        return first
+        return 8 * first
     if name == "ffm":
         return first + sum(dot(e[i][j], e[j][i]) for i, j in pairs)
     if name == "afm":

@@ -117,22 +117,38 @@ def break_file(path):
 
 def empty_training(run):
     """No user has a liked training row."""
-    interactions, facts = np.load(run / "interactions.npy"), json.loads((run / "dataset.json").read_text())
+    interactions = np.load(run / "interactions.npy")
     interactions[interactions[:, 3] == 0, 2] = 0
-    dataset = common.Dataset(interactions, json.loads((run / "users.json").read_text()), json.loads((run / "items.json").read_text()),
-                             facts["profiles"], facts["task_prompt"])
-    np.save(run / "interactions.npy", interactions)
-    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+    rewrite(run, interactions)
 
 
 def one_class(run):
     """Every test row is liked."""
-    interactions, facts = np.array(np.load(run / "interactions.npy")), json.loads((run / "dataset.json").read_text())
+    interactions = np.load(run / "interactions.npy")
     interactions[interactions[:, 3] == 2, 2] = 1
+    rewrite(run, interactions)
+
+
+def rewrite(run, interactions):
+    """Other interactions, with a fingerprint to match."""
+    facts = json.loads((run / "dataset.json").read_text())
     dataset = common.Dataset(interactions, json.loads((run / "users.json").read_text()), json.loads((run / "items.json").read_text()),
                              facts["profiles"], facts["task_prompt"])
     np.save(run / "interactions.npy", interactions)
     (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+
+
+def strange_item(run):
+    interactions = np.load(run / "interactions.npy")
+    interactions[5, 1] = 10**6
+    rewrite(run, interactions)
+
+
+def beyond(run):
+    bank, facts = np.load(run / "feature_bank.npy"), json.loads((run / "quantize.json").read_text())
+    bank[3, 0] = 99
+    np.save(run / "feature_bank.npy", bank)
+    (run / "quantize.json").write_text(json.dumps(facts | {"fingerprint": common.fingerprint(bank)}))
 
 
 def other_dataset(run):
@@ -161,6 +177,9 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, [], lambda run: (run / "profiles.json").write_text("{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], lambda run: np.save(run / "truth.npy", np.load(run / "truth.npy") * 0), ["truth.npy was made from another dataset"]),
     (ctr, [], lambda run: (run / "quantize.json").write_text("[]"), ["quantize.json lacks", "03_quantize.py"]),
+    (ctr, ["--score", "/nowhere.csv"], None, ["ctr_dcn.json is missing", "04_train_ctr.py"]),
+    (ctr, [], beyond, ["beyond its codebook", "03_quantize.py"]),
+    (ctr, ["--ids", "none"], strange_item, ["beyond users.json or items.json", "01_prepare_data.py"]),
     (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
     (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--assign likelihood does not go with --quantizer vq"]),
     (quantize, ["--keep-codebooks"], lambda run: (run / "codebooks.pt").unlink(), ["codebooks.pt is missing", "03_quantize.py"]),
@@ -176,7 +195,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (ctr, [], lambda run: (run / "feature_bank.npy").unlink(), ["feature_bank.npy is missing", "03_quantize.py"]),
     (ctr, [], lambda run: np.save(run / "feature_bank.npy", np.load(run / "feature_bank.npy") * 0), ["another quantize", "03_quantize.py"]),
     (ctr, [], other_dataset, ["another dataset", "02_infer_profiles.py"]),
-    (ctr, ["--models", "dcm"], None, ["unknown dcm", "known: dcn"]),
+    (ctr, ["--models", "dcm"], None, ["unknown dcm", "known: lr, ffm"]),
     (ctr, ["--ids", "userip,magic"], None, ["unknown magic", "shuffled"]),
     (ctr, ["--ids", "planted"], lambda run: (run / "truth.npy").unlink(), ["no planted truth"]),
     (ctr, ["--seeds", 0], None, ["--seeds", "smallest is 1"]),
