@@ -104,33 +104,29 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     float (U, M, d), then the profile fields are projections of theta instead of codes.
     """
     n_users, n_items = len(dataset.users), len(dataset.items)
-    fields, user_tables, item_tables = [], [], [np.arange(n_items + 1)[:, None]]
+    user_fields, user_tables = [], [np.zeros((n_users + 1, 0), dtype=np.int64)]
     if kind != "attributes":
-        fields.append(Field("user", n_users))
+        user_fields.append(Field("user", n_users))
         user_tables.append(np.arange(n_users + 1)[:, None])
-    item_fields = [Field("item", n_items)]
+    if theta is not None:
+        theta = np.concatenate([theta, np.zeros_like(theta[:1])])
+        user_fields += [Field(f"profile_{m}", n_users + 1, vectors=torch.tensor(theta[:, m])) for m in range(theta.shape[1])]
+        user_tables.append(np.tile(np.arange(n_users + 1)[:, None], (1, theta.shape[1])))
+    elif codes is not None:
+        user_fields += [Field(f"profile_{m}", size + 1) for m, size in enumerate(sizes)]
+        user_tables.append(np.concatenate([codes, [sizes]]).astype(np.int64))
+    item_fields, item_tables = [Field("item", n_items)], [np.arange(n_items + 1)[:, None]]
     if kind != "ids":
         for profile in dataset.profiles:
             table, size = attribute_table(dataset, profile["name"])
             item_fields.append(Field(f"item_{profile['name']}", size, table.shape[1]))
             item_tables.append(np.concatenate([table, np.full((1, table.shape[1]), size)]))
-    profile_fields = []
-    if theta is not None:
-        theta = np.concatenate([theta, np.zeros_like(theta[:1])])
-        profile_fields = [Field(f"profile_{m}", n_users + 1, vectors=torch.tensor(theta[:, m])) for m in range(theta.shape[1])]
-        user_tables.append(np.tile(np.arange(n_users + 1)[:, None], (1, theta.shape[1])))
-    elif codes is not None:
-        profile_fields = [Field(f"profile_{m}", size + 1) for m, size in enumerate(sizes)]
-        user_tables.append(np.concatenate([codes, [sizes]]).astype(np.int64))
-    user_table = np.concatenate(user_tables, axis=1) if user_tables else np.zeros((n_users + 1, 0), dtype=np.int64)
-    item_table = np.concatenate(item_tables, axis=1)
-    split_at = 0 if kind == "attributes" else 1  # column order: user, item, attributes, profiles
+    user_table, item_table = np.concatenate(user_tables, axis=1), np.concatenate(item_tables, axis=1)
 
     def lookup(users, items):
-        user_ids = user_table[users]
-        return torch.from_numpy(np.concatenate([user_ids[:, :split_at], item_table[items], user_ids[:, split_at:]], axis=1))
+        return torch.from_numpy(np.concatenate([user_table.take(users, axis=0), item_table.take(items, axis=0)], axis=1))
 
-    return fields + item_fields + profile_fields, lookup
+    return user_fields + item_fields, lookup
 
 
 class Rows:
@@ -353,11 +349,13 @@ class FiBiNET(Recommender):
     """first order + MLP on bilinear pairs (e_i W_ij) * e_j of the embeddings and of the same after SENET. Huang et al. 2019, Eq. (3)-(9)."""
 
     def __init__(self, fields):
-        super().__init__(fields)
+        # Note: the MLP sees products of embeddings only. From .05 and W near 1 they stay where L2 shrinks them to 0; from .005 and W = 10 they
+        # grow in a few epochs, and later than the first order term, which keeps them from overfitting (MovieLens-100K: .775 instead of .759).
+        super().__init__(fields, std=0.005)
         pairs, squeezed = len(self.left), max(1, self.F // 2)
         self.squeeze, self.excite = linear(self.F, squeezed), linear(squeezed, self.F)
         nn.init.ones_(self.excite.bias)  # Note: every field is let through at first; ReLU would keep a field that starts at 0 shut for good
-        self.W = nn.Parameter(torch.randn(2, pairs, self.D, self.D) / self.D ** 0.5)  # one set for each of the two
+        self.W = nn.Parameter(10 * (torch.eye(self.D) + 0.1 * torch.randn(2, pairs, self.D, self.D)))  # one set for each of the two
         self.deep = nn.Sequential(mlp(2 * pairs * self.D, (16, 16), 0.2), linear(16, 1))
 
     def forward(self, ids):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 
@@ -438,7 +439,11 @@ class FieldEmbedding(nn.Module):
 
 
 class CrossNetwork(nn.Module):
-    """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l, the cross layer of Wang et al. 2017, Eq. (3). (B, n) -> (B, n)."""
+    """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l, the cross layer of Wang et al. 2017, Eq. (3). (B, n) -> (B, n).
+
+    Every x_l is a_l x_0 + c_l, with a number a_l for each row and c_l = b_0 + ... + b_{l-1}: put it in, and a_{l+1} = a_l + a_l (x_0 . w_l)
+    + c_l . w_l. So one matrix product and a few numbers a row do what L passes over (B, n) would.
+    """
 
     def __init__(self, width, layers):
         super().__init__()
@@ -446,10 +451,12 @@ class CrossNetwork(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layers, width))
 
     def forward(self, x0):
-        x = x0
-        for weight, bias in zip(self.weight, self.bias):
-            x = x0 * (x @ weight).unsqueeze(-1) + bias + x
-        return x
+        c = self.bias.cumsum(0)  # row l: c_{l+1}
+        constants = F.pad((c[:-1] * self.weight[1:]).sum(1), (1, 0))  # c_l . w_l, with c_0 = 0. Shape: (L,)
+        a = torch.ones_like(x0[:, :1])
+        for product, constant in zip((x0 @ self.weight.T).split(1, dim=1), constants):  # x_0 . w_l of each row, Shape: (B, 1)
+            a = torch.addcmul(a + constant, a, product)
+        return torch.addcmul(c[-1], a, x0)
 
 
 def linear(width, size):
