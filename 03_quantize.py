@@ -109,13 +109,13 @@ class Problem:
     facts: dict
 
     def open_likelihood(self, device):
-        """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,)): stage 02 as it was run."""
+        """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,), tokenizer): stage 02 as it was run."""
         settings = SimpleNamespace(**{**self.facts, "run": self.run, "logit_chunk": 4096})
         likelihood, tokenizer, _ = infer.open_model(self.dataset, settings, device, made_with=self.facts)
         texts = infer.history_texts(self.dataset, TRAIN, self.facts["history"], self.facts["max_history"])
         histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
         start, spread = infer.starting_point(likelihood, self.facts["init"], seeded(self.facts["seed"], 3))
-        return likelihood, histories, start, spread
+        return likelihood, histories, start, spread, tokenizer
 
 
 def read_problem(run):
@@ -379,7 +379,7 @@ class JointVQ(KMeans):
 
     def likelihood_of(self, centre, unit):
         """l_llm of stage 02, prior included, as a function (z (B, M, d), users (B,)) -> (B,) with theta = centre + unit * z."""
-        likelihood, histories, start, spread = self.problem.open_likelihood(self.device)
+        likelihood, histories, start, spread, _ = self.problem.open_likelihood(self.device)
         budget, weight = infer.token_budget_of(likelihood), self.problem.facts["prior"] / 2
 
         def llm(z, users):
@@ -405,7 +405,7 @@ class SoftCodeEM(KMeans):
     def fit(self):
         args = self.args
         seeded(args.seed, 7)
-        likelihood, histories, _, spread = self.problem.open_likelihood(self.device)
+        likelihood, histories, _, spread, _ = self.problem.open_likelihood(self.device)
         bases = [book.to(self.device) for book in first_codebooks(self.problem.theta[self.problem.known], self.sizes, args.start, args.seed)]
         shifts = [torch.zeros_like(base).requires_grad_() for base in bases]  # Note: in units of the slot's spread, like theta in stage 02
         mixture = CodeMixture(likelihood, bases, [torch.full((size,), -math.log(size), device=self.device) for size in self.sizes], histories)

@@ -226,7 +226,7 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
 
 def test_likelihood_of_stage_03_is_that_of_stage_02(inferred):
     facts = json.loads((inferred / "profiles.json").read_text())
-    likelihood, histories, start, spread = problem_of(inferred).open_likelihood(torch.device("cpu"))
+    likelihood, histories, start, spread, _ = problem_of(inferred).open_likelihood(torch.device("cpu"))
     assert spread.tolist() == pytest.approx(facts["spread"])
     theta, users = np.load(inferred / "profiles.npy"), [user for user, ids in enumerate(histories) if len(ids)]
     assert infer.mean_nll(likelihood, lambda block: theta[block], histories, users, 2000) == pytest.approx(facts["train_nll"]["after"], abs=1e-4)
