@@ -37,6 +37,8 @@ from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announc
 # Paper: section 2.3 names x^1, x^2 and the task. Note: the prompt of a profile may be worded to suit its values.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
+CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 3,  # says how much of what he meets he likes
+          "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
 ERA = {"name": "background", "prompt": ", and his background is the", "codes": 3}
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
@@ -54,6 +56,7 @@ def parse_arguments():
     parser.add_argument("--positive-above", type=at_least(0, float), default=3.0, help="label 1 for ratings above this (paper: 3)")
     parser.add_argument("--max-per-user", type=at_least(1), help="keep a random N rows of each user (default: all)")
     parser.add_argument("--subsample-users", type=at_least(1), help="keep a random N users, for class-room sizes (default: all)")
+    parser.add_argument("--critic", action="store_true", help="a third profile: harsh, balanced or generous; for 02 --history rated")
     parser.add_argument("--profile-words", help="words that stand in the prompt for the profiles' names, such as zorp,quell (ablation)")
     parser.add_argument("--signal", type=at_least(0, float), default=1.0,
                         help="demo: strength of the planted profiles; 0 is the negative control")
@@ -234,11 +237,12 @@ def in_order(raw_ids):
     return sorted(set(raw_ids.tolist()), key=lambda raw: (0, int(raw), "") if raw.isdecimal() else (1, 0, raw))
 
 
-def rename(profiles, words):
-    """The profiles with other words for their names in the prompt (None: as they are)."""
-    if words is None:
-        return profiles
-    words = words.split(",")
+def choose_profiles(source, args):
+    """The source's profiles, with the critic and with other words for their names in the prompt where the flags say so."""
+    profiles = source.profiles + [CRITIC] * args.critic
+    if args.critic and source.truth is not None:
+        raise UserError("the demo has no planted critics", "--critic", "take a real data set")
+    words = [profile["name"] for profile in profiles] if args.profile_words is None else args.profile_words.split(",")
     if len(words) != len(profiles):
         raise UserError(f"{len(words)} words for {len(profiles)} profiles", "--profile-words", "give one for each, separated by commas")
     return [{**profile, "prompt": profile["prompt"].replace(profile["name"], word)} for profile, word in zip(profiles, words)]
@@ -264,7 +268,7 @@ def build(source, args):
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
     records = [{"id": raw, "title": source.titles.get(raw, raw), "attributes": source.attributes.get(raw, {})} for raw in items]
-    dataset = Dataset(interactions, users, records, rename(source.profiles, args.profile_words), TASK_PROMPT, args.dataset)
+    dataset = Dataset(interactions, users, records, choose_profiles(source, args), TASK_PROMPT, args.dataset)
     truth = None if source.truth is None else np.array([source.truth[raw] for raw in users], dtype=np.int16)
     return dataset, truth
 
@@ -311,7 +315,8 @@ def save(run, dataset, truth, args):
     facts = {"dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n, "sparsity": 1 - n / users / items,
              "positive_rate": float(dataset.interactions[:, 2].mean()), "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
              "fingerprint": dataset.fingerprint(), "truth_fingerprint": None if truth is None else fingerprint(truth),
-             **{key: getattr(args, key) for key in ("seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "signal")}}
+             **{key: getattr(args, key) for key in ("seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "critic",
+                                                       "signal")}}
     (run / "dataset.json").unlink(missing_ok=True)
     save_npy(run / "interactions.npy", dataset.interactions)
     save_json(run / "users.json", dataset.users)

@@ -454,6 +454,7 @@ class Progress:
 # ---------------------------------------------------------------- the tiny LM (trained here when --lm tiny is first used)
 
 TINY_FIT = 0.75  # share of a person's titles that fit the one word told of them
+LIKING = 1.4     # rated histories: log odds of liking a title that fits all that is told of the person; less this where nothing fits
 
 
 def make_sentences(dataset, items, count, length, rng, history):
@@ -463,7 +464,9 @@ def make_sentences(dataset, items, count, length, rng, history):
     their titles fit these words more often than chance. Most texts are short, so that the word has to tell what other titles
     cannot, and some are long, so that every position is learned. No user and no interaction is looked at.
     """
-    values = [sorted({value for item in items for value in item["attributes"].get(profile["name"], [])}) for profile in dataset.profiles]
+    likes = [profile.get("likes", {}) for profile in dataset.profiles]  # a critic's word tells the share of titles he likes
+    values = [sorted(likes[m]) or sorted({value for item in items for value in item["attributes"].get(profile["name"], [])})
+              for m, profile in enumerate(dataset.profiles)]
     fits = [np.array([[value in item["attributes"].get(profile["name"], []) for item in items] for value in values[m]])
             for m, profile in enumerate(dataset.profiles)]  # Shape: (values, items) each
     usable = [m for m in range(len(values)) if len(values[m])]
@@ -471,17 +474,25 @@ def make_sentences(dataset, items, count, length, rng, history):
         raise UserError("no item has a value for any profile, so there is nothing to train the tiny LM on", "items.json", "take --lm gpt2")
     share = [fit.mean(1).clip(1e-9, 1 - 1e-9) for fit in fits]
     contrast = [np.log(TINY_FIT / (1 - TINY_FIT) * (1 - part) / part) for part in share]  # log odds of fitting titles, each value
+    tastes = [m for m in usable if not likes[m]]
     lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
-    frequency = [fit.sum(1) ** 0.5 / (fit.sum(1) ** 0.5).sum() for fit in fits]  # Note: square root, so that rare words are learned too
+    frequency = [fit.sum(1) ** 0.5 + bool(likes[m]) for m, fit in enumerate(fits)]  # Note: square root, so that rare words are learned too
+    frequency = [part / part.sum() for part in frequency]
     sentences = []
     for number in range(count):
         told = usable if number % 2 == 0 or len(usable) == 1 else [usable[number // 2 % len(usable)]]
         person = {m: rng.choice(len(values[m]), p=frequency[m]) for m in told}
-        weight = np.exp(sum(contrast[m][value] * fits[m][value] for m, value in person.items()))
+        told_tastes = {m: value for m, value in person.items() if m in tastes}
+        weight = np.exp(np.sum([contrast[m][value] * fits[m][value] for m, value in told_tastes.items()], axis=0)) * np.ones(len(items))
         size = lengths[number % len(lengths)]
         chosen = rng.choice(len(items), size=size, p=weight / weight.sum())
-        fitting = np.mean([fits[m][value][chosen] for m, value in person.items()], axis=0)
-        marks = np.where(rng.random(size) < 0.2 + 0.6 * fitting, " +", " -") if history == "rated" else [""] * size
+        marks = [""] * size
+        if history == "rated":  # log odds of liking: the critic's own, and what fits his tastes more than what does not
+            general = [likes[m][values[m][value]] for m, value in person.items() if likes[m]]
+            odds = np.log(general[0] / (1 - general[0])) if general else 0.0
+            if told_tastes:
+                odds = odds + LIKING * (2 * np.mean([fits[m][value][chosen] for m, value in told_tastes.items()], axis=0) - 1)
+            marks = np.where(rng.random(size) < 1 / (1 + np.exp(-odds)), " +", " -")
         sentences.append(({m: values[m][value] for m, value in person.items()},
                           [f" {items[item]['title']}{mark};" for item, mark in zip(chosen, marks)]))
     return sentences
@@ -544,7 +555,7 @@ def train_tiny(dataset, folder, args):
     size = {"width": 64, "vocabulary": 768, "sentences": 16000} if len(items) <= 500 else {"width": 128, "vocabulary": 2048, "sentences": 24000}
     size["sentences"] = args.tiny_sentences or size["sentences"]
     length = max(map(len, history_texts(dataset, TRAIN, args.history, args.max_history)))  # so that every position is learned
-    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_FIT, length], size)
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_FIT, LIKING, length], size)
     facts_path = folder / "tiny.json"
     with contextlib.suppress(OSError, ValueError):
         if json.loads(facts_path.read_text())["fingerprint"] == key:

@@ -119,8 +119,9 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     if kind != "ids":
         for profile in dataset.profiles:
             table, size = attribute_table(dataset, profile["name"])
-            item_fields.append(Field(f"item_{profile['name']}", size, table.shape[1]))
-            item_tables.append(np.concatenate([table, np.full((1, table.shape[1]), size)]))
+            if size:  # a profile of people only, such as the critic, is no attribute of items
+                item_fields.append(Field(f"item_{profile['name']}", size, table.shape[1]))
+                item_tables.append(np.concatenate([table, np.full((1, table.shape[1]), size)]))
     user_table, item_table = np.concatenate(user_tables, axis=1), np.concatenate(item_tables, axis=1)
 
     def lookup(users, items):

@@ -31,7 +31,7 @@ common = importlib.import_module("common")
 infer = importlib.import_module("02_infer_profiles")
 
 DEMO = {"seed": 0, "signal": 1.0, "min_interactions": 1, "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
-        "profile_words": None, "dataset": "demo"}  # stage 01's settings
+        "profile_words": None, "critic": False, "dataset": "demo"}  # stage 01's settings
 PAPER_USERS = {"Clothing": (38_764, 179_223), "Movies": (7_506, 441_783), "Games": (2_490, 19_927), "Yelp": (27_147, 1_293_247)}
 
 

@@ -92,7 +92,7 @@ def lm(request):
 
 def prepare_args(**changes):
     return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4, "positive_above": 3.0, "max_per_user": None,
-                              "subsample_users": None, "data_dir": None, "profile_words": None, **changes})
+                              "subsample_users": None, "data_dir": None, "profile_words": None, "critic": False, **changes})
 
 
 def small_world(**changes):
