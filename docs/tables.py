@@ -18,6 +18,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import scipy.stats
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 STAGES = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py")
@@ -43,7 +45,19 @@ ABLATIONS = {  # row: flags of stages 01 (None: as the base has it), 02 (None: l
 }
 CODES = {f"K = {sizes}": (None, None, f"--codes {sizes}", "") for sizes in
          ("2,3", "4,3", "8,3", "16,3", "32,3", "64,3", "4,9", "4,27", "4,81")}
-STUDIES = {f"{data}-{name}": (data, rows) for data in DATA for name, rows in (("ablations", ABLATIONS), ("codes", CODES))}
+CONTROLS = "--ids none,random,shuffled,userip"  # rows with data or fields of their own need controls of their own
+MODELS = {"all models": (None, None, "", f"--models all {CONTROLS}")}
+ATTRIBUTES = {  # item id + attributes + profile ids, no user id: Eq. 8 to the letter
+    "liked titles, K = 4,3": (None, None, "", f"--fields attributes {CONTROLS}"),
+    "liked titles, K = 8,4": (None, None, "--codes 8,4", f"--fields attributes {CONTROLS}"),
+    "liked titles, K = 4,3, EM": (None, None, "--assign likelihood", f"--fields attributes {CONTROLS}"),
+    "rated titles and a critic": ("--critic", "--history rated --max-history 60", "", f"--fields attributes {CONTROLS}"),
+    **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated --max-history 60", "", f"--fields attributes {CONTROLS}")
+       for n in (30, 15, 8)},
+    "user id too, K = 4,3": (None, None, "", f"--fields ids+attributes {CONTROLS}"),
+}
+STUDIES = {f"{data}-{name}": (data, rows) for data in DATA for name, rows in
+           (("ablations", ABLATIONS), ("codes", CODES), ("attributes", ATTRIBUTES), ("models", MODELS))}
 
 
 def stage(number, run, flags):
@@ -87,24 +101,30 @@ def run_study(name, data_dir):
                 shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
             stage(2, run, second.format(base=base) if "--lm" in second else f"{DATA[data][1]} {second}")
         stage(3, run, third)
-        stage(4, run, f"--ids userip {fourth}")
+        stage(4, run, fourth if "--ids" in fourth else f"--ids userip {fourth}")
     return runs
 
 
 def study_table(name, data_dir):
     """Markdown: a row a variant; differences are paired by seed with `none` and `random` of the base run."""
     runs = run_study(name, data_dir)
+    if STUDIES[name][1] is MODELS:
+        return results_table(runs["all models"])
     base = read(ROOT / "runs" / STUDIES[name][0], "results.json")
-    planted = base["summary"]["dcn"].get("planted")
+    planted = base["summary"]["dcn"].get("planted") if STUDIES[name][1] is not ATTRIBUTES else None
     truth = read(ROOT / "runs" / STUDIES[name][0], "quantize.json").get("nmi_truth") is not None
     lines = ["| variant | test AUC | AUC - none | AUC - random |" + " planted lift |" * bool(planted) + " perplexity |" + " NMI |" * truth
              + " NLL own / population / shuffled |", "|---" * (6 + bool(planted) + truth) + "|"]
     for row, run in runs.items():
         results, quantized, profiles = (read(run, f"{file}.json") for file in ("results", "quantize", "profiles"))
-        found = {entry["seed"]: entry["test_auc"] for entry in results["rows"]}
-        controls = [{entry["seed"]: entry["test_auc"] for entry in base["rows"] if entry["ids"] == ids} for ids in ("none", "random")]
+        found = {entry["seed"]: entry["test_auc"] for entry in results["rows"] if entry["ids"] == "userip"}
+        rows = results["rows"] if "random" in results["summary"]["dcn"] else base["rows"]
+        controls = [{entry["seed"]: entry["test_auc"] for entry in rows if entry["ids"] == ids} for ids in ("none", "random")]
         cells = [row, spread(list(found.values()))]
-        cells += [spread([value - control[seed] for seed, value in found.items()], True) for control in controls]
+        for control in controls:
+            differences = [value - control[seed] for seed, value in found.items()]
+            p = f", p {scipy.stats.ttest_1samp(differences, 0).pvalue:.2g}" if len(differences) > 1 and len(set(differences)) > 1 else ""
+            cells.append(spread(differences, True) + p)
         if planted:
             floor = base["summary"]["dcn"]["none"]["test_auc"]["mean"]
             cells.append(f"{(statistics.mean(found.values()) - floor) / (planted['test_auc']['mean'] - floor):.0%}")
@@ -113,7 +133,7 @@ def study_table(name, data_dir):
             cells.append(" / ".join(f"{value:.2f}" for value in quantized["nmi_truth"]))
         cells.append(" / ".join(f"{value:.4f}" for value in profiles["heldout_nll"].values()))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{base['fields']}`; run by `python docs/tables.py {name}`."])
+    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{results['fields']}`; run by `python docs/tables.py {name}`."])
 
 
 def spread(values, signed=False):
@@ -129,6 +149,13 @@ def figures(values, signed=False):
     return f"{values['mean']:{'+' if signed else ''}.4f} ± {values['sd']:.4f}"
 
 
+def difference(values):
+    """A paired difference: mean, sd over seeds, p of the paired t-test, bootstrap interval over the test rows."""
+    text = figures(values, True)
+    text += f", p {values['p']:.2g}" if values.get("p") is not None else ""
+    return text + (" [{:+.4f}, {:+.4f}]".format(*values["interval"]) if "interval" in values else "")
+
+
 def results_table(run):
     """Markdown: what stages 02 to 04 of one run found, with seeds and versions."""
     results, dataset = read(run, "results.json"), read(run, "dataset.json")
@@ -141,11 +168,16 @@ def results_table(run):
     for model, entries in results["summary"].items():
         for ids, entry in entries.items():
             cells = [model.upper(), ids, figures(entry["test_auc"]), figures(entry["test_logloss"])]
-            cells += [figures(entry[key], True) if key in entry else "" for key in ("auc_minus_none", "auc_minus_random")]
+            cells += [difference(entry[key]) if key in entry else "" for key in ("auc_minus_none", "auc_minus_random")]
             cells += [f"{entry['share_of_planted_lift']:.0%}"] if planted else []
             lines.append("| " + " | ".join(cells) + " |")
     lines.append(f"| constant | base rate | 0.5000 | {results['base_rate_logloss']:.4f} | | |" + (" |" if planted else ""))
     notes = []
+    best = results["improvements"]
+    if best and len(results["summary"]) > 1:
+        gains = [f"{model} {entries['userip']['auc']:+.2%} (random {entries['random']['auc']:+.2%})" for model, entries in best["relative"].items()
+                 if {"userip", "random"} <= entries.keys()]
+        notes.append(f"Eq. 10 against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: " + ", ".join(gains))
     if profiles and profiles["heldout_nll"]:
         notes.append("validation NLL per token " + ", ".join(f"{name} {value:.4f}" for name, value in profiles["heldout_nll"].items()))
     if quantized:
@@ -163,7 +195,7 @@ def results_table(run):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", default=["demo"], metavar="NAME",
-                        help=f"{', '.join(DATA)}, or one of these with -ablations or -codes; NAME=DIR takes a finished run")
+                        help=f"{', '.join(DATA)}, or one of these with -ablations, -codes, -attributes or -models; NAME=DIR takes a finished run")
     parser.add_argument("--data-dir", help="of the real data sets, for stage 01")
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md instead of printing them")
     args = parser.parse_args()
