@@ -13,7 +13,7 @@ SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_t
 
 
 def test_every_flag_it_names_exists():
-    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--write", "--help"}
+    foreign = {"--nproc-per-node", "--nnodes", "--user", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--write", "--help"}
     sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
     missing = [flag for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT)) - foreign if f'"{flag}"' not in sources]
     assert not missing
@@ -42,10 +42,46 @@ def test_the_commands_it_shows_run(inferred, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
 
 
-def test_tables_are_written_between_their_markers(inferred, tmp_path, monkeypatch, capsys):
+def load_tables():
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
+    return tables
+
+
+def test_every_study_uses_flags_of_its_stage():
+    tables = load_tables()
+    for data, rows in tables.STUDIES.values():
+        for flags in [(*tables.DATA[data], "", ""), *rows.values()]:
+            for number, text in enumerate(flags):
+                source = (ROOT / SCRIPTS[number]).read_text() + (ROOT / "common.py").read_text()
+                assert all(f'"{flag}"' in source for flag in re.findall(r"--[a-z-]+", text or "")), (number, text)
+
+
+def test_a_study_runs_what_is_missing_and_pairs_with_its_base(inferred, lm_folders, tmp_path, monkeypatch):
+    tables, flags = load_tables(), "--seeds 2 --epochs 2"
+    base = tmp_path / "runs" / "demo"
+    shutil.copytree(inferred, base)
+    ok(run_stage("04_train_ctr.py", "--run", base, *flags.split()))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    for name in (*SCRIPTS, "common.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    lm = str(lm_folders["gpt2"])
+    monkeypatch.setattr(tables, "STUDIES", {"demo-ablations": ("demo", {
+        "the default": (None, None, "", flags), "plain k-means": (None, None, "--quantizer kmeans", flags),
+        "causal": (None, f"--lm {lm} --steps 2 --mask causal", "", flags)})})
+    table = tables.study_table("demo-ablations", None)
+    study = tmp_path / "runs" / "demo-study"
+    assert json.loads((study / "causal" / "profiles.json").read_text())["mask"] == "causal"
+    assert json.loads((study / "plain-k-means" / "quantize.json").read_text())["quantizer"] == "kmeans"
+    means = {ids: json.loads((path / "results.json").read_text())["summary"]["dcn"][ids]["test_auc"]["mean"]
+             for ids, path in (("userip", study / "plain-k-means"), ("none", base))}
+    row = next(line for line in table.splitlines() if line.startswith("| plain k-means |"))
+    assert f"| {means['userip']:.4f} ±" in row and f"| {means['userip'] - means['none']:+.4f} ±" in row and "2 seeds" in table
+
+
+def test_tables_are_written_between_their_markers(inferred, tmp_path, monkeypatch, capsys):
+    tables = load_tables()
     run = tmp_path / "run"
     shutil.copytree(inferred, run)
     ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 2, "--epochs", 2))
