@@ -2,7 +2,7 @@
 
 Computes binary labels (rating > 3), removes users and items with few interactions until none is left, and makes the one
 random 8:1:1 split that every later stage obeys. Each item gets a title and, for each latent profile, the words that could
-name it (MovieLens: hobby = genre, background = era of the film).
+name it (MovieLens: genre and era of the film; Amazon, Yelp: brand or category and price level).
 
 Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json       facts, prompts and the fingerprint of the rest
@@ -12,15 +12,26 @@ Writes to --run (U users, I items, N interactions, M profiles):
 
 Run:
     python 01_prepare_data.py                                                            # the demo world, 1 s
-    python 01_prepare_data.py --dataset ml-100k --data-dir PATH --run runs/ml-100k       # MovieLens-100K, 2 s
+    python 01_prepare_data.py --dataset ml-100k --run runs/ml-100k                       # MovieLens-100K, downloaded
+    python 01_prepare_data.py --dataset amazon --data-dir PATH --run runs/games          # reviews and meta_*.json.gz of one category
+    python 01_prepare_data.py --dataset csv --ratings-file r.csv --items-file i.csv --user-col u --item-col i --rating-col stars
 """
 
+import array
+import ast
+import csv
+import gzip
 import hashlib
+import html
+import json
 import os
+import pickle
 import re
 import tempfile
+import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +40,8 @@ import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
 from tqdm import tqdm
 
-from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least, atomic, fingerprint, guarded,
-                    one_run_at_a_time, save_json, save_npy)
+from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded, one_run_at_a_time,
+                    save_json, save_npy)
 
 # ---------------------------------------------------------------- settings
 
@@ -44,8 +55,11 @@ TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
 PAPER_TABLE_1 = {"Clothing": (179_223, 38_764, 22_919), "Movies": (441_783, 7_506, 7_360), "Games": (19_927, 2_490, 8_912),
                  "Yelp": (1_293_247, 27_147, 20_266)}
-ML_100K_URL = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
-ML_100K_MD5 = "0e33842e24a9c977be4e0107933c0723"
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
+MAX_LINE = 2**20    # bytes; a longer line is no record
+MAX_SKIP = 2**26    # bytes skipped in search of that line's end, before the file is given up
+MAX_BAD = 0.01      # share of bad lines that is skipped and counted; more is an error
+MAX_TITLE = 200     # characters of a title that the LLM will read
 
 
 def parse_arguments():
@@ -58,8 +72,19 @@ def parse_arguments():
     parser.add_argument("--subsample-users", type=at_least(1), help="keep a random N users, for class-room sizes (default: all)")
     parser.add_argument("--critic", action="store_true", help="a third profile: harsh, balanced or generous; for 02 --history rated")
     parser.add_argument("--profile-words", help="words that stand in the prompt for the profiles' names, such as zorp,quell (ablation)")
+    parser.add_argument("--split-dir", type=Path, help="nete: folder with train.index, validation.index and test.index (default: our own split)")
     parser.add_argument("--signal", type=at_least(0, float), default=1.0,
                         help="demo: strength of the planted profiles; 0 is the negative control")
+    columns = parser.add_argument_group("csv: files of your own, comma- or tab-separated, one record a line, with a header line")
+    columns.add_argument("--ratings-file", type=Path, help="a row an interaction")
+    columns.add_argument("--items-file", type=Path, help="a row an item (default: the item columns are in the ratings file)")
+    for name, default in (("user", "user_id"), ("item", "item_id"), ("rating", "rating")):
+        columns.add_argument(f"--{name}-col", default=default, help=f"ratings file: column of the {name}")
+    columns.add_argument("--time-col", help="ratings file: column of a number that grows with time (default: the rows are in order)")
+    columns.add_argument("--item-id-col", help="items file: column of the item's id (default: as --item-col)")
+    for name in ("title", "hobby", "background"):
+        columns.add_argument(f"--{name}-col", help=f"column of the item's {name}" + (" (default: there is one profile)" * (name == "background")))
+    columns.add_argument("--value-sep", default="|", help="separates several values in a hobby or background cell")
     return parser.parse_args()
 
 
@@ -69,14 +94,45 @@ def parse_arguments():
 class Source:
     """A data set as its files hold it. Rows are in source order; times may be None."""
 
-    users: np.ndarray    # (N,) raw ids
-    items: np.ndarray    # (N,) raw ids
-    ratings: np.ndarray  # (N,) float
+    user_ids: list       # raw id of each user index
+    item_ids: list       # raw id of each item index
+    users: np.ndarray    # int32 (N,) user index
+    items: np.ndarray    # int32 (N,) item index
+    ratings: np.ndarray  # float32 (N,)
     times: np.ndarray | None
     titles: dict         # raw item id -> title
     attributes: dict     # raw item id -> {profile name: [values]}
     profiles: list = field(default_factory=lambda: [HOBBY, BACKGROUND])
     truth: dict | None = None  # demo: raw user id -> planted value index of each profile
+    split: np.ndarray | None = None  # (N,) the source's own split, -1 where a row is in none
+
+
+class Ratings:
+    """Collects rows in compact arrays: 20 bytes each, beside one copy of every raw id."""
+
+    def __init__(self):
+        self.user_index, self.item_index = {}, {}
+        self.users, self.items, self.ratings, self.times = array.array("i"), array.array("i"), array.array("f"), array.array("q")
+
+    def add(self, user, item, rating, time=0):
+        self.users.append(self.user_index.setdefault(user, len(self.user_index)))
+        self.items.append(self.item_index.setdefault(item, len(self.item_index)))
+        self.ratings.append(rating)
+        self.times.append(time)
+
+    def source(self, titles, attributes, profiles, split=None):
+        """Source without repeated user-item pairs: of each, the last row in time stays."""
+        users, items = np.array(self.users, dtype=np.int32), np.array(self.items, dtype=np.int32)
+        ratings, times = np.array(self.ratings, dtype=np.float32), np.array(self.times, dtype=np.int64)
+        pairs = users.astype(np.int64) * max(1, len(self.item_index)) + items
+        order = np.lexsort((times, pairs))  # stable: rows of the same time stay in source order
+        last = np.ones(len(order), dtype=bool)
+        last[:-1] = pairs[order][1:] != pairs[order][:-1]
+        kept = np.sort(order[last])
+        if len(kept) < len(pairs):
+            print(f"{len(pairs) - len(kept):,d} repeated user-item pairs: the last rating of each stays")
+        return Source(list(self.user_index), list(self.item_index), users[kept], items[kept], ratings[kept],
+                      times[kept] if times.any() else None, titles, attributes, profiles, split=None if split is None else split[kept])
 
 
 DEMO_HOBBIES = {
@@ -132,7 +188,7 @@ def load_demo(args):
     ratings = np.where(liked[users, items], rng.integers(4, 6, len(users)), rng.integers(1, 4, len(users)))
     raw_users, raw_items = [f"u{user:04d}" for user in range(n_users)], [f"i{item:03d}" for item in range(n_items)]
     return Source(
-        users=np.array(raw_users)[users], items=np.array(raw_items)[items], ratings=ratings.astype(float), times=None,
+        raw_users, raw_items, users.astype(np.int32), items.astype(np.int32), ratings.astype(np.float32), times=None,
         titles=dict(zip(raw_items, titles)),
         attributes={raw: {"hobby": [hobbies[kind // 3]], "background": [backgrounds[kind % 3]]} for raw, kind in zip(raw_items, kinds)},
         truth={raw: row for raw, row in zip(raw_users, truth)})
@@ -140,36 +196,267 @@ def load_demo(args):
 
 def load_ml_100k(args):
     """MovieLens-100K: u.data (user, item, rating, time) and u.item (ISO-8859-1; title with year, 19 genre flags)."""
-    folder = args.data_dir or download_ml_100k(Path("data"))
-    genres = [line.rsplit("|", 1)[0].lower() for line in read_lines(folder / "u.genre", "latin-1") if "|" in line]
-    titles, attributes = {}, {}
-    for number, line in enumerate(read_lines(folder / "u.item", "latin-1"), 1):
-        cells = line.split("|")
-        if len(cells) != 5 + len(genres):
-            raise UserError(f"{len(cells)} cells instead of {5 + len(genres)}", f"{folder / 'u.item'} line {number}",
-                            "use the files as published")
-        title, year = clean_title(cells[1])
-        titles[cells[0]] = title
-        attributes[cells[0]] = {"hobby": [genre for genre, flag in zip(genres, cells[5:]) if flag == "1" and genre != "unknown"],
-                                "background": [era_of(year)] if year else []}
-    rows = [line.split("\t") for line in read_lines(folder / "u.data", "latin-1")]
+    folder = args.data_dir or download("ml-100k", "u.data", md5="0e33842e24a9c977be4e0107933c0723")
+    genres = [line.rsplit("|", 1)[0].lower() for line in records(folder / "u.genre", str, "latin-1") if "|" in line]
+    titles, attributes, ratings = {}, {}, Ratings()
+
+    for cells in records(folder / "u.item", lambda line: cells_of(line.rstrip("\r\n").split("|"), 5 + len(genres)), "latin-1"):
+        add_movie(cells[0], cells[1], [genre for genre, flag in zip(genres, cells[5:]) if flag == "1"], titles, attributes)
+    for row in records(folder / "u.data", lambda line: parse_rating(*cells_of(line.split("\t"), 4)), "latin-1"):
+        ratings.add(*row)
+    return ratings.source(titles, attributes, [HOBBY, ERA])
+
+
+def load_ml_1m(args):
+    """MovieLens-1M (ratings.dat, movies.dat, '::' between the cells) or any MovieLens folder with ratings.csv and movies.csv."""
+    folder = args.data_dir or download("ml-1m", "ratings.dat")
+    titles, attributes, ratings = {}, {}, Ratings()
+    if (folder / "ratings.csv").exists():
+        movies = table(folder / "movies.csv", ["movieId", "title", "genres"])
+        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], lambda cells: parse_rating(*cells, low=0.5))
+    else:
+        movies = records(folder / "movies.dat", lambda line: cells_of(line.rstrip("\r\n").split("::"), 3), "latin-1")
+        rows = records(folder / "ratings.dat", lambda line: parse_rating(*cells_of(line.split("::"), 4)), "latin-1")
+    for raw, title, genres in movies:
+        add_movie(raw, title, genres.lower().split("|"), titles, attributes)
+    for row in rows:
+        ratings.add(*row)
+    return ratings.source(titles, attributes, [HOBBY, ERA])
+
+
+def add_movie(raw, title, genres, titles, attributes):
+    titles[raw], year = clean_title(clean_text(title))
+    attributes[raw] = {"hobby": [genre for genre in genres if genre not in ("unknown", "(no genres listed)", "")],
+                       "background": [era_of(year)] if year else []}
+
+
+def load_amazon(args):
+    """Amazon reviews of one category (.json or .json.gz, an object a line) and meta_*.json(.gz) in either dialect; 2014, 2018 and 2023 fields."""
+    files = [path for path in listing(args, "amazon", "a reviews file and meta_*.json.gz of one category from https://amazon-reviews-2023.github.io")
+             if re.search(r"\.(json|jsonl)(\.gz)?$", path.name)]
+    reviews, meta = [path for path in files if not path.name.startswith("meta_")], [path for path in files if path.name.startswith("meta_")]
+    if len(reviews) != 1 or len(meta) != 1:
+        raise UserError(f"{len(reviews)} reviews files and {len(meta)} meta_ files instead of one each", args.data_dir,
+                        "keep one category in a folder: NAME.json.gz and meta_NAME.json.gz")
+    ratings = Ratings()
+
+    def parse(line):
+        record = json.loads(line)
+        user, rating = record.get("reviewerID") or record.get("user_id"), record.get("overall", record.get("rating"))
+        return parse_rating(user, record.get("parent_asin") or record["asin"], rating, record.get("unixReviewTime", record.get("timestamp", 0)))
+
+    for row in records(reviews[0], parse):
+        ratings.add(*row)
+    known = ratings.item_index
+    facts = {record["id"]: record for record in records(meta[0], parse_product) if record["id"] in known}
+    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
+
+
+def load_yelp(args):
+    """The academic JSON lines: *review.json and *business.json; hobby = categories, background = RestaurantsPriceRange2."""
+    files = listing(args, "yelp", "yelp_academic_dataset_review.json and yelp_academic_dataset_business.json from https://www.yelp.com/dataset")
+    found = {name: [path for path in files if re.search(rf"{name}\.json(\.gz)?$", path.name)] for name in ("review", "business")}
+    for name, paths in found.items():
+        if len(paths) != 1:
+            raise UserError(f"{len(paths)} files end in {name}.json instead of one", args.data_dir, "use the files as published")
+    ratings = Ratings()
+
+    def parse(line):
+        record = json.loads(line)
+        return parse_rating(record["user_id"], record["business_id"], record["stars"], re.sub(r"\D", "", str(record.get("date", "")))[:14] or 0)
+
+    for row in records(found["review"][0], parse):
+        ratings.add(*row)
+    facts = {record["id"]: record for record in records(found["business"][0], parse_product) if record["id"] in ratings.item_index}
+    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
+
+
+def load_nete(args):
+    """The NETE / PEPLER release: reviews.pickle (untrusted: only plain data is built), item.json, and with --split-dir its own split."""
+    listing(args, "nete", "reviews.pickle and item.json from https://github.com/lileipisces/NETE")
+    path, ratings = args.data_dir / "reviews.pickle", Ratings()
     try:
-        users, items, ratings, times = zip(*rows)
-        return Source(np.array(users), np.array(items), np.array(ratings, dtype=float), np.array(times, dtype=np.int64), titles,
-                      attributes, [HOBBY, ERA])
-    except ValueError as error:
-        raise UserError(f"not four tab-separated numbers a line: {error}", folder / "u.data", "use the files as published") from None
+        with open(path, "rb") as file:
+            reviews = PlainUnpickler(file).load()
+    except Exception as error:  # a broken pickle fails in as many ways as there are opcodes
+        raise UserError(f"reviews.pickle cannot be read: {error}", args.data_dir, "use the file as published") from None
+    if not isinstance(reviews, list):
+        raise UserError(f"reviews.pickle holds a {type(reviews).__name__} instead of a list", args.data_dir, "use the file as published")
+    bad, rows = Bad(path), []
+    for number, review in enumerate(reviews, 1):
+        row = bad.attempt(lambda review: parse_rating(review["user"], review["item"], review["rating"]), review, number)
+        rows.append(number - 1 if row else None)
+        if row:
+            ratings.add(*row)
+    bad.judge(len(reviews))
+    item_file = args.data_dir / "item.json"
+    facts = {record["id"]: record for record in json_objects(item_file) if record["id"] in ratings.item_index}
+    split = None
+    if args.split_dir:
+        split, place = np.full(len(ratings.users), -1, dtype=np.int32), {row: at for at, row in enumerate(row for row in rows if row is not None)}
+        for part, name in ((TRAIN, "train"), (VALIDATION, "validation"), (TEST, "test")):
+            try:
+                indices = [int(text) for text in (args.split_dir / f"{name}.index").read_text(encoding="ascii").split()]
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {name}.index: {error}", args.split_dir, "give one of the release's split folders, such as 1") from None
+            if indices and not 0 <= min(indices) <= max(indices) < len(reviews):
+                raise UserError(f"{name}.index names a review beyond the {len(reviews)} of reviews.pickle", args.split_dir,
+                                "use files of one release")
+            split[[place[index] for index in indices if index in place]] = part
+    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND], split)
 
 
-LOADERS = {"demo": load_demo, "ml-100k": load_ml_100k}
+def load_csv(args):
+    """Any ratings file with an optional items file; columns by flags."""
+    if args.ratings_file is None:
+        raise UserError("no ratings file is given", "--dataset csv", "name it with --ratings-file")
+    ratings, titles, attributes = Ratings(), {}, {}
+    columns = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
+    for row in table(args.ratings_file, columns, lambda cells: parse_rating(*cells, low=-np.inf, high=np.inf)):
+        ratings.add(*row)
+    columns = {name: getattr(args, f"{name}_col") for name in ("title", "hobby", "background") if getattr(args, f"{name}_col")}
+    id_column = args.item_id_col or args.item_col if args.items_file else args.item_col
+    if columns:
+        for raw, *cells in table(args.items_file or args.ratings_file, [id_column, *columns.values()], lambda cells: [raw_id(cells[0]), *cells[1:]]):
+            if raw in ratings.item_index:
+                found = dict(zip(columns, map(clean_text, cells)))
+                titles[raw] = found.pop("title", None)
+                attributes[raw] = {name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
+                                   for name, text in found.items()}
+    return ratings.source(titles, attributes, [HOBBY] + [BACKGROUND] * bool(args.background_col))
 
 
-def read_lines(path, encoding):
-    """Non-empty lines of a text file; UserError when it is missing or unreadable."""
+LOADERS = {"demo": load_demo, "ml-100k": load_ml_100k, "ml-1m": load_ml_1m, "amazon": load_amazon, "nete": load_nete, "yelp": load_yelp,
+           "csv": load_csv}
+
+
+# ---------------------------------------------------------------- reading files that may be broken
+
+class Bad:
+    """Bad lines of one file: skipped and counted while they are few, the first one shown; more than MAX_BAD of all is an error."""
+
+    def __init__(self, path):
+        self.path, self.count, self.first = path, 0, None
+
+    def attempt(self, parse, value, number):
+        """parse(value), or None after noting why it failed."""
+        try:
+            return parse(value)
+        except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, OverflowError, csv.Error) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0][:120] or type(error).__name__
+            self.note(number, why)
+            return None
+
+    def note(self, number, why):
+        self.count += 1
+        self.first = self.first or f"line {number}: {why}"
+
+    def judge(self, total):
+        """Raise UserError when too many of `total` lines were bad, else say how many were skipped."""
+        if self.count > MAX_BAD * total:
+            raise UserError(f"{self.count:,d} of {total:,d} lines are not what they should be, the first is {self.first}", self.path,
+                            "check --dataset, the column flags and the file")
+        if self.count:
+            print(f"{self.path.name}: skipped {self.count:,d} bad of {total:,d} lines, the first is {self.first}")
+
+
+def records(path, parse, encoding="utf-8", skip_first=False):
+    """parse(line) of every non-empty line of a text file or .gz, in one pass; bad lines are skipped as Bad says.
+
+    Raises UserError when the file is missing, cut short, no text, or too many of its lines are bad.
+    """
+    bad, number, total = Bad(path), 0, 0
     try:
-        return [line for line in path.read_text(encoding=encoding).split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path.name}: {error}", path.parent, "give the folder that holds it with --data-dir") from None
+        with open(path, "rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, mininterval=1) as bar:
+            file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+            while line := file.readline(MAX_LINE):
+                number += 1
+                if number % 4096 == 0:
+                    bar.update(raw.tell() - bar.n)
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    skip_line(file, path, number)
+                    line, too_long = b"", True
+                else:
+                    too_long = False
+                if too_long:
+                    total += 1
+                    bad.note(number, f"longer than {MAX_LINE:,d} bytes")
+                elif line.strip() and not (skip_first and number == 1):
+                    total += 1
+                    record = bad.attempt(lambda line: parse(line.decode(encoding)), line, number)
+                    if record is not None:
+                        yield record
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
+                        "fetch the file again, or give the folder that holds it with --data-dir") from None
+    bad.judge(total)
+
+
+def skip_line(file, path, number):
+    """Read on to the end of a line that is too long, but not for ever."""
+    skipped = 0
+    while rest := file.readline(MAX_LINE):
+        skipped += len(rest)
+        if rest.endswith(b"\n"):
+            return
+        if skipped > MAX_SKIP:
+            raise UserError(f"line {number} has no end within {MAX_SKIP:,d} bytes", path, "this is no file of one record a line")
+
+
+def table(path, columns, parse=list):
+    """parse([cells of the named columns]) of every row of a comma- or tab-separated file with a header line."""
+    try:
+        with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
+            header = file.readline(MAX_LINE).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
+                        "give a text file with a header line") from None
+    separator = "\t" if "\t" in header else ","
+    names = next(csv.reader([header.rstrip("\r\n")], delimiter=separator), [])
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path, "name the columns with the --...-col flags")
+    places = [names.index(column) for column in columns]
+
+    def cells(line):
+        row = next(csv.reader([line.rstrip("\r\n")], delimiter=separator, strict=True))
+        return parse([row[place] for place in places])
+
+    return records(path, cells, skip_first=True)
+
+
+def cells_of(cells, count):
+    if len(cells) != count:
+        raise ValueError(f"{len(cells)} cells instead of {count}")
+    return cells
+
+
+def raw_id(value):
+    """An id as text. Raises ValueError for what cannot be one."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise ValueError(f"{value!r:.40} is no id")
+    text = str(value).strip()
+    if not text or len(text) > 200 or not text.isprintable():
+        raise ValueError(f"{text!r:.40} is no id")
+    return text
+
+
+def parse_rating(user, item, rating, time=0, low=1.0, high=5.0):
+    """(user, item, rating, time) of the right types. Raises ValueError for a rating that is no number within the bounds."""
+    number = float(rating)
+    if not low <= number <= high or not np.isfinite(number):
+        raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
+    when = int(float(time or 0))
+    if abs(when) >= 2**63:
+        raise ValueError(f"time {time!r:.20} is no time stamp")
+    return raw_id(user), raw_id(item), number, when
+
+
+def clean_text(text):
+    """One line of plain text: entities and markup resolved, control characters gone, at most MAX_TITLE characters."""
+    text = re.sub(r"<[^<>]{0,200}>", " ", html.unescape(str(text)[:20 * MAX_TITLE]))
+    text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
+    return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
 
 
 def clean_title(text):
@@ -182,46 +469,162 @@ def clean_title(text):
 
 def era_of(year):
     """The decade as one word, so that it can stand in the profile's slot."""
-    words = {1930: "thirties", 1940: "forties", 1950: "fifties", 1960: "sixties", 1970: "seventies", 1980: "eighties", 1990: "nineties"}
+    words = {1930: "thirties", 1940: "forties", 1950: "fifties", 1960: "sixties", 1970: "seventies", 1980: "eighties", 1990: "nineties",
+             2000: "noughties", 2010: "twenty-tens", 2020: "twenty-twenties"}
     return words.get(year // 10 * 10, "twenties")
 
 
-def download_ml_100k(folder):
-    """Fetch and unpack ml-100k.zip into folder/ml-100k unless it is there; checks the published MD5."""
-    target = folder / "ml-100k"
-    if (target / "u.data").exists():
-        return target
-    archive = folder / "ml-100k.zip"
-    print(f"downloading {ML_100K_URL} (5 MB) to {archive}")
+# ---------------------------------------------------------------- products: Amazon, Yelp, NETE
+
+YELP_PRICES = {"1": "cheap", "2": "moderate", "3": "expensive", "4": "luxurious"}
+
+
+def parse_product(line):
+    """Facts of a product line: strict JSON, or the Python literals of Amazon's 2014 files, which are read without being run."""
     try:
-        with atomic(archive) as temporary, urllib.request.urlopen(ML_100K_URL, timeout=30) as reply, open(temporary, "wb") as file:
-            with tqdm(total=int(reply.headers.get("Content-Length", 0)), unit="B", unit_scale=True) as bar:
-                while chunk := reply.read(1 << 16):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            if hashlib.md5(temporary.read_bytes()).hexdigest() != ML_100K_MD5:
-                raise UserError("the download's checksum is wrong", ML_100K_URL, "try again, or place the files by hand (--data-dir)")
-        with zipfile.ZipFile(archive) as zipped, tempfile.TemporaryDirectory(dir=folder) as aside:
+        record = json.loads(line)
+    except ValueError:
+        record = ast.literal_eval(line.strip())
+    return product_facts(record)
+
+
+def product_facts(record):
+    """{id, title, brand, categories, price, level} from an Amazon, Yelp or NETE record; what is missing is None or empty."""
+    raw = next((record[key] for key in ("parent_asin", "asin", "business_id", "item", "id") if record.get(key)), None)
+    found = record.get("categories") or record.get("category") or []
+    if isinstance(found, list) and found and isinstance(found[0], list):  # 2014: paths, each from the root to a leaf
+        found = found[0]
+    if isinstance(found, str):  # Yelp: one line, all of the same rank
+        categories = [clean_text(part).lower() for part in found.split(",")]
+    else:
+        categories = [clean_text(found[-1]).lower()] if found else []
+    details = record.get("attributes")
+    level = re.sub(r"\D", "", str(details.get("RestaurantsPriceRange2", ""))) if isinstance(details, dict) else ""
+    price = re.search(r"\d[\d,]*\.?\d*", str(record.get("price") or ""))
+    return {"id": raw_id(raw), "title": clean_text(record.get("title") or record.get("name") or ""),
+            "brand": clean_text(record.get("brand") or record.get("store") or "").lower(), "categories": [name for name in categories if name][:3],
+            "price": float(price[0].replace(",", "")) if price else None, "level": YELP_PRICES.get(level)}
+
+
+def json_objects(path):
+    """Facts of the products in a JSON array, a JSON object of them, or JSON lines."""
+    try:
+        start = path.read_bytes()[:1]
+        if start == b"[":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            bad = Bad(path)
+            found = [bad.attempt(product_facts, record, number) for number, record in enumerate(content, 1)]
+            bad.judge(len(content))
+            return [record for record in found if record]
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path.name}: {error}", path.parent, "use the file as published") from None
+    return records(path, parse_product)
+
+
+def describe_products(facts):
+    """(titles, attributes): hobby = brand, else category; background = price level within the category, a missing price its own level."""
+    prices = {}
+    for record in facts.values():
+        if record["price"] is not None:
+            prices.setdefault(record["categories"][-1] if record["categories"] else "", []).append(record["price"])
+    overall = [price for values in prices.values() for price in values]
+    bounds = {name: np.quantile(values if len(values) >= 9 else overall, (1 / 3, 2 / 3)) for name, values in prices.items()}
+    titles, attributes = {}, {}
+    for raw, record in facts.items():
+        category = record["categories"][-1] if record["categories"] else ""
+        level = record["level"] or "unpriced"
+        if record["price"] is not None and not record["level"]:
+            level = ("budget", "midrange", "premium")[int((record["price"] > bounds[category]).sum())]
+        titles[raw] = record["title"]
+        attributes[raw] = {"hobby": [record["brand"]] if record["brand"] else record["categories"], "background": [level]}
+    return titles, attributes
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Builds lists, dicts, tuples, sets, strings, bytes and numbers; a pickle that names any class or function is refused, not run."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not plain data")
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to outside data")
+
+
+# ---------------------------------------------------------------- finding and fetching files
+
+def listing(args, name, what):
+    """The files of --data-dir; UserError that says where a data set that may not be passed on is to be had."""
+    if args.data_dir is None or not args.data_dir.is_dir():
+        raise UserError(f"{name} has to be fetched by hand: {what}", args.data_dir or "--data-dir", "give their folder with --data-dir")
+    return sorted(path for path in args.data_dir.iterdir() if path.is_file())
+
+
+def download(name, needed, md5=None):
+    """Folder data/<name> with GroupLens' archive unpacked, fetched unless it is there. A broken download goes on where it stopped.
+
+    md5: of the archive; by default the one published beside it is fetched.
+    """
+    url, folder = GROUPLENS + f"{name}.zip", Path("data")
+    target, part = folder / name, folder / f"{name}.zip.part"
+    if (target / needed).exists():
+        return target
+    by_hand = f"unpack it by hand and give the folder with {needed} as --data-dir"
+    print(f"downloading {url} to {target}")
+    try:
+        if md5 is None:
+            with urllib.request.urlopen(url + ".md5", timeout=30) as reply:
+                md5 = re.search(r"\b[0-9a-f]{32}\b", reply.read(1000).decode("ascii", "replace"))[0]
+        folder.mkdir(exist_ok=True)
+        fetch(url, part)
+        if hashlib.md5(part.read_bytes()).hexdigest() != md5:
+            part.unlink()
+            raise UserError("the download's checksum is wrong", url, f"try again, or {by_hand}")
+        with zipfile.ZipFile(part) as zipped, tempfile.TemporaryDirectory(dir=folder) as aside:
             zipped.extractall(aside)
-            os.replace(Path(aside) / "ml-100k", target)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot download ml-100k: {getattr(error, 'reason', error)}", ML_100K_URL,
-                        "unpack it by hand and give the folder with u.data and u.item as --data-dir") from None
+            os.replace(Path(aside) / name, target)
+        part.unlink()
+    except (OSError, zipfile.BadZipFile, TypeError) as error:
+        with_reason = getattr(error, "reason", None) or error
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise UserError(f"cannot download {name}: {with_reason}", url, by_hand) from None
     return target
 
+
+def fetch(url, part):
+    """Download into the file `part`, going on behind the bytes that are there; a reply cut short is an OSError."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        reply = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: nothing is left to send
+            raise
+        return
+    with reply, open(part, "ab" if reply.status == 206 else "wb") as file:
+        left = int(reply.headers.get("Content-Length", 0))
+        with tqdm(total=left, unit="B", unit_scale=True) as bar:
+            while chunk := reply.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))
+        if bar.n < left:
+            raise OSError(f"the connection broke after {bar.n:,d} of {left:,d} bytes; the same command goes on from there")
+
+
+# ---------------------------------------------------------------- filter, split
 
 def thin_out(source, args):
     """Indices of the rows kept: --subsample-users, --max-per-user at random, then users and items below --min-interactions out,
     until none is left."""
-    kept = np.arange(len(source.users))
-    users, items = np.unique(source.users, return_inverse=True)[1], np.unique(source.items, return_inverse=True)[1]
+    users, items = source.users, source.items
+    kept = np.arange(len(users)) if source.split is None else np.flatnonzero(source.split >= 0)
     if args.max_per_user:
-        shuffled = np.random.default_rng((args.seed, 2)).permutation(len(kept))
+        shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
         order = shuffled[np.argsort(users[shuffled], kind="stable")]  # a random order within each user
         first = np.searchsorted(users[order], users[order])           # where the user's rows begin
         kept = np.sort(order[np.arange(len(order)) - first < args.max_per_user])
     if args.subsample_users:
-        chosen = np.random.default_rng((args.seed, 3)).permutation(users.max() + 1)[:args.subsample_users]
+        chosen = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))[:args.subsample_users]
         kept = kept[np.isin(users[kept], chosen)]
     while len(kept):
         enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
@@ -232,9 +635,17 @@ def thin_out(source, args):
     return kept
 
 
-def in_order(raw_ids):
-    """Distinct ids, numbers by value and everything else alphabetically."""
-    return sorted(set(raw_ids.tolist()), key=lambda raw: (0, int(raw), "") if raw.isdecimal() else (1, 0, raw))
+def in_order(indices, raw_ids):
+    """(raw ids that occur, numbers by value and everything else alphabetically; array that turns an old index into a new one)."""
+    found = np.unique(indices)
+    order = sorted(found.tolist(), key=lambda index: (0, int(raw_ids[index]), "") if is_number(raw_ids[index]) else (1, 0, raw_ids[index]))
+    renumber = np.zeros(len(raw_ids), dtype=np.int32)
+    renumber[order] = np.arange(len(order))
+    return [raw_ids[index] for index in order], renumber
+
+
+def is_number(text):
+    return text.isascii() and text.isdecimal() and len(text) < 19
 
 
 def choose_profiles(source, args):
@@ -254,23 +665,31 @@ def build(source, args):
     if len(kept) < 10:
         raise UserError(f"{len(kept)} interactions are left after filtering", f"--min-interactions {args.min_interactions}",
                         "lower it, or give more data")
-    raw_users, raw_items = source.users[kept], source.items[kept]
-    users, items = in_order(raw_users), in_order(raw_items)
-    user_index, item_index = {raw: i for i, raw in enumerate(users)}, {raw: i for i, raw in enumerate(items)}
+    (users, new_user), (items, new_item) = in_order(source.users[kept], source.user_ids), in_order(source.items[kept], source.item_ids)
 
     n = len(kept)
     split = np.empty(n, dtype=np.int32)
     order = np.random.default_rng(args.seed).permutation(n)  # Paper: 8:1:1, at random
     split[order[:int(n * 0.8)]], split[order[int(n * 0.8):int(n * 0.9)]], split[order[int(n * 0.9):]] = TRAIN, VALIDATION, TEST
-    labels = source.ratings[kept] > args.positive_above
-    interactions = np.stack([[user_index[raw] for raw in raw_users], [item_index[raw] for raw in raw_items], labels, split],
+    if source.split is not None:
+        split = source.split[kept]
+    interactions = np.stack([new_user[source.users[kept]], new_item[source.items[kept]], source.ratings[kept] > args.positive_above, split],
                             axis=1).astype(np.int32)
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
-    records = [{"id": raw, "title": source.titles.get(raw, raw), "attributes": source.attributes.get(raw, {})} for raw in items]
+    records = [describe(raw, source) for raw in items]
+    untitled = sum(not source.titles.get(raw) for raw in items)
+    if untitled:
+        print(f"{untitled:,d} of {len(items):,d} items have no title: their brand, category or id stands in")
     dataset = Dataset(interactions, users, records, choose_profiles(source, args), TASK_PROMPT, args.dataset)
     truth = None if source.truth is None else np.array([source.truth[raw] for raw in users], dtype=np.int16)
     return dataset, truth
+
+
+def describe(raw, source):
+    """An entry of items.json; an item without a title is called by its brand or category, else by its id."""
+    attributes = source.attributes.get(raw, {})
+    return {"id": raw, "title": source.titles.get(raw) or next(iter(attributes.get("hobby", [])), raw), "attributes": attributes}
 
 
 # ---------------------------------------------------------------- evaluate
@@ -292,16 +711,33 @@ def majority_vote_nmi(dataset, truth):
 
 
 def report(dataset, facts, truth):
-    """Table 1 for this data set beside the paper's, and an example of what the LLM will read."""
+    """Table 1 for this data set beside the paper's, what is in it, and what the LLM will read of three users."""
     print(f"\n{'Table 1':14s}{'interactions':>14s}{'users':>10s}{'items':>10s}{'sparsity':>10s}")
     rows = {f"here: {dataset.name}": (facts["n_interactions"], facts["n_users"], facts["n_items"])}
     rows.update({f"paper: {name}": counts for name, counts in PAPER_TABLE_1.items()})
     for name, (n, users, items) in rows.items():
         print(f"{name:14s}{n:14,d}{users:10,d}{items:10,d}{100 * (1 - n / users / items):9.2f}%")
+    if dataset.name in ("amazon", "nete", "yelp"):
+        print("the paper does not say which release and category dump, which duplicates and which order of filters it used; counts differ by these")
+    users = facts["n_users"]
     print(f"positive rate {facts['positive_rate']:.3f}; rows train/validation/test "
           + "/".join(str(len(dataset.rows(split))) for split in (TRAIN, VALIDATION, TEST)))
-    for item in dataset.items[:2]:
-        print(f"item {item['id']}: {item['title']!r} {item['attributes']}")
+    lengths = np.bincount(dataset.rows(TRAIN)[:, 0], minlength=users)
+    bounds = [0, 1, 2, 4, 8, 16, 32, 64, 128, 10**9]
+    ranges = [f"{low}" if high == low + 1 else f"{low}+" if high == bounds[-1] else f"{low}-{high - 1}" for low, high in zip(bounds, bounds[1:])]
+    print("users by training rows: " + ", ".join(f"{name}: {count:,d}" for name, count in zip(ranges, np.histogram(lengths, bounds)[0]) if count))
+    for profile in dataset.profiles:
+        counted = Counter(value for item in dataset.items for value in item["attributes"].get(profile["name"], []))
+        if counted:
+            top = ", ".join(f"{value} {count:,d}" for value, count in counted.most_common(6))
+            print(f"items by {profile['name']} ({len(counted):,d} values): {top}")
+    texts = [[] for _ in dataset.users]
+    for user, item, label in dataset.rows(TRAIN).tolist():
+        if label:
+            texts[user].append(f" {dataset.items[item]['title']};")
+    prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1)) + dataset.task_prompt
+    for user in [user for user, lines in enumerate(texts) if lines][:3]:
+        print(f"prompt of user {dataset.users[user]}: {prompt}{''.join(texts[user][-6:])}".replace("\n", " "))
     if truth is not None:
         print("majority vote over liked true attributes, NMI with the planted profile: "
               + ", ".join(f"{p['name']} {nmi:.2f}" for p, nmi in zip(dataset.profiles, majority_vote_nmi(dataset, truth))))
@@ -333,8 +769,12 @@ def save(run, dataset, truth, args):
 
 def main():
     args = parse_arguments()
-    announce("01 prepare data", args, "nothing, the demo is made here" if args.dataset == "demo" else args.data_dir or "data/" + args.dataset)
-    dataset, truth = build(LOADERS[args.dataset](args), args)
+    announce("01 prepare data", args, {"demo": "nothing, the demo is made here", "csv": args.ratings_file}.get(
+        args.dataset, args.data_dir or f"data/{args.dataset}"))
+    source = LOADERS[args.dataset](args)
+    values, counts = np.unique(source.ratings, return_counts=True)
+    print("ratings in the source: " + ", ".join(f"{value:g}: {count:,d}" for value, count in list(zip(values, counts))[:12]))
+    dataset, truth = build(source, args)
     with one_run_at_a_time(args.run):
         facts = save(args.run, dataset, truth, args)
     report(dataset, facts, truth)

@@ -21,6 +21,7 @@ Run:
 
 import contextlib
 import json
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most this much shorter t
 HELDOUT_USERS = 20_000  # a sample this large fixes the held-out NLL to far less than the differences of interest
 SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest next words after x^m
 ACTIVATIONS = 40   # numbers a layer keeps per token for the backward pass, in units of its width
-RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "tiny_sentences", "block_size", "seed")
+RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "history_sample", "tiny_sentences", "block_size", "seed")
 LOSS_SCALE = {torch.float16: 1024.0}  # keeps fp16 gradients above underflow; theta and its optimiser are fp32 always
 
 
@@ -62,7 +63,9 @@ def parse_arguments():
     parser.add_argument("--mask", choices=("strict", "causal"), default="strict", help="strict: Fig. 4; causal: profiles see earlier profiles too")
     parser.add_argument("--history", choices=("liked", "all", "rated"), default="liked",
                         help="which training rows y holds; rated marks each title + or -")
-    parser.add_argument("--max-history", type=at_least(1), default=20, help="most recent titles of a user")
+    parser.add_argument("--max-history", type=at_least(1), default=20, help="most titles of a user")
+    parser.add_argument("--history-sample", choices=("recent", "long-short"), default="recent",
+                        help="of a longer history: its end; or 60%% of its end, 30%% of its newer and 10%% of its older half before that")
     parser.add_argument("--block-size", type=lambda text: None if text == "auto" else at_least(1)(text), default="auto",
                         help="most users solved at once; auto: by a budget of tokens that suits the CPU's cache or the GPU's free memory")
     parser.add_argument("--logit-chunk", type=at_least(1), default=4096, help="target tokens with vocabulary logits at once")
@@ -155,14 +158,29 @@ def print_mask(segments, tokenizer, visible):
 
 # ---------------------------------------------------------------- data: the histories
 
-def history_texts(dataset, split, kind, limit):
-    """Per user: texts of the rows of one split, oldest first, at most `limit` most recent; ' A Title;' or, rated, ' A Title +;'."""
+def history_texts(dataset, split, settings):
+    """Per user: texts of the rows of one split, oldest first; ' A Title;' or, rated, ' A Title +;'.
+
+    settings: history (which rows), max_history (how many), history_sample (which of a longer history).
+    """
     texts = [[] for _ in dataset.users]
     for user, item, label in dataset.rows(split).tolist():
-        if label or kind != "liked":
-            mark = (" +" if label else " -") if kind == "rated" else ""
+        if label or settings.history != "liked":
+            mark = (" +" if label else " -") if settings.history == "rated" else ""
             texts[user].append(f" {dataset.items[item]['title']}{mark};")
-    return [lines[-limit:] for lines in texts]
+    return [[lines[at] for at in sample_history(len(lines), settings.max_history, settings.history_sample)] for lines in texts]
+
+
+def sample_history(length, limit, kind):
+    """Which places of a history of `length` titles to keep, in order: its end, or 60% recent, 30% medium and 10% long-term."""
+    if kind == "recent" or length <= limit:
+        return list(range(max(0, length - limit), length))
+    recent = math.ceil(0.6 * limit)
+    medium = min(round(0.3 * limit), limit - recent)
+    older, before = limit - recent - medium, length - recent
+    middle = min(max(before // 2, older), before - medium)  # the halves of what came before, as long as each can fill its share
+    places = [*np.linspace(0, middle - 1, older), *np.linspace(middle, before - 1, medium)]
+    return [int(place) for place in places] + list(range(before, length))
 
 
 def tokenize_histories(tokenizer, texts, room):
@@ -554,7 +572,7 @@ def train_tiny(dataset, folder, args):
     items = [{"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]} for item in seen]
     size = {"width": 64, "vocabulary": 768, "sentences": 16000} if len(items) <= 500 else {"width": 128, "vocabulary": 2048, "sentences": 24000}
     size["sentences"] = args.tiny_sentences or size["sentences"]
-    length = max(map(len, history_texts(dataset, TRAIN, args.history, args.max_history)))  # so that every position is learned
+    length = max(map(len, history_texts(dataset, TRAIN, args)))  # so that every position is learned
     key = fingerprint(items, dataset.profiles, dataset.task_prompt, [args.seed, args.history, TINY_FIT, LIKING, length], size)
     facts_path = folder / "tiny.json"
     with contextlib.suppress(OSError, ValueError):
@@ -767,7 +785,7 @@ class Earlier:
 
 def infer(dataset, device, args):
     earlier = Earlier(args.run, dataset, args) if args.users else None
-    texts = history_texts(dataset, TRAIN, args.history, args.max_history)
+    texts = history_texts(dataset, TRAIN, args)
     if not any(texts):
         raise UserError(f"no user has a training history with --history {args.history}", args.run, "use --history all, or give more data")
     likelihood, tokenizer, tiny = open_model(dataset, args, device, earlier and earlier.facts)
@@ -815,7 +833,7 @@ def infer(dataset, device, args):
     unknown = np.setdiff1d(np.arange(len(dataset.users)), solved)
     theta[np.setdiff1d(unknown, earlier.rows if earlier else [])] = population  # no training history: the population profile
     theta.flush()
-    validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args.history, args.max_history), room_for_history(likelihood))
+    validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), room_for_history(likelihood))
     heldout = heldout_nll(likelihood, theta, population, validation, solved, rng, budget)
     tokens = sum(record["tokens"] for record in done.values()) or 1
     facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout,

@@ -112,7 +112,7 @@ class Problem:
         """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,), tokenizer): stage 02 as it was run."""
         settings = SimpleNamespace(**{**self.facts, "run": self.run, "logit_chunk": 4096})
         likelihood, tokenizer, _ = infer.open_model(self.dataset, settings, device, made_with=self.facts)
-        texts = infer.history_texts(self.dataset, TRAIN, self.facts["history"], self.facts["max_history"])
+        texts = infer.history_texts(self.dataset, TRAIN, settings)
         histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
         start, spread = infer.starting_point(likelihood, self.facts["init"], seeded(self.facts["seed"], 3))
         return likelihood, histories, start, spread, tokenizer

@@ -6,6 +6,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ def similar_users(theta, known, user, count):
 def card(problem, bank, books, likelihood, tokenizer, user):
     """The lines that describe one user."""
     dataset, theta = problem.dataset, problem.theta
-    history = infer.history_texts(dataset, common.TRAIN, problem.facts["history"], problem.facts["max_history"])[user]
+    settings = SimpleNamespace(**problem.facts)
+    history = infer.history_texts(dataset, common.TRAIN, settings)[user]
     lines = [f"user {dataset.users[user]}", "  history:" + ("".join(history) or " none, so theta is the population's")]
     for m, profile in enumerate(dataset.profiles):
         code = int(bank[user, m])
@@ -41,8 +43,8 @@ def card(problem, bank, books, likelihood, tokenizer, user):
         lines.append("    the code leans to   " + " | ".join(infer.nearest_words(likelihood.words.weight, lean, tokenizer)[0]))
     lines.append("  most similar users:")
     for cosine, other in similar_users(theta, problem.known, user, 3):
-        texts = infer.history_texts(dataset, common.TRAIN, problem.facts["history"], 4)[other]
-        lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {' '.join(map(str, bank[other]))}):{''.join(texts)}")
+        texts = infer.history_texts(dataset, common.TRAIN, settings)[other]
+        lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {' '.join(map(str, bank[other]))}):{''.join(texts[-4:])}")
     return lines
 
 

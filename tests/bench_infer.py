@@ -240,7 +240,7 @@ def write_world(run, users):
 def make_tiny(folder):
     """A random GPT-2 of the tiny LM's shape with a tokenizer of the demo's titles."""
     prepare = importlib.import_module("01_prepare_data")
-    args = SimpleNamespace(**{**DEMO, "subsample_users": 200}, history="liked", max_history=10, tiny_sentences=320)
+    args = SimpleNamespace(**{**DEMO, "subsample_users": 200}, history="liked", max_history=10, history_sample="recent", tiny_sentences=320)
     dataset, _ = prepare.build(prepare.load_demo(args), args)
     infer.train_tiny(dataset, folder, args)
     return folder

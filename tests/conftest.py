@@ -109,7 +109,7 @@ def world():
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
     return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict", "history": "liked",
-                              "max_history": 20, **changes})
+                              "max_history": 20, "history_sample": "recent", **changes})
 
 
 @pytest.fixture(scope="session")

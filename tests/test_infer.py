@@ -215,7 +215,7 @@ def test_non_finite_loss_names_the_users(world):
 @pytest.mark.parametrize("history", ["liked", "all", "rated"])
 def test_history_is_the_recent_training_titles_in_order(world, history):
     dataset, _ = world
-    texts = infer.history_texts(dataset, 0, history, 3)
+    texts = infer.history_texts(dataset, 0, settings(history=history, max_history=3))
     for user in range(len(dataset.users)):
         rows = [row for row in dataset.interactions.tolist() if row[0] == user and row[3] == 0 and (history != "liked" or row[2])][-3:]
         mark = {0: " -", 1: " +"} if history == "rated" else {0: "", 1: ""}
@@ -258,3 +258,13 @@ def test_sentences_fit_their_words_and_some_tell_one_profile_only():
     assert fit > 0.6 and {len(words) for words, _ in sentences} == {1, 2}
     marks = [title[-3:-1] for _, titles in infer.make_sentences(dataset, dataset.items, 50, 8, np.random.default_rng(0), "rated") for title in titles]
     assert set(marks) == {" +", " -"}
+
+
+def test_long_short_history_takes_its_share_of_every_age():
+    assert infer.sample_history(30, 10, "recent") == list(range(20, 30)) and infer.sample_history(7, 10, "long-short") == list(range(7))
+    places = infer.sample_history(100, 20, "long-short")
+    assert places[8:] == list(range(88, 100)) and sum(place < 44 for place in places) == 2 and sum(44 <= place < 88 for place in places) == 6
+    for length in range(1, 60):
+        for limit in range(1, length):
+            places = infer.sample_history(length, limit, "long-short")
+            assert len(places) == limit == len(set(places)) and places == sorted(places) and 0 <= places[0] and places[-1] == length - 1

@@ -86,7 +86,8 @@ def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
         return np.load(run / "profiles.npy")
     base = theta()
     for flags in (("--steps", 4), ("--lr", 0.3), ("--prior", 0), ("--init", "vocab"), ("--init", "random"), ("--mask", "causal"),
-                  ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16")):
+                  ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16"),
+                  ("--max-history", 4, "--history-sample", "long-short")):
         assert not np.allclose(theta(*flags), base, atol=1e-7), flags
     assert not np.allclose(theta("--init", "random", "--seed", 1), theta("--init", "random"))
     for flags in (("--block-size", 7), ("--logit-chunk", 50), ("--block-size", "auto")):  # how, not what: rounding aside the same

@@ -63,7 +63,8 @@ def test_split_is_the_contracts_split():
 
 def test_k_core_filter_against_a_brute_force_loop():
     rng = np.random.default_rng(1)
-    source = prepare.Source(rng.integers(40, size=260).astype(str), rng.integers(50, size=260).astype(str), np.ones(260), None, {}, {})
+    names = [str(number) for number in range(50)]
+    source = prepare.Source(names, names, rng.integers(40, size=260), rng.integers(50, size=260), np.ones(260), None, {}, {})
     rows = list(range(260))
     while True:
         users, items = collections.Counter(source.users[r] for r in rows), collections.Counter(source.items[r] for r in rows)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, infer, likelihood_of, make_lm, ok, prepare, quantize, random_theta,
-                      run_stage)
+                      run_stage, settings)
 
 import common
 
@@ -241,7 +241,7 @@ def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(k
     call_stage(infer, "--run", run, "--lm", tmp_path / "short", "--steps", 1, "--history", "all")
     dataset = common.load_dataset(run)
     likelihood = likelihood_of(model, tokenizer, dataset)
-    texts = infer.history_texts(dataset, 0, "all", 20)
+    texts = infer.history_texts(dataset, 0, settings(history="all"))
     cut = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
     assert max(map(len, cut)) + likelihood.prompt_length <= 60
     user = max(range(len(cut)), key=lambda user: len(texts[user]))
