@@ -20,10 +20,12 @@ Run:
 import array
 import ast
 import csv
+import functools
 import gzip
 import hashlib
 import html
 import json
+import math
 import os
 import pickle
 import re
@@ -282,18 +284,14 @@ def load_nete(args):
         raise UserError(f"reviews.pickle cannot be read: {error}", args.data_dir, "use the file as published") from None
     if not isinstance(reviews, list):
         raise UserError(f"reviews.pickle holds a {type(reviews).__name__} instead of a list", args.data_dir, "use the file as published")
-    bad, rows = Bad(path), []
-    for number, review in enumerate(reviews, 1):
-        row = bad.attempt(lambda review: parse_rating(review["user"], review["item"], review["rating"]), review, number)
-        rows.append(number - 1 if row else None)
-        if row:
-            ratings.add(*row)
-    bad.judge(len(reviews))
-    item_file = args.data_dir / "item.json"
-    facts = {record["id"]: record for record in json_objects(item_file) if record["id"] in ratings.item_index}
+    place = {}  # position in reviews.pickle -> row
+    for position, row in parsed(reviews, lambda review: parse_rating(review["user"], review["item"], review["rating"]), path):
+        place[position] = len(place)
+        ratings.add(*row)
+    facts = {record["id"]: record for record in json_objects(args.data_dir / "item.json") if record["id"] in ratings.item_index}
     split = None
     if args.split_dir:
-        split, place = np.full(len(ratings.users), -1, dtype=np.int32), {row: at for at, row in enumerate(row for row in rows if row is not None)}
+        split = np.full(len(ratings.users), -1, dtype=np.int32)
         for part, name in ((TRAIN, "train"), (VALIDATION, "validation"), (TEST, "test")):
             try:
                 indices = [int(text) for text in (args.split_dir / f"{name}.index").read_text(encoding="ascii").split()]
@@ -312,7 +310,7 @@ def load_csv(args):
         raise UserError("no ratings file is given", "--dataset csv", "name it with --ratings-file")
     ratings, titles, attributes = Ratings(), {}, {}
     columns = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
-    for row in table(args.ratings_file, columns, lambda cells: parse_rating(*cells, low=-np.inf, high=np.inf)):
+    for row in table(args.ratings_file, columns, lambda cells: parse_rating(*cells, low=-math.inf, high=math.inf)):
         ratings.add(*row)
     columns = {name: getattr(args, f"{name}_col") for name in ("title", "hobby", "background") if getattr(args, f"{name}_col")}
     id_column = args.item_id_col or args.item_col if args.items_file else args.item_col
@@ -332,24 +330,22 @@ LOADERS = {"demo": load_demo, "ml-100k": load_ml_100k, "ml-1m": load_ml_1m, "ama
 
 # ---------------------------------------------------------------- reading files that may be broken
 
+# What a parser raises when a record is not what it should be.
+NOT_A_RECORD = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, OverflowError, csv.Error)
+
+
 class Bad:
     """Bad lines of one file: skipped and counted while they are few, the first one shown; more than MAX_BAD of all is an error."""
 
     def __init__(self, path):
         self.path, self.count, self.first = path, 0, None
 
-    def attempt(self, parse, value, number):
-        """parse(value), or None after noting why it failed."""
-        try:
-            return parse(value)
-        except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, OverflowError, csv.Error) as error:
-            why = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0][:120] or type(error).__name__
-            self.note(number, why)
-            return None
-
-    def note(self, number, why):
+    def note(self, number, error):
+        """error: what was wrong with line `number`, an exception or text."""
         self.count += 1
-        self.first = self.first or f"line {number}: {why}"
+        if self.first is None:
+            why = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0][:120] or type(error).__name__
+            self.first = f"line {number}: {why}"
 
     def judge(self, total):
         """Raise UserError when too many of `total` lines were bad, else say how many were skipped."""
@@ -358,6 +354,19 @@ class Bad:
                             "check --dataset, the column flags and the file")
         if self.count:
             print(f"{self.path.name}: skipped {self.count:,d} bad of {total:,d} lines, the first is {self.first}")
+
+
+def parsed(values, parse, path):
+    """(position, parse(value)) of every value of a list that can be parsed; the others are skipped as Bad says."""
+    bad = Bad(path)
+    for position, value in enumerate(values):
+        try:
+            record = parse(value)
+        except NOT_A_RECORD as error:
+            bad.note(position + 1, error)
+        else:
+            yield position, record
+    bad.judge(len(values))
 
 
 def records(path, parse, encoding="utf-8", skip_first=False):
@@ -375,16 +384,15 @@ def records(path, parse, encoding="utf-8", skip_first=False):
                     bar.update(raw.tell() - bar.n)
                 if len(line) == MAX_LINE and not line.endswith(b"\n"):
                     skip_line(file, path, number)
-                    line, too_long = b"", True
-                else:
-                    too_long = False
-                if too_long:
                     total += 1
                     bad.note(number, f"longer than {MAX_LINE:,d} bytes")
-                elif line.strip() and not (skip_first and number == 1):
+                elif not line.isspace() and not (skip_first and number == 1):
                     total += 1
-                    record = bad.attempt(lambda line: parse(line.decode(encoding)), line, number)
-                    if record is not None:
+                    try:
+                        record = parse(line.decode(encoding))
+                    except NOT_A_RECORD as error:
+                        bad.note(number, error)
+                    else:
                         yield record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
@@ -431,6 +439,7 @@ def cells_of(cells, count):
     return cells
 
 
+@functools.lru_cache(maxsize=2**17, typed=True)
 def raw_id(value):
     """An id as text. Raises ValueError for what cannot be one."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -444,7 +453,7 @@ def raw_id(value):
 def parse_rating(user, item, rating, time=0, low=1.0, high=5.0):
     """(user, item, rating, time) of the right types. Raises ValueError for a rating that is no number within the bounds."""
     number = float(rating)
-    if not low <= number <= high or not np.isfinite(number):
+    if not low <= number <= high or abs(number) == math.inf:
         raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
     when = int(float(time or 0))
     if abs(when) >= 2**63:
@@ -512,10 +521,7 @@ def json_objects(path):
         start = path.read_bytes()[:1]
         if start == b"[":
             content = json.loads(path.read_text(encoding="utf-8"))
-            bad = Bad(path)
-            found = [bad.attempt(product_facts, record, number) for number, record in enumerate(content, 1)]
-            bad.judge(len(content))
-            return [record for record in found if record]
+            return [record for _, record in parsed(content, product_facts, path)]
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path.name}: {error}", path.parent, "use the file as published") from None
     return records(path, parse_product)
@@ -731,13 +737,12 @@ def report(dataset, facts, truth):
         if counted:
             top = ", ".join(f"{value} {count:,d}" for value, count in counted.most_common(6))
             print(f"items by {profile['name']} ({len(counted):,d} values): {top}")
-    texts = [[] for _ in dataset.users]
-    for user, item, label in dataset.rows(TRAIN).tolist():
-        if label:
-            texts[user].append(f" {dataset.items[item]['title']};")
+    liked = dataset.rows(TRAIN)
+    liked = liked[liked[:, 2] == 1]
     prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1)) + dataset.task_prompt
-    for user in [user for user, lines in enumerate(texts) if lines][:3]:
-        print(f"prompt of user {dataset.users[user]}: {prompt}{''.join(texts[user][-6:])}".replace("\n", " "))
+    for user in np.unique(liked[:, 0])[:3]:
+        titles = "".join(f" {dataset.items[item]['title']};" for item in liked[liked[:, 0] == user, 1][-6:])
+        print(f"prompt of user {dataset.users[user]}: {prompt}{titles}".replace("\n", " "))
     if truth is not None:
         print("majority vote over liked true attributes, NMI with the planted profile: "
               + ", ".join(f"{p['name']} {nmi:.2f}" for p, nmi in zip(dataset.profiles, majority_vote_nmi(dataset, truth))))

@@ -1,0 +1,69 @@
+"""How fast stage 01 reads, and in how much memory: generated Amazon reviews, as a process of its own.
+
+    python tests/bench_prepare.py                # 5 million lines, plain and gzipped: 3 min
+    python tests/bench_prepare.py --lines 50000  # does it run?
+
+Prints lines a second (the whole process, filtering and writing included), peak memory and, last, one JSON object.
+"""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = """import importlib, sys
+import common
+sys.argv = ["01_prepare_data.py", *sys.argv[1:]]
+importlib.import_module("01_prepare_data").main()
+print(common.peak_memory_mb())"""
+
+
+def generate(path, lines, users, items):
+    """Reviews as of 2018, some 300 bytes a line; items by a power law."""
+    rng = np.random.default_rng(0)
+    text = "x" * 170
+    with (gzip.open(path, "wt", compresslevel=1) if path.suffix == ".gz" else open(path, "w", encoding="utf-8")) as file:
+        for start in range(0, lines, 100_000):
+            count = min(100_000, lines - start)
+            rows = zip(rng.integers(users, size=count), (items * rng.random(count) ** 2).astype(int), rng.integers(1, 6, size=count),
+                       rng.integers(10**9, 2 * 10**9, size=count))
+            file.writelines(f'{{"overall": {rating}.0, "reviewerID": "A{user:013d}", "asin": "B{item:09d}", "reviewText": "{text}", '
+                            f'"unixReviewTime": {when}}}\n' for user, item, rating, when in rows)
+
+
+def measure(folder, suffix, lines, users, items):
+    generate(folder / f"reviews.json{suffix}", lines, users, items)
+    size = (folder / f"reviews.json{suffix}").stat().st_size / 2**20
+    with open(folder / "meta_reviews.json", "w", encoding="utf-8") as file:
+        for item in range(items):
+            record = {"asin": f"B{item:09d}", "title": f"Thing {item}", "brand": f"Brand {item % 999}", "price": f"${item % 90}.99"}
+            file.write(json.dumps(record) + "\n")
+    clock = time.perf_counter()
+    output = subprocess.run([sys.executable, "-c", CODE, "--dataset", "amazon", "--data-dir", folder, "--run", folder / "run"], check=True,
+                            capture_output=True, text=True, cwd=ROOT).stdout
+    seconds = time.perf_counter() - clock
+    (folder / f"reviews.json{suffix}").unlink()
+    peak = int(output.splitlines()[-1])
+    print(f"{suffix or 'plain':6s} {lines:,d} lines, {size:,.0f} MiB: {lines / seconds:,.0f} lines/s, {seconds:.0f} s, peak {peak:,d} MB", flush=True)
+    return {"lines_per_s": lines / seconds, "peak_mb": peak}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lines", type=int, default=5_000_000)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {name: measure(Path(folder), suffix, args.lines, max(10, args.lines // 12), max(10, args.lines // 60))
+                   for name, suffix in (("plain", ""), ("gzip", ".gz"))}
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
