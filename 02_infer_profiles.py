@@ -702,10 +702,10 @@ def open_model(dataset, args, device, made_with=None):
 
 def token_budget_of(likelihood):
     """Tokens a block: on a CPU as many as keep a layer's working set in the cache; on a GPU what half of the free memory holds."""
-    width = likelihood.words.weight.shape[1]
+    width, bytes_each = likelihood.words.weight.shape[1], likelihood.words.weight.element_size()
     if likelihood.device.type == "cpu":
-        return max(768, 600_000 // width)
-    layers, bytes_each = likelihood.model.config.num_hidden_layers, likelihood.words.weight.element_size()
+        return max(768, 2_400_000 // (width * bytes_each))
+    layers = likelihood.model.config.num_hidden_layers
     return max(2048, torch.cuda.mem_get_info(likelihood.device)[0] // 2 // (ACTIVATIONS * width * layers * bytes_each))
 
 

@@ -67,6 +67,7 @@ def random_model(shape, dtype, device):
             size = {"gpt2": {}, "quick": {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 2000}}[shape]
             model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, **size))
     torch.set_default_dtype(torch.float32)
+    model.set_attn_implementation(common.attention_for(dtype, device))
     return common.freeze(common.fuse_activations(model))
 
 
