@@ -152,7 +152,7 @@ def big(rows):
         common.save_json(Path(folder) / "dataset.json", {"dataset": "bench", "profiles": [], "task_prompt": "", "fingerprint": dataset.fingerprint()})
         del dataset
         code = ("import importlib, sys; sys.argv = ['04_train_ctr.py', '--run', sys.argv[1], '--ids', 'none', '--seeds', '1', '--epochs', '1', "
-                "'--batch-size', '4096']; importlib.import_module('04_train_ctr').main(); import common; print(common.peak_memory_mb())")
+                "'--batch-size', '16384']; importlib.import_module('04_train_ctr').main(); import common; print(common.peak_memory_mb())")
         clock = time.perf_counter()
         output = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True, cwd=ROOT).stdout
         seconds, peak = time.perf_counter() - clock, int(output.splitlines()[-1])
