@@ -20,7 +20,6 @@ Run:
 import array
 import ast
 import csv
-import functools
 import gzip
 import hashlib
 import html
@@ -116,11 +115,18 @@ class Ratings:
         self.user_index, self.item_index = {}, {}
         self.users, self.items, self.ratings, self.times = array.array("i"), array.array("i"), array.array("f"), array.array("q")
 
-    def add(self, user, item, rating, time=0):
-        self.users.append(self.user_index.setdefault(user, len(self.user_index)))
-        self.items.append(self.item_index.setdefault(item, len(self.item_index)))
-        self.ratings.append(rating)
-        self.times.append(time)
+    def add(self, user, item, rating, time=0, low=1.0, high=5.0):
+        """Append a row. Raises ValueError or TypeError, and appends nothing, for a rating out of bounds or what cannot be an id or a time."""
+        number, when = float(rating), time if type(time) is int else int(float(time or 0))
+        if not low <= number <= high or abs(number) == math.inf:
+            raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
+        if abs(when) >= 2**63:
+            raise ValueError(f"time {time!r:.20} is no time stamp")
+        user, item = (index[raw] if raw in index else raw_id(raw) for index, raw in ((self.user_index, user), (self.item_index, item)))
+        self.users.append(user if type(user) is int else self.user_index.setdefault(user, len(self.user_index)))
+        self.items.append(item if type(item) is int else self.item_index.setdefault(item, len(self.item_index)))
+        self.ratings.append(number)
+        self.times.append(when)
 
     def source(self, titles, attributes, profiles, split=None):
         """Source without repeated user-item pairs: of each, the last row in time stays."""
@@ -204,8 +210,7 @@ def load_ml_100k(args):
 
     for cells in records(folder / "u.item", lambda line: cells_of(line.rstrip("\r\n").split("|"), 5 + len(genres)), "latin-1"):
         add_movie(cells[0], cells[1], [genre for genre, flag in zip(genres, cells[5:]) if flag == "1"], titles, attributes)
-    for row in records(folder / "u.data", lambda line: parse_rating(*cells_of(line.split("\t"), 4)), "latin-1"):
-        ratings.add(*row)
+    read(records(folder / "u.data", lambda line: ratings.add(*cells_of(line.split("\t"), 4)), "latin-1"))
     return ratings.source(titles, attributes, [HOBBY, ERA])
 
 
@@ -215,14 +220,12 @@ def load_ml_1m(args):
     titles, attributes, ratings = {}, {}, Ratings()
     if (folder / "ratings.csv").exists():
         movies = table(folder / "movies.csv", ["movieId", "title", "genres"])
-        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], lambda cells: parse_rating(*cells, low=0.5))
+        read(table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], lambda cells: ratings.add(*cells, low=0.5)))
     else:
         movies = records(folder / "movies.dat", lambda line: cells_of(line.rstrip("\r\n").split("::"), 3), "latin-1")
-        rows = records(folder / "ratings.dat", lambda line: parse_rating(*cells_of(line.split("::"), 4)), "latin-1")
+        read(records(folder / "ratings.dat", lambda line: ratings.add(*cells_of(line.split("::"), 4)), "latin-1"))
     for raw, title, genres in movies:
         add_movie(raw, title, genres.lower().split("|"), titles, attributes)
-    for row in rows:
-        ratings.add(*row)
     return ratings.source(titles, attributes, [HOBBY, ERA])
 
 
@@ -245,10 +248,9 @@ def load_amazon(args):
     def parse(line):
         record = json.loads(line)
         user, rating = record.get("reviewerID") or record.get("user_id"), record.get("overall", record.get("rating"))
-        return parse_rating(user, record.get("parent_asin") or record["asin"], rating, record.get("unixReviewTime", record.get("timestamp", 0)))
+        ratings.add(user, record.get("parent_asin") or record["asin"], rating, record.get("unixReviewTime", record.get("timestamp", 0)))
 
-    for row in records(reviews[0], parse):
-        ratings.add(*row)
+    read(records(reviews[0], parse))
     known = ratings.item_index
     facts = {record["id"]: record for record in records(meta[0], parse_product) if record["id"] in known}
     return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
@@ -265,10 +267,9 @@ def load_yelp(args):
 
     def parse(line):
         record = json.loads(line)
-        return parse_rating(record["user_id"], record["business_id"], record["stars"], re.sub(r"\D", "", str(record.get("date", "")))[:14] or 0)
+        ratings.add(record["user_id"], record["business_id"], record["stars"], re.sub(r"\D", "", str(record.get("date", "")))[:14] or 0)
 
-    for row in records(found["review"][0], parse):
-        ratings.add(*row)
+    read(records(found["review"][0], parse))
     facts = {record["id"]: record for record in records(found["business"][0], parse_product) if record["id"] in ratings.item_index}
     return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
 
@@ -285,9 +286,8 @@ def load_nete(args):
     if not isinstance(reviews, list):
         raise UserError(f"reviews.pickle holds a {type(reviews).__name__} instead of a list", args.data_dir, "use the file as published")
     place = {}  # position in reviews.pickle -> row
-    for position, row in parsed(reviews, lambda review: parse_rating(review["user"], review["item"], review["rating"]), path):
+    for position, _ in parsed(reviews, lambda review: ratings.add(review["user"], review["item"], review["rating"]), path):
         place[position] = len(place)
-        ratings.add(*row)
     facts = {record["id"]: record for record in json_objects(args.data_dir / "item.json") if record["id"] in ratings.item_index}
     split = None
     if args.split_dir:
@@ -310,8 +310,7 @@ def load_csv(args):
         raise UserError("no ratings file is given", "--dataset csv", "name it with --ratings-file")
     ratings, titles, attributes = Ratings(), {}, {}
     columns = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
-    for row in table(args.ratings_file, columns, lambda cells: parse_rating(*cells, low=-math.inf, high=math.inf)):
-        ratings.add(*row)
+    read(table(args.ratings_file, columns, lambda cells: ratings.add(*cells, low=-math.inf, high=math.inf)))
     columns = {name: getattr(args, f"{name}_col") for name in ("title", "hobby", "background") if getattr(args, f"{name}_col")}
     id_column = args.item_id_col or args.item_col if args.items_file else args.item_col
     if columns:
@@ -400,6 +399,12 @@ def records(path, parse, encoding="utf-8", skip_first=False):
     bad.judge(total)
 
 
+def read(rows):
+    """Run a reader to its end, for what its parser does with each line."""
+    for _ in rows:
+        pass
+
+
 def skip_line(file, path, number):
     """Read on to the end of a line that is too long, but not for ever."""
     skipped = 0
@@ -439,7 +444,6 @@ def cells_of(cells, count):
     return cells
 
 
-@functools.lru_cache(maxsize=2**17, typed=True)
 def raw_id(value):
     """An id as text. Raises ValueError for what cannot be one."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
@@ -448,17 +452,6 @@ def raw_id(value):
     if not text or len(text) > 200 or not text.isprintable():
         raise ValueError(f"{text!r:.40} is no id")
     return text
-
-
-def parse_rating(user, item, rating, time=0, low=1.0, high=5.0):
-    """(user, item, rating, time) of the right types. Raises ValueError for a rating that is no number within the bounds."""
-    number = float(rating)
-    if not low <= number <= high or abs(number) == math.inf:
-        raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
-    when = int(float(time or 0))
-    if abs(when) >= 2**63:
-        raise ValueError(f"time {time!r:.20} is no time stamp")
-    return raw_id(user), raw_id(item), number, when
 
 
 def clean_text(text):
