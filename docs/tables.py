@@ -51,9 +51,8 @@ ATTRIBUTES = {  # item id + attributes + profile ids, no user id: Eq. 8 to the l
     "liked titles, K = 4,3": (None, None, "", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 8,4": (None, None, "--codes 8,4", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 4,3, EM": (None, None, "--assign likelihood", f"--fields attributes {CONTROLS}"),
-    "rated titles and a critic, 50 titles": ("--critic", "--history rated --max-history 50", "", f"--fields attributes {CONTROLS}"),
-    "liked titles, 50 of them, K = 4,3, EM": (None, "--max-history 50", "--assign likelihood", f"--fields attributes {CONTROLS}"),
-    **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated --max-history 50", "", f"--fields attributes {CONTROLS}")
+    "rated titles and a critic, 20 titles": ("--critic", "--history rated", "", f"--fields attributes {CONTROLS}"),
+    **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated", "", f"--fields attributes {CONTROLS}")
        for n in (8, 15, 30)},
     "user id too, K = 4,3": (None, None, "", f"--fields ids+attributes {CONTROLS}"),
 }
