@@ -113,14 +113,14 @@ class Ratings:
 
     def __init__(self):
         self.user_index, self.item_index = {}, {}
-        self.users, self.items, self.ratings, self.times = array.array("i"), array.array("i"), array.array("f"), array.array("q")
+        self.users, self.items, self.ratings, self.times = array.array("i"), array.array("i"), array.array("f"), array.array("d")
 
     def add(self, user, item, rating, time=0, low=1.0, high=5.0):
         """Append a row. Raises ValueError or TypeError, and appends nothing, for a rating out of bounds or what cannot be an id or a time."""
-        number, when = float(rating), time if type(time) is int else int(float(time or 0))
+        number, when = float(rating), float(time or 0)
         if not low <= number <= high or abs(number) == math.inf:
             raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
-        if abs(when) >= 2**63:
+        if not abs(when) < math.inf:
             raise ValueError(f"time {time!r:.20} is no time stamp")
         user, item = (index[raw] if raw in index else raw_id(raw) for index, raw in ((self.user_index, user), (self.item_index, item)))
         self.users.append(user if type(user) is int else self.user_index.setdefault(user, len(self.user_index)))
@@ -131,7 +131,7 @@ class Ratings:
     def source(self, titles, attributes, profiles, split=None):
         """Source without repeated user-item pairs: of each, the last row in time stays."""
         users, items = np.array(self.users, dtype=np.int32), np.array(self.items, dtype=np.int32)
-        ratings, times = np.array(self.ratings, dtype=np.float32), np.array(self.times, dtype=np.int64)
+        ratings, times = np.array(self.ratings, dtype=np.float32), np.array(self.times)
         pairs = users.astype(np.int64) * max(1, len(self.item_index)) + items
         order = np.lexsort((times, pairs))  # stable: rows of the same time stay in source order
         last = np.ones(len(order), dtype=bool)
@@ -421,11 +421,11 @@ def table(path, columns, parse=list):
     try:
         with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
             header = file.readline(MAX_LINE).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        separator = "\t" if "\t" in header else ","
+        names = next(csv.reader([header.rstrip("\r\n")], delimiter=separator), [])
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
                         "give a text file with a header line") from None
-    separator = "\t" if "\t" in header else ","
-    names = next(csv.reader([header.rstrip("\r\n")], delimiter=separator), [])
     missing = [column for column in columns if column not in names]
     if missing:
         raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path, "name the columns with the --...-col flags")
@@ -509,7 +509,7 @@ def product_facts(record):
 
 
 def json_objects(path):
-    """Facts of the products in a JSON array, a JSON object of them, or JSON lines."""
+    """Facts of the products in a JSON array or in JSON lines."""
     try:
         start = path.read_bytes()[:1]
         if start == b"[":

@@ -442,15 +442,25 @@ class SoftCodeEM(KMeans):
 QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM}
 
 
+def made_with(problem):
+    """What decides the space that theta and codebooks live in: the LLM and stage 02's settings, not the data set."""
+    return [str(problem.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint")]
+
+
 def keep_codebooks(problem, args, device):
     """(codes (U, M), sizes, quantizer): --keep-codebooks. Users with a code keep it; the others are assigned by what was learned."""
-    saved = load(args.run, "codebooks.pt", ("codebooks", "log_weights", "quantizer", "width"))
-    if len(saved["codebooks"]) != problem.theta.shape[1] or saved["width"] != problem.theta.shape[2]:
-        raise UserError("codebooks.pt was made for other profiles or another LLM", args.run, f"run: python 03_quantize.py --run {args.run}")
+    saved = load(args.run, "codebooks.pt", ("codebooks", "log_weights", "made_with"))
+    if saved["made_with"] != made_with(problem):
+        raise UserError("codebooks.pt was made with another LLM or other settings of stage 02", args.run,
+                        f"run: python 03_quantize.py --run {args.run}")
+    if args.codes:
+        raise UserError("--codes does not go with --keep-codebooks", f"--codes {args.codes}", "leave one of them out")
     sizes, earlier = [len(book) for book in saved["codebooks"]], {}
     with contextlib.suppress(FileNotFoundError), open(args.run / "feature_bank.csv", newline="", encoding="utf-8") as file:
-        earlier = {row[0]: list(map(int, row[1:])) for row in list(csv.reader(file))[1:]}
-    args.quantizer, args.assign = saved["quantizer"], "likelihood" if saved["quantizer"] == "em" else "nearest"
+        try:
+            earlier = {row[0]: list(map(int, row[1:])) for row in list(csv.reader(file))[1:]}
+        except (ValueError, IndexError, csv.Error) as error:
+            raise UserError(f"feature_bank.csv cannot be read: {error}", args.run, f"run: python 03_quantize.py --run {args.run}") from None
     quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
     quantizer.books, quantizer.log_weights = saved["codebooks"], saved["log_weights"]
     codes = quantizer.assign()
@@ -513,7 +523,7 @@ def save(run, problem, codes, quantizer, facts):
     (run / "quantize.json").unlink(missing_ok=True)
     names = [profile["name"] for profile in dataset.profiles]
     save_torch(run / "codebooks.pt", {"codebooks": quantizer.books, "log_weights": quantizer.log_weights, "quantizer": facts["quantizer"],
-                                      "profiles": names, "width": problem.theta.shape[2]})
+                                      "profiles": names, "made_with": made_with(problem)})
     save_npy(run / "feature_bank.npy", bank)
     for name, delimiter, header in (("feature_bank.csv", ",", ["user_id", *names]),
                                     ("feature_bank.user", "\t", [f"{field}:token" for field in ("user_id", *names)])):
@@ -534,15 +544,17 @@ def main():
     sizes = parse_codes(args.codes, problem.dataset.profiles)
     announce("03 quantize", args, f"dataset.json interactions.npy users.json items.json profiles.npy profiles.json in {args.run}")
     with one_run_at_a_time(args.run):
+        settings = {key: value for key, value in vars(args).items() if key not in ("run", "device", "codes")}
         if args.keep_codebooks:
+            earlier = load(args.run, "quantize.json", (*settings, "loss"))
+            settings, log = {key: earlier[key] for key in settings} | {"keep_codebooks": True}, earlier["loss"]
+            args.quantizer, args.assign = settings["quantizer"], settings["assign"]
             codes, sizes, quantizer = keep_codebooks(problem, args, device)
-            log = load(args.run, "quantize.json")["loss"]
         else:
             quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
             codes, log = quantizer.fit()
         report = health(codes[known], problem.theta[known], quantizer.books, names)
         agreed = None if truth is None else agreement(codes[known], truth[known])
-        settings = {key: value for key, value in vars(args).items() if key not in ("run", "device", "codes")}
         save(args.run, problem, codes, quantizer, {
             **settings, "codes": sizes, "profiles": report, "loss": log, **(agreed or {}), "dataset_fingerprint": problem.dataset.fingerprint(),
             "profiles_fingerprint": facts["fingerprint"], "added_users": facts.get("added_users")})

@@ -69,7 +69,7 @@ def parse_arguments():
                         help="what userip feeds: the codes, or theta itself through a learned projection (Table 3, without VQ)")
     parser.add_argument("--epochs", type=at_least(1), default=60, help="most epochs")
     parser.add_argument("--patience", type=at_least(1), default=5, help="stop after this many epochs without a better validation AUC")
-    parser.add_argument("--batch-size", type=at_least(1), help="rows per step (default: 1/160 of the training rows, within 128-1024)")
+    parser.add_argument("--batch-size", type=at_least(2), help="rows per step (default: 1/160 of the training rows, within 128-1024)")
     parser.add_argument("--lr", type=at_least(1e-12, float), default=1e-3, help="Adam step size (paper: 0.001)")
     parser.add_argument("--weight-decay", type=at_least(0, float), default=1e-4, help="L2 penalty in Adam (paper: not said)")
     parser.add_argument("--score", type=Path, help="CSV with the columns user_id,item_id: write its probabilities to scores.csv, train nothing")
@@ -399,7 +399,7 @@ def predict(model, ids, batch=16384):
 
 def evaluate(model, rows):
     """(labels, probabilities), each (n,), of a split."""
-    labels, probabilities = zip(*[(labels.cpu().numpy(), predict(model, ids)) for ids, labels in rows.chunks()])
+    labels, probabilities = zip(*[(labels.cpu().numpy(), predict(model, ids)) for ids, labels in rows.chunks() if len(ids)])
     return np.concatenate(labels), np.concatenate(probabilities)
 
 
@@ -414,7 +414,7 @@ def train(model, splits, args):
         model.train()
         start = time.perf_counter()
         for ids, labels in splits[TRAIN].shuffled_chunks():
-            for at in range(0, len(ids), args.batch_size):
+            for at in range(0, len(ids) - 1, args.batch_size):  # a last batch of one row is left out: BatchNorm needs two
                 # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper's formula lacks.
                 loss = F.binary_cross_entropy_with_logits(model(ids[at:at + args.batch_size]), labels[at:at + args.batch_size])
                 optimizer.zero_grad(set_to_none=True)
@@ -457,14 +457,19 @@ def weighted_auc(ranks, labels, weights):
 
 
 def bootstrap(labels, first, second, seed=0):
-    """95% interval of AUC(first) - AUC(second), each a list of test probabilities a seed; the test rows are resampled, the seeds averaged."""
+    """95% interval of AUC(first) - AUC(second), each a list of test probabilities a seed; the test rows are resampled, the seeds averaged.
+
+    None where most resamples hold one class alone.
+    """
     rng, differences = np.random.default_rng(seed), []
     ranks = [[np.unique(scores, return_inverse=True)[1] for scores in side] for side in (first, second)]
     for _ in range(BOOTSTRAP):
         weights = np.bincount(rng.integers(len(labels), size=len(labels)), minlength=len(labels)).astype(float)
+        if not 0 < (weights * labels).sum() < weights.sum():  # only one class was drawn: no AUC
+            continue
         one, two = ([weighted_auc(rank, labels, weights) for rank in side] for side in ranks)
         differences.append(np.mean(one) - np.mean(two))
-    return [float(bound) for bound in np.quantile(differences, (0.025, 0.975))]
+    return [float(bound) for bound in np.quantile(differences, (0.025, 0.975))] if len(differences) > BOOTSTRAP // 2 else None
 
 
 def summarize(rows, labels=None, predictions=None):
@@ -494,12 +499,14 @@ def summarize(rows, labels=None, predictions=None):
 
 
 def improvements(summary):
-    """Eq. (10) and (11) of each model with ids against the best baseline, the model that is best without them; None without `none`."""
+    """Eq. (10) and (11) of each model with ids against the best baseline, the model that is best without them; None without one that beats chance."""
     baselines = {model: entries["none"] for model, entries in summary.items() if "none" in entries}
     if not baselines:
         return None
     best = max(baselines, key=lambda model: baselines[model]["test_auc"]["mean"])
     auc_0, logloss_0 = (baselines[best][metric]["mean"] for metric in ("test_auc", "test_logloss"))
+    if auc_0 <= 0.5:  # nothing is relative to a baseline that is no better than chance
+        return None
     relative = {}
     for model, entries in summary.items():
         for ids in entries.keys() - {"none", "planted"}:
@@ -542,7 +549,7 @@ def score(args, dataset, inputs, device):
     users, items = ({str(raw): i for i, raw in enumerate(known)} for known in (dataset.users, [item["id"] for item in dataset.items]))
     unseen, count = [set(), set()], 0
     try:
-        with open(args.score, newline="", encoding="utf-8") as source, atomic(args.run / "scores.csv") as temporary, \
+        with open(args.score, newline="", encoding="utf-8-sig") as source, atomic(args.run / "scores.csv") as temporary, \
                 open(temporary, "w", newline="", encoding="utf-8") as target:
             reader, writer = csv.DictReader(source), csv.writer(target, lineterminator="\n")
             if not {"user_id", "item_id"} <= set(reader.fieldnames or ()):
@@ -556,7 +563,8 @@ def score(args, dataset, inputs, device):
                 writer.writerows([*pair, f"{value:.6f}"] for pair, value in zip(pairs, predict(model, ids.to(device))))
                 count += len(pairs)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the pairs: {error}", args.score, "give a CSV file with the columns user_id,item_id") from None
+        raise UserError(f"cannot read the pairs or write scores.csv: {error}", args.score,
+                        "give a CSV file with the columns user_id,item_id, and room on the disk") from None
     print(f"{count} pairs scored by {model_name} with {facts['ids']} ids; unseen: {len(unseen[0])} users, {len(unseen[1])} items\n"
           f"wrote scores.csv to {args.run}")
 
@@ -629,7 +637,7 @@ def main():
     with one_run_at_a_time(args.run):
         partial, predictions = args.run / "results.partial.json", args.run / "predictions"
         settings = [inputs.fingerprints(dataset), {key: str(value) for key, value in vars(args).items()}]
-        rows = finished_cells(partial, settings)
+        rows = [row for row in finished_cells(partial, settings) if (predictions / "{model}-{ids}-{seed}.npy".format(**row)).exists()]
         done = {(row["model"], row["ids"], row["seed"]) for row in rows}
         cells = [(model, ids, seed) for model in args.models for seed in range(args.seeds) for ids in args.ids]
         kept = "userip" if "userip" in args.ids else args.ids[0]  # whose best epoch becomes ctr_<model>.pt
@@ -640,7 +648,7 @@ def main():
                 save_torch(args.run / f"ctr_{model}.pt", state)
                 save_json(args.run / f"ctr_{model}.json", {
                     "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input, "seed": args.seed,
-                    "fingerprints": inputs.fingerprints(dataset)})
+                    "fingerprints": (inputs if ids != "none" else Inputs()).fingerprints(dataset)})
             predictions.mkdir(exist_ok=True)
             save_npy(predictions / f"{model}-{ids}-{seed}.npy", probabilities)
             rows.append(row)

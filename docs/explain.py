@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 common, infer, quantize = (importlib.import_module(name) for name in ("common", "02_infer_profiles", "03_quantize"))
@@ -41,8 +40,8 @@ def card(problem, bank, books, likelihood, tokenizer, user):
         lines.append(f"    code {code}              shared by {sharing:,d} of {len(bank):,d} users ({sharing / len(bank):.0%})")
         lean = books[m][None, code].numpy() - theta[problem.known, m].mean(axis=0)  # what sets this code apart from the average user
         lines.append("    the code leans to   " + " | ".join(infer.nearest_words(likelihood.words.weight, lean, tokenizer)[0]))
-    lines.append("  most similar users:")
-    for cosine, other in similar_users(theta, problem.known, user, 3):
+    lines.append("  most similar users:" + " none, nothing is known of this one" * (not problem.known[user]))
+    for cosine, other in similar_users(theta, problem.known, user, 3) if problem.known[user] else ():
         texts = infer.history_texts(dataset, common.TRAIN, settings)[other]
         lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {' '.join(map(str, bank[other]))}):{''.join(texts[-4:])}")
     return lines
@@ -60,7 +59,7 @@ def main():
     strangers = [raw for raw in args.user if raw not in index]
     if strangers:
         raise common.UserError(f"no user has the id {strangers[0]}", "--user", f"take one of feature_bank.csv, for example {next(iter(index))}")
-    likelihood, *_, tokenizer = problem.open_likelihood(torch.device("cpu"))
+    likelihood, *_, tokenizer = problem.open_likelihood(common.pick_device(args.device))
     for raw in args.user:
         print("\n".join(card(problem, bank, books, likelihood, tokenizer, index[raw])), end="\n\n")
 

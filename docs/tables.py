@@ -56,8 +56,8 @@ ATTRIBUTES = {  # item id + attributes + profile ids, no user id: Eq. 8 to the l
        for n in (8, 15, 30)},
     "user id too, K = 4,3": (None, None, "", f"--fields ids+attributes {CONTROLS}"),
 }
-STUDIES = {f"{data}-{name}": (data, rows) for data in DATA for name, rows in
-           (("ablations", ABLATIONS), ("codes", CODES), ("attributes", ATTRIBUTES), ("models", MODELS))}
+STUDIES = {f"{data}-{name}": (data, rows) for data in ("demo", "demo7", "ml-100k") for name, rows in
+           (("ablations", ABLATIONS), ("codes", CODES), ("attributes", ATTRIBUTES), ("models", MODELS)) if data == "ml-100k" or name != "attributes"}
 
 
 def stage(number, run, flags):
@@ -153,7 +153,7 @@ def difference(values):
     """A paired difference: mean, sd over seeds, p of the paired t-test, bootstrap interval over the test rows."""
     text = figures(values, True)
     text += f", p {values['p']:.2g}" if values.get("p") is not None else ""
-    return text + (" [{:+.4f}, {:+.4f}]".format(*values["interval"]) if "interval" in values else "")
+    return text + (" [{:+.4f}, {:+.4f}]".format(*values["interval"]) if values.get("interval") else "")
 
 
 def results_table(run):
@@ -195,13 +195,15 @@ def results_table(run):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", default=["demo"], metavar="NAME",
-                        help=f"{', '.join(DATA)}, or one of these with -ablations, -codes, -attributes or -models; NAME=DIR takes a finished run")
+                        help=f"{', '.join(DATA)}, or a study ({', '.join(STUDIES)}); NAME=DIR takes a finished run")
     parser.add_argument("--data-dir", help="of the real data sets, for stage 01")
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md instead of printing them")
     args = parser.parse_args()
     text = README.read_text(encoding="utf-8")
     for item in args.tables:
         name, _, run = item.partition("=")
+        if name in STUDIES and run:
+            sys.exit(f"error: a study runs in a folder of its own (docs/tables.py {item}); leave ={run} out")
         if not run and name not in DATA and name not in STUDIES:
             sys.exit(f"error: no such table (docs/tables.py {name}); known: {', '.join([*DATA, *STUDIES])}")
         pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)

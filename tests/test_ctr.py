@@ -129,6 +129,25 @@ def test_relative_improvements_are_eq_10_and_11_against_the_best_baseline():
     assert found["relative"]["lr"]["userip"]["auc"] == pytest.approx(0.12 / 0.2 - 1)
 
 
+def test_tiny_test_splits_and_batches_of_one_row_end_well(world):
+    rng = np.random.default_rng(0)
+    assert ctr.bootstrap(np.array([1] + [0] * 3), [rng.random(4)], [rng.random(4)]) is not None
+    assert ctr.bootstrap(np.ones(5), [rng.random(5)], [rng.random(5)]) is None
+    assert ctr.improvements({"dcn": {"none": {"test_auc": {"mean": 0.5}, "test_logloss": {"mean": 0.7}}}}) is None
+    dataset, truth = world
+    rows = int((dataset.interactions[:, 3] == 0).sum())
+    args = settings(seed=0, fields="ids", lr=1e-3, batch_size=rows - 1, epochs=1, patience=1, weight_decay=0)
+    assert ctr.run_one(dataset, "afn", "none", 0, ctr.Inputs(), args, torch.device("cpu"))[0]["best_epoch"] == 1  # its last batch has one row
+
+
+def test_score_of_a_model_without_ids_that_was_trained_beside_others(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "none,random")
+    (run / "pairs.csv").write_text("\ufeffuser_id,item_id\nu0001,i001\n", encoding="utf-8")
+    call_stage(ctr, "--run", run, "--score", run / "pairs.csv")
+    assert len((run / "scores.csv").read_text().splitlines()) == 2
+
+
 def test_rows_in_chunks_are_the_rows_at_once(world, monkeypatch):
     dataset, truth = world
     _, lookup = ctr.build_features(dataset, "ids", truth, [4, 3])

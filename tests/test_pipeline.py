@@ -145,6 +145,12 @@ def strange_item(run):
     rewrite(run, interactions)
 
 
+def other_settings(run):
+    """Stage 02 was run again with another prior."""
+    facts = json.loads((run / "profiles.json").read_text())
+    (run / "profiles.json").write_text(json.dumps(facts | {"prior": 9.0}))
+
+
 def beyond(run):
     bank, facts = np.load(run / "feature_bank.npy"), json.loads((run / "quantize.json").read_text())
     bank[3, 0] = 99
@@ -183,6 +189,8 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (ctr, ["--ids", "none"], strange_item, ["beyond users.json or items.json", "01_prepare_data.py"]),
     (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
     (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--assign likelihood does not go with --quantizer vq"]),
+    (quantize, ["--keep-codebooks", "--codes", "4,3"], None, ["--codes does not go with --keep-codebooks"]),
+    (quantize, ["--keep-codebooks"], other_settings, ["codebooks.pt was made with another LLM", "03_quantize.py"]),
     (quantize, ["--keep-codebooks"], lambda run: (run / "codebooks.pt").unlink(), ["codebooks.pt is missing", "03_quantize.py"]),
     (quantize, ["--keep-codebooks"], lambda run: (run / "codebooks.pt").write_bytes(b"x"), ["codebooks.pt cannot be read"]),
     (quantize, [], lambda run: (run / "profiles.npy").unlink(), ["profiles.npy is missing", "02_infer_profiles.py"]),
