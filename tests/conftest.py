@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: models this small are faster on one thread
+
 import numpy as np
 import pytest
 import torch
