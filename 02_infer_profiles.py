@@ -352,24 +352,24 @@ def starting_point(likelihood, init, generator):
 # ---------------------------------------------------------------- loss and train
 
 def descend(likelihood, start, spread, ids, lengths, users, names, args):
-    """Minimise Eq. (4) and the prior for one block. ids (B, H), lengths (B,) -> (theta (B, M, d) fp32, NLL at theta_0 (B,)).
+    """Minimise Eq. (4) and the prior for one block. ids (B, H), lengths (B,) -> (theta (B, M, d) fp32, NLL before each step (steps, B)).
 
     theta = theta_0 + spread * z; AdamW acts on z, elementwise, so that users do not touch each other.
     Raises UserError naming the users when a loss or gradient is not finite.
     """
     z = torch.zeros(len(users), *start.shape, device=likelihood.device, requires_grad=True)  # Shape: (B, M, d)
     optimizer = torch.optim.AdamW([z], lr=args.lr, weight_decay=0.0)
-    before = None
+    path = []
     for _ in range(args.steps):
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
         loss.sum().backward()
         check_finite(torch.isfinite(loss) & torch.isfinite(z.grad).flatten(1).all(dim=1), users, names, f"--lr {args.lr}, {likelihood.dtype}")
-        before = nll.detach() if before is None else before
+        path.append(nll.detach())
         optimizer.step()
         optimizer.zero_grad()
-    return (start + spread[:, None] * z).detach(), before
+    return (start + spread[:, None] * z).detach(), torch.stack(path)
 
 
 def check_finite(sound, users, names, where):
@@ -381,13 +381,13 @@ def check_finite(sound, users, names, where):
 
 
 def infer_block(likelihood, start, spread, histories, users, names, args):
-    """Solve one block of users. Returns (theta float32 (B, M, d), NLL before (B,), NLL after (B,)) as numpy arrays."""
+    """Solve one block of users. Returns numpy arrays: theta float32 (B, M, d), NLL before each step and at the end (steps + 1, B)."""
     ids, lengths = pad(histories, users, likelihood.device)
-    theta, before = descend(likelihood, start, spread, ids, lengths, users, names, args)
+    theta, path = descend(likelihood, start, spread, ids, lengths, users, names, args)
     with torch.no_grad():
         after = likelihood(theta, ids, lengths)
     check_finite(torch.isfinite(after), users, names, f"--lr {args.lr}, {likelihood.dtype}")
-    return theta.cpu().numpy(), before.cpu().numpy(), after.cpu().numpy()
+    return theta.cpu().numpy(), torch.cat([path, after[None]]).cpu().numpy()
 
 
 class Progress:
@@ -446,12 +446,13 @@ class Progress:
         """The array's file: where a run was killed between its last files, the finished array is already in its place."""
         return self.partial if self.partial.exists() else self.final
 
-    def record(self, block, users, theta, before, after, tokens):
+    def record(self, block, users, theta, nll, tokens):
+        """nll: (steps + 1, B), of which the sum over the users is kept."""
         offset = np.load(self.where(), mmap_mode="r").offset
         for user, row in zip(users, theta):  # plain writes, not a memory map: ranks on other machines write to the same pages
             os.pwrite(self.rows.fileno(), row.tobytes(), offset + int(user) * row.nbytes)
         os.fsync(self.rows.fileno())
-        line = {"block": block, "before": float(before.sum(dtype=np.float64)), "after": float(after.sum(dtype=np.float64)), "tokens": tokens}
+        line = {"block": block, "nll": nll.sum(axis=1, dtype=np.float64).tolist(), "tokens": tokens}
         self.log.write((json.dumps(line) + "\n").encode())
         self.log.flush()
         os.fsync(self.log.fileno())
@@ -835,10 +836,10 @@ def infer(dataset, device, args):
     theta.flush()
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), room_for_history(likelihood))
     heldout = heldout_nll(likelihood, theta, population, validation, solved, rng, budget)
-    tokens = sum(record["tokens"] for record in done.values()) or 1
+    path = np.sum([record["nll"] for record in done.values()], axis=0) / max(1, sum(record["tokens"] for record in done.values()))
     facts = {**settings, "spread": spread.tolist(), "users_without_history": len(unknown), "heldout_nll": heldout,
              "lm_sensitivity": tiny and tiny["sensitivity"],
-             "train_nll": {when: sum(record[when] for record in done.values()) / tokens for when in ("before", "after")},
+             "train_nll": {"before": float(path.flat[0]), "after": float(path.flat[-1])}, "train_nll_steps": path.ravel().tolist(),
              "tokens_per_second": round(worked / seconds), "seconds": round(seconds, 1), "ranks": ranks.count(),
              "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20) if device.type == "cuda" else peak_memory_mb(),
              "fingerprint": fingerprint(theta)}

@@ -101,7 +101,7 @@ def test_a_torn_last_line_is_done_again(tmp_path):
     progress = infer.Progress(tmp_path, 0)
     progress.begin({"a": 1}, (4, 1, 2), False)
     progress.open({"a": 1})
-    progress.record(0, [0, 1], np.ones((2, 1, 2), np.float32), np.ones(2), np.zeros(2), 7)
+    progress.record(0, [0, 1], np.ones((2, 1, 2), np.float32), np.ones((2, 2)), 7)
     with open(progress.path, "ab") as file:
         file.write(b'{"block": 1, "bef')
     again = infer.Progress(tmp_path, 0)
@@ -109,7 +109,7 @@ def test_a_torn_last_line_is_done_again(tmp_path):
     again.begin({"a": 1}, (4, 1, 2), False)
     again.open({"a": 1})
     assert np.load(again.where())[:2].tolist() == [[[1, 1]]] * 2
-    again.record(1, [2], np.ones((1, 1, 2), np.float32), np.ones(1), np.zeros(1), 3)
+    again.record(1, [2], np.ones((1, 1, 2), np.float32), np.ones((2, 1)), 3)
     assert set(again.read()[1]) == {0, 1}
 
 
