@@ -516,10 +516,15 @@ def show(report, agreed):
 
 # ---------------------------------------------------------------- save
 
+def bank_of(codes, known, sizes):
+    """int16 (U, M): the codes (U, M); users without a history, like users unseen, get the unknown code K_m."""
+    return np.where(known[:, None], codes, sizes).astype(np.int16)
+
+
 def save(run, problem, codes, quantizer, facts):
-    """Write bank, codebooks and facts; users without a history, like users unseen, get the unknown code K_m."""
+    """Write bank, codebooks and facts."""
     dataset, sizes = problem.dataset, facts["codes"]
-    bank = np.where(problem.known[:, None], codes, np.array(sizes)).astype(np.int16)
+    bank = bank_of(codes, problem.known, sizes)
     (run / "quantize.json").unlink(missing_ok=True)
     names = [profile["name"] for profile in dataset.profiles]
     save_torch(run / "codebooks.pt", {"codebooks": quantizer.books, "log_weights": quantizer.log_weights, "quantizer": facts["quantizer"],

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -40,15 +41,71 @@ def mask_figure(problem, likelihood, tokenizer, histories):
     return figure
 
 
-def heldout_figure(problem):
-    figure, axes = plt.subplots(figsize=(5, 3.2))
-    values = problem.facts["heldout_nll"]
-    axes.bar(list(values), list(values.values()), color=COLOURS[:3])
-    low, high = min(values.values()), max(values.values())
-    axes.set_ylim(low - (high - low), high + 0.3 * (high - low))
-    axes.set_ylabel("nats per held-out token")
-    axes.set_title("whose \u03b8 explains a user's held-out titles? (lower is better)")
+def likelihood_figure(problem):
+    """What descends: nats per token of the training histories before each step; and what came of it, on held-out titles."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    steps = problem.facts["train_nll_steps"]
+    left.plot(range(len(steps)), steps, color=COLOURS[0], marker="o", markersize=3)
+    left.set(xlabel="AdamW step", ylabel="nats per token", title="the users' training histories")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    values = problem.facts["heldout_nll"] or {}
+    right.bar(list(values), list(values.values()), color=COLOURS[:3])
+    if values:
+        low, high = min(values.values()), max(values.values())
+        right.set_ylim(low - (high - low), high + 0.3 * (high - low))
+    right.set(ylabel="nats per token", title="their held-out titles, by whose \u03b8 (lower is better)")
     return figure
+
+
+FILLERS = ("The", "user", "likes")  # of the sentence of Fig. 7; the punctuation counts as one too
+
+
+@torch.no_grad()
+def attention_to_theta(likelihood, theta, ids):
+    """How much each token of a sentence attends to each theta^m: (n, M, tokens), the mean over all layers and heads.
+
+    theta (n, M, d); ids: the sentence's token ids, which follow the prompt. theta stands before the sentence, so it is the words that look at it.
+    """
+    model, used = likelihood.model, likelihood.model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the one implementation that hands out its weights
+    mask, positions = likelihood.layout(len(ids))
+    embedded = likelihood.embeddings(theta, torch.tensor([ids]).expand(len(theta), -1))
+    layers = likelihood.body(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False, output_attentions=True).attentions
+    model.set_attn_implementation(used)
+    at = np.cumsum([len(segment.ids) for segment in likelihood.segments])
+    columns = [int(end) - 1 for end, segment in zip(at, likelihood.segments) if segment.kind == "theta"]
+    return torch.stack(layers).float().mean((0, 2))[:, likelihood.prompt_length:, columns].transpose(1, 2)
+
+
+def attention_figure(problem, bank, likelihood, tokenizer, start):
+    """Fig. 7: how much the words of a sentence about one user's titles look at theta^m, before (theta_0) and after inference, for seven users.
+
+    Returns (figure, {profile: (share of the weight on filler words before, after)}); a row of the picture sums to 1.
+    """
+    facts, known = problem.facts, np.flatnonzero(problem.known)
+    texts = infer.history_texts(problem.dataset, common.TRAIN, SimpleNamespace(**facts))
+    longest = max(known, key=lambda user: len(texts[user]))
+    words = [*FILLERS, *"".join(texts[longest][-3:]).replace(";", " ;").split()]
+    parts = infer.pieces(tokenizer, [" " + word if word != ";" else word for word in words])
+    owner = np.repeat(np.arange(len(words)), [len(ids) for ids in parts])
+    sizes = np.bincount(owner)
+    seven = [int(longest), *known[:: max(1, len(known) // 6)][:6].tolist()]
+    before, after = (attention_to_theta(likelihood, torch.as_tensor(theta), [token for ids in parts for token in ids]).numpy() for theta in
+                     (start.cpu().numpy()[None].repeat(len(seven), 0), problem.theta[seven]))
+    filler = np.array([word in (*FILLERS, ";", "+", "-") for word in words])
+    figure, grid = plt.subplots(len(problem.dataset.profiles), 2, figsize=(11, 3.4 * len(problem.dataset.profiles)), squeeze=False)
+    shares = {}
+    for m, (row, profile) in enumerate(zip(grid, problem.dataset.profiles)):
+        for axes, weights, name in zip(row, (before, after), ("before: \u03b8\u2080", "after inference")):
+            by_word = np.stack([np.bincount(owner, weights[user, m]) / sizes for user in range(len(seven))])  # mean over a word's pieces
+            by_word /= by_word.sum(1, keepdims=True)
+            shares.setdefault(profile["name"], []).append(float(by_word[:, filler].sum(1).mean()))
+            axes.imshow(by_word, cmap="Blues", vmin=0, aspect="auto")
+            axes.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
+            axes.set_yticks(range(len(seven)), [f"{problem.dataset.users[user]}: {bank[user, m]}" for user in seven], fontsize=8)
+            axes.set_title(f"{profile['name']}, {name}: {shares[profile['name']][-1]:.0%} on filler words", fontsize=10)
+    grid[0, 0].set_ylabel("user: code")
+    return figure, {"words": len(words), "fillers": int(filler.sum()), **shares}
 
 
 def theta_figure(problem, bank, truth):
@@ -119,11 +176,11 @@ def main():
     args = parser.parse_args()
     problem, truth = quantize.read_problem(args.run)
     quantized, bank = common.load(args.run, "quantize.json", ("profiles",)), np.array(common.load(args.run, "feature_bank.npy"))
-    likelihood, histories, *_, tokenizer = problem.open_likelihood(torch.device("cpu"))
-    figures = {"mask": mask_figure(problem, likelihood, tokenizer, histories), "theta": theta_figure(problem, bank, truth),
+    likelihood, histories, start, _, tokenizer = problem.open_likelihood(torch.device("cpu"))
+    attention, shares = attention_figure(problem, bank, likelihood, tokenizer, start)
+    figures = {"likelihood": likelihood_figure(problem), "attention": attention,
+               "mask": mask_figure(problem, likelihood, tokenizer, histories), "theta": theta_figure(problem, bank, truth),
                "usage": usage_figure(quantized), "results": results_figure(common.load(args.run, "results.json", ("summary", "rows")))}
-    if problem.facts["heldout_nll"]:
-        figures["heldout"] = heldout_figure(problem)
     if args.codes:
         figures["codes"] = codes_figure(args.run)
     (args.run / "figures").mkdir(exist_ok=True)
@@ -131,6 +188,8 @@ def main():
         figure.tight_layout()
         with common.atomic(args.run / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
+    print(f"attention to theta on filler words ({shares.pop('fillers')} of {shares.pop('words')} words), before and after inference: "
+          + ", ".join(f"{name} {before:.3f} -> {after:.3f}" for name, (before, after) in shares.items()))
     print("wrote " + " ".join(f"{name}.png" for name in figures) + f" to {args.run / 'figures'}")
 
 
