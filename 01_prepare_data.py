@@ -49,7 +49,7 @@ from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announc
 # Paper: section 2.3 names x^1, x^2 and the task. Note: the prompt of a profile may be worded to suit its values.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
-CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 3,  # says how much of what he meets he likes
+CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,  # says how much of what he meets he likes: a matter of degree
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
 ERA = {"name": "background", "prompt": ", and his background is the", "codes": 3}
 TASK_PROMPT = ".\nWhat is the user's interaction history?"

@@ -20,6 +20,7 @@ Run:
 import contextlib
 import copy
 import csv
+import datetime
 import itertools
 import json
 import sys
@@ -659,7 +660,7 @@ def main():
         save_json(args.run / "results.json", {
             "rows": rows, "summary": summary, "improvements": improved, "base_rate_logloss": base_logloss, "fields": args.fields,
             "profile_input": args.profile_input, "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
-            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+            "date": datetime.date.today().isoformat(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
                          "scikit-learn": sklearn.__version__}})
         partial.unlink()
     print("\n" + markdown(summary, base_logloss))

@@ -78,9 +78,10 @@ def attention_to_theta(likelihood, theta, ids):
 
 
 def attention_figure(problem, bank, likelihood, tokenizer, start):
-    """Fig. 7: how much the words of a sentence about one user's titles look at theta^m, before (theta_0) and after inference, for seven users.
+    """Fig. 7: how much the words of a sentence about one user's titles look at theta^m, for seven users: where theta is noise (the paper's
+    start), where it is theta_0 (ours), and after inference.
 
-    Returns (figure, {profile: (share of the weight on filler words before, after)}); a row of the picture sums to 1.
+    Returns (figure, {profile: the three shares of the weight on filler words}); a row of the picture sums to 1.
     """
     facts, known = problem.facts, np.flatnonzero(problem.known)
     texts = infer.history_texts(problem.dataset, common.TRAIN, SimpleNamespace(**facts))
@@ -90,21 +91,22 @@ def attention_figure(problem, bank, likelihood, tokenizer, start):
     owner = np.repeat(np.arange(len(words)), [len(ids) for ids in parts])
     sizes = np.bincount(owner)
     seven = [int(longest), *known[:: max(1, len(known) // 6)][:6].tolist()]
-    before, after = (attention_to_theta(likelihood, torch.as_tensor(theta), [token for ids in parts for token in ids]).numpy() for theta in
-                     (start.cpu().numpy()[None].repeat(len(seven), 0), problem.theta[seven]))
+    noise = np.random.default_rng(0).uniform(-0.1, 0.1, problem.theta[seven].shape).astype(np.float32)
+    weighed = [attention_to_theta(likelihood, torch.as_tensor(theta), [token for ids in parts for token in ids]).numpy()
+               for theta in (noise, start.cpu().numpy()[None].repeat(len(seven), 0), problem.theta[seven])]
     filler = np.array([word in (*FILLERS, ";", "+", "-") for word in words])
-    figure, grid = plt.subplots(len(problem.dataset.profiles), 2, figsize=(11, 3.4 * len(problem.dataset.profiles)), squeeze=False)
+    figure, grid = plt.subplots(len(problem.dataset.profiles), 3, figsize=(13, 3.2 * len(problem.dataset.profiles)), squeeze=False)
     shares = {}
     for m, (row, profile) in enumerate(zip(grid, problem.dataset.profiles)):
-        for axes, weights, name in zip(row, (before, after), ("before: \u03b8\u2080", "after inference")):
+        for axes, weights, name in zip(row, weighed, ("\u03b8 is noise", "\u03b8\u2080", "\u03b8 inferred")):
             by_word = np.stack([np.bincount(owner, weights[user, m]) / sizes for user in range(len(seven))])  # mean over a word's pieces
             by_word /= by_word.sum(1, keepdims=True)
             shares.setdefault(profile["name"], []).append(float(by_word[:, filler].sum(1).mean()))
             axes.imshow(by_word, cmap="Blues", vmin=0, aspect="auto")
             axes.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
             axes.set_yticks(range(len(seven)), [f"{problem.dataset.users[user]}: {bank[user, m]}" for user in seven], fontsize=8)
-            axes.set_title(f"{profile['name']}, {name}: {shares[profile['name']][-1]:.0%} on filler words", fontsize=10)
-    grid[0, 0].set_ylabel("user: code")
+            axes.set_title(f"{profile['name']}, {name}: {shares[profile['name']][-1]:.0%} on fillers", fontsize=10)
+        row[0].set_ylabel("user: code")
     return figure, {"words": len(words), "fillers": int(filler.sum()), **shares}
 
 
@@ -188,8 +190,8 @@ def main():
         figure.tight_layout()
         with common.atomic(args.run / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    print(f"attention to theta on filler words ({shares.pop('fillers')} of {shares.pop('words')} words), before and after inference: "
-          + ", ".join(f"{name} {before:.3f} -> {after:.3f}" for name, (before, after) in shares.items()))
+    print(f"attention to theta on filler words ({shares.pop('fillers')} of {shares.pop('words')} words), theta noise, theta_0, inferred: "
+          + ", ".join(f"{name} {' '.join(f'{value:.3f}' for value in values)}" for name, values in shares.items()))
     print("wrote " + " ".join(f"{name}.png" for name in figures) + f" to {args.run / 'figures'}")
 
 

@@ -6,7 +6,7 @@
     python docs/tables.py demo-codes                       # codebook sizes, Figs. 5 and 6
 
 A study that was interrupted goes on with what is missing. Each table stands in the README between `<!-- table NAME -->` and
-`<!-- end NAME -->`.
+`<!-- end NAME -->`; the artifacts behind those of a single run are kept in docs/results, so that anyone can make the table again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import scipy.stats
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 STAGES = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py")
+RESULTS, KEPT = ROOT / "docs" / "results", ("dataset.json", "profiles.json", "quantize.json", "results.json")
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
 
@@ -61,9 +62,9 @@ STUDIES = {f"{data}-{name}": (data, rows) for data in ("demo", "demo7", "ml-100k
 
 
 def stage(number, run, flags):
-    command = [sys.executable, str(ROOT / STAGES[number - 1]), "--run", str(run), *flags.split()]
-    print("$ python " + " ".join(command[1:]), flush=True)
-    if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+    command = [STAGES[number - 1], "--run", str(run.relative_to(ROOT)), *flags.split()]
+    print("$ python " + " ".join(command), flush=True)
+    if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, cwd=ROOT).returncode:
         sys.exit(f"error: {STAGES[number - 1]} failed ({run}); see its message above")
 
 
@@ -99,7 +100,7 @@ def run_study(name, data_dir):
         if second is not None:
             if "--lm" not in second and (base / "lm-tiny").exists():  # the same LM where its training text is the same
                 shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
-            stage(2, run, second.format(base=base) if "--lm" in second else f"{DATA[data][1]} {second}")
+            stage(2, run, second.format(base=base.relative_to(ROOT)) if "--lm" in second else f"{DATA[data][1]} {second}")
         stage(3, run, third)
         stage(4, run, fourth if "--ids" in fourth else f"--ids userip {fourth}")
     return runs
@@ -133,7 +134,8 @@ def study_table(name, data_dir):
             cells.append(" / ".join(f"{value:.2f}" for value in quantized["nmi_truth"]))
         cells.append(" / ".join(f"{value:.4f}" for value in profiles["heldout_nll"].values()))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{results['fields']}`; run by `python docs/tables.py {name}`."])
+    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{results['fields']}`; "
+                      f"run on {results['date']} by `python docs/tables.py {name}`."])
 
 
 def spread(values, signed=False):
@@ -187,7 +189,7 @@ def results_table(run):
             notes.append("NMI with the truth " + " / ".join(f"{value:.2f}" for value in quantized["nmi_truth"])
                          + ", across profiles " + " / ".join(f"{value:.4f}" for value in quantized["nmi_across"]))
     seeds = len({row["seed"] for row in results["rows"]})
-    notes.append(f"mean ± sd of {seeds} seeds, fields `{results['fields']}`, data seed {dataset['seed']}; "
+    notes.append(f"mean ± sd of {seeds} seeds, fields `{results['fields']}`, data seed {dataset['seed']}; run on {results['date']}; "
                  + ", ".join(f"{name} {version}" for name, version in results["versions"].items()))
     return "\n".join([*lines, "", ". ".join(notes) + "."])
 
@@ -196,7 +198,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", default=["demo"], metavar="NAME",
                         help=f"{', '.join(DATA)}, or a study ({', '.join(STUDIES)}); NAME=DIR takes a finished run")
-    parser.add_argument("--data-dir", help="of the real data sets, for stage 01")
+    parser.add_argument("--data-dir", type=lambda text: Path(text).resolve(), help="of the real data sets, for stage 01")
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md instead of printing them")
     args = parser.parse_args()
     text = README.read_text(encoding="utf-8")
@@ -213,6 +215,10 @@ def main():
         if not args.write:
             print(f"{name}\n\n{table}\n")
             continue
+        if name in DATA:
+            (RESULTS / name).mkdir(parents=True, exist_ok=True)
+            for file in KEPT:
+                shutil.copy(Path(run or ROOT / "runs" / name) / file, RESULTS / name / file)
         text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
         README.write_text(text, encoding="utf-8")
 
