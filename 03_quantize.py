@@ -241,7 +241,7 @@ class CodeMixture:
 
 
 def first_codebooks(theta, sizes, start, seed):
-    """A codebook (K, d) for each profile: k-means++ with restarts over all given theta (n, M, d), or U(-1/K, 1/K) noise."""
+    """A codebook (K, d) for each profile: k-means++ with restarts over all given theta (n, M, d), or U(-1/K, 1/K) noise. DEVIATION(6)."""
     codebooks = []
     for m, size in enumerate(sizes):
         distinct = len(np.unique(theta[:, m], axis=0))
@@ -287,7 +287,7 @@ def joint_loss(theta, users, quantizers, surrogate, rows, offsets, llm, args):
     loss = args.alpha * vec
     if llm is not None:
         parts["llm"] = llm(theta, users).mean()
-        loss = loss + parts["llm"]  # Eq. (7)
+        loss = loss + parts["llm"]  # Eq. (7). DEVIATION(7): alpha is the weight alone, not Algorithm 1's step size too.
     return loss, {name: float(part.detach()) for name, part in parts.items()}
 
 

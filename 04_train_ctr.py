@@ -409,6 +409,7 @@ def train(model, splits, args):
 
     splits: {TRAIN | VALIDATION | TEST: Rows}. The test split is looked at once, at the best epoch.
     """
+    # DEVIATION(8): an L2 penalty, of which the paper says nothing.
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     best, seconds, samples = {"val_auc": -1.0, "best_epoch": 0}, 0.0, 0
     for epoch in range(1, args.epochs + 1):
@@ -660,8 +661,8 @@ def main():
         save_json(args.run / "results.json", {
             "rows": rows, "summary": summary, "improvements": improved, "base_rate_logloss": base_logloss, "fields": args.fields,
             "profile_input": args.profile_input, "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
-            "date": datetime.date.today().isoformat(), "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-                         "scikit-learn": sklearn.__version__}})
+            "date": datetime.date.today().isoformat(),
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
         partial.unlink()
     print("\n" + markdown(summary, base_logloss))
     if improved:

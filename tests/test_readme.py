@@ -6,15 +6,16 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT, ok, run_stage
+from conftest import ROOT, copy_run, ok, run_stage
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
 
 
 def test_every_flag_it_names_exists():
-    foreign = {"--nproc-per-node", "--nnodes", "--user", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--write", "--help", "--linear"}
-    offered = "".join(ok(run_stage(name, "--help")).stdout for name in SCRIPTS)
+    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help"}  # torchrun's, argparse's
+    others = ["docs/explain.py", "docs/tables.py", "docs/figures.py", "tests/bench_infer.py"]
+    offered = "".join(ok(run_stage(name, "--help")).stdout for name in (*SCRIPTS, *others))
     missing = [flag for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT)) - foreign if not re.search(rf"{flag}[\s,\]]", offered)]
     assert not missing
 
@@ -26,7 +27,7 @@ def test_every_deviation_has_its_row_and_its_mark():
 
 def test_every_name_of_the_symbol_table_exists():
     sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
-    table = TEXT[TEXT.index("## Symbols"):TEXT.index("## Differences")]
+    table = TEXT[TEXT.index("## Symbols"):TEXT.index("## Swap")]
     names = [name for cell in re.findall(r"^\|[^|]*\|([^|]*)\|", table, re.M) for name in re.findall(r"`(\w+)", cell)]
     assert len(names) > 10 and all(re.search(rf"\b{name}\b", sources) for name in names)
 
@@ -40,6 +41,43 @@ def test_the_commands_it_shows_run(inferred, tmp_path):
         _, script, *flags = line.split("#")[0].split()
         ok(run_stage(script, *flags, "--run", tmp_path / "run", *small[script[:2]]))
     assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+
+
+def test_the_code_it_quotes_is_the_code():
+    quoted = re.findall(r"```python\n# (\d\w+\.py)\n(.*?)```", TEXT, re.S)
+    assert [name for name, _ in quoted] == SCRIPTS
+    for name, excerpt in quoted:
+        source, at = (ROOT / name).read_text(encoding="utf-8"), 0
+        for line in filter(None, excerpt.split("\n")):  # every line of it, in this order
+            at = source.find(line + "\n", at) + 1
+            assert at, (name, line)
+
+
+SWAPS = re.findall(r"```python\n# swap (.*?): python mine\.py ?(.*?)\n(.*?)```", TEXT, re.S)
+
+
+@pytest.mark.parametrize("part, flags, code", SWAPS, ids=[part for part, *_ in SWAPS])
+def test_a_part_can_be_swapped_as_it_says(part, flags, code, inferred, lm_folders, tmp_path):
+    """Each example runs as a file of its own on a small run, and what it makes differs from what was there."""
+    assert len(SWAPS) == 5
+    run = copy_run(inferred, tmp_path / "run")
+    (tmp_path / "mine.py").write_text(code.replace("gpt2-folder", str(lm_folders["gpt2"])))
+    lm = [] if "--lm" in flags else ["--lm", lm_folders["gpt2"]]
+    small = {"prompt": [*lm, "--steps", 3], "mask": [*lm, "--steps", 3], "LLM": ["--steps", 3], "quantizer": [],
+             "recommender": ["--seeds", 1, "--epochs", 2]}
+    ok(run_stage(tmp_path / "mine.py", "--run", run, *flags.split(), *small[part.removeprefix("the ")], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+    if "recommender" in part:
+        assert json.loads((run / "results.json").read_text())["rows"][0]["model"] == "wide_deep"
+    else:
+        changed = "feature_bank.npy" if "quantizer" in part else "profiles.npy"
+        assert (run / changed).read_bytes() != (inferred / changed).read_bytes()
+
+
+def test_every_file_and_place_it_links_to_exists():
+    for target in re.findall(r"\]\(([^)#\s]+)\)", TEXT):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    anchors = {re.sub(r"[^\w -]", "", line.lstrip("# ")).strip().lower().replace(" ", "-") for line in TEXT.split("\n") if line.startswith("#")}
+    assert set(re.findall(r"\]\(#([^)]+)\)", TEXT)) <= anchors
 
 
 def load_tables():
@@ -103,7 +141,7 @@ def test_tables_are_written_between_their_markers(inferred, tmp_path, monkeypatc
 def test_its_tables_are_those_of_the_artifacts():
     """Of single runs; the rows of the studies, too many to keep, say what ran them and when."""
     tables, found = load_tables(), re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end \1 -->", TEXT, re.S)
-    assert {name for name, _ in found} >= {"demo", "demo7", "nosignal", "ml-100k", *tables.STUDIES} - {"demo7-ablations", "demo7-codes", "demo7-models"}
+    assert {name for name, _ in found} >= {*tables.DATA, *tables.STUDIES} - {"demo7-ablations", "demo7-codes", "demo7-models"}
     for name, text in found:
         if name in tables.DATA:
             assert text == tables.results_table(tables.RESULTS / name) + "\n"
