@@ -1,5 +1,6 @@
 """Stage 04 and the DCN: layers against explicit loops, controls, table."""
 
+import importlib
 import itertools
 import json
 import math
@@ -337,3 +338,16 @@ def test_each_model_trains_every_parameter_and_learns(name):
     model.eval()
     score = common.auc(labels, ctr.predict(model, ids))
     assert score > 0.95 if name != "lr" else abs(score - 0.5) < 0.1
+
+
+def test_the_folded_dcn_scores_as_the_dcn_does():
+    """The serving benchmark's claim, for one profile field, two, and a text embedding."""
+    serving = importlib.import_module("bench_serving")
+    rng = np.random.default_rng(0)
+    users, items = rng.integers(serving.USERS, size=50), rng.integers(serving.ITEMS, size=50)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        ways = serving.make_ways(8)
+        for name in ("dcn", "dcn_ids", "dcn_text"):
+            plain, folded = ways[name](users, items), ways[f"folded_{name}"](users, items)
+            assert plain.std() > 0 and torch.allclose(plain, folded, atol=1e-6), name

@@ -59,7 +59,8 @@ def test_attention_to_theta_is_the_average_over_layers_and_heads(world, lm):
     if model.config.model_type != "gpt2":
         return
     inputs = []
-    hooks = [block.attn.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(args[0]), with_kwargs=True) for block in model.transformer.h]
+    hooks = [block.attn.register_forward_pre_hook(lambda module, args, kwargs: inputs.append(args[0]), with_kwargs=True)
+             for block in model.transformer.h]
     likelihood.hidden(theta, torch.tensor([ids]).expand(3, -1))
     for hook in hooks:
         hook.remove()
@@ -69,7 +70,7 @@ def test_attention_to_theta_is_the_average_over_layers_and_heads(world, lm):
         query, key, _ = block.attn.c_attn(states).split(32, dim=2)
         query, key = (part.unflatten(2, (2, 16)).transpose(1, 2) for part in (query, key))
         layers.append((query @ key.transpose(2, 3) / 4 + mask).softmax(-1).mean(1))
-    place = [sum(len(segment.ids) for segment in likelihood.segments[:at]) for at, segment in enumerate(likelihood.segments) if segment.kind == "theta"]
+    place = [sum(len(before.ids) for before in likelihood.segments[:at]) for at, segment in enumerate(likelihood.segments) if segment.kind == "theta"]
     assert torch.allclose(found, torch.stack(layers).mean(0)[:, -4:, place].transpose(1, 2), atol=1e-5)
 
 
