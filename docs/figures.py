@@ -57,7 +57,7 @@ def likelihood_figure(problem):
     return figure
 
 
-FILLERS = ("The", "user", "likes")  # of the sentence of Fig. 7; the punctuation counts as one too
+FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
 
 
 @torch.no_grad()
@@ -81,7 +81,8 @@ def attention_figure(problem, bank, likelihood, tokenizer, start):
     """Fig. 7: how much the words of a sentence about one user's titles look at theta^m, for seven users: where theta is noise (the paper's
     start), where it is theta_0 (ours), and after inference.
 
-    Returns (figure, {profile: the three shares of the weight on filler words}); a row of the picture sums to 1.
+    Returns (figure, {profile: three times the weight's shares on filler words, on the words of titles, and on the marks between them}); a row of
+    the picture sums to 1.
     """
     facts, known = problem.facts, np.flatnonzero(problem.known)
     texts = infer.history_texts(problem.dataset, common.TRAIN, SimpleNamespace(**facts))
@@ -94,20 +95,20 @@ def attention_figure(problem, bank, likelihood, tokenizer, start):
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, problem.theta[seven].shape).astype(np.float32)
     weighed = [attention_to_theta(likelihood, torch.as_tensor(theta), [token for ids in parts for token in ids]).numpy()
                for theta in (noise, start.cpu().numpy()[None].repeat(len(seven), 0), problem.theta[seven])]
-    filler = np.array([word in (*FILLERS, ";", "+", "-") for word in words])
+    kinds = np.array([0 if at < len(FILLERS) else 2 if word in (";", "+", "-") else 1 for at, word in enumerate(words)])
     figure, grid = plt.subplots(len(problem.dataset.profiles), 3, figsize=(13, 3.2 * len(problem.dataset.profiles)), squeeze=False)
     shares = {}
     for m, (row, profile) in enumerate(zip(grid, problem.dataset.profiles)):
         for axes, weights, name in zip(row, weighed, ("\u03b8 is noise", "\u03b8\u2080", "\u03b8 inferred")):
             by_word = np.stack([np.bincount(owner, weights[user, m]) / sizes for user in range(len(seven))])  # mean over a word's pieces
             by_word /= by_word.sum(1, keepdims=True)
-            shares.setdefault(profile["name"], []).append(float(by_word[:, filler].sum(1).mean()))
+            shares.setdefault(profile["name"], []).append([float(by_word[:, kinds == kind].sum(1).mean()) for kind in range(3)])
             axes.imshow(by_word, cmap="Blues", vmin=0, aspect="auto")
             axes.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
             axes.set_yticks(range(len(seven)), [f"{problem.dataset.users[user]}: {bank[user, m]}" for user in seven], fontsize=8)
-            axes.set_title(f"{profile['name']}, {name}: {shares[profile['name']][-1]:.0%} on fillers", fontsize=10)
+            axes.set_title(f"{profile['name']}, {name}: {shares[profile['name']][-1][0]:.0%} on \"{' '.join(FILLERS)}\"", fontsize=10)
         row[0].set_ylabel("user: code")
-    return figure, {"words": len(words), "fillers": int(filler.sum()), **shares}
+    return figure, {"words": np.bincount(kinds, minlength=3).tolist(), **shares}
 
 
 def theta_figure(problem, bank, truth):
@@ -190,8 +191,10 @@ def main():
         figure.tight_layout()
         with common.atomic(args.run / "figures" / f"{name}.png") as temporary:
             figure.savefig(temporary, dpi=110, format="png")
-    print(f"attention to theta on filler words ({shares.pop('fillers')} of {shares.pop('words')} words), theta noise, theta_0, inferred: "
-          + ", ".join(f"{name} {' '.join(f'{value:.3f}' for value in values)}" for name, values in shares.items()))
+    print(f"attention to theta on fillers / words of titles / marks ({' / '.join(map(str, shares.pop('words')))} of them):")
+    for name, values in shares.items():
+        print(f"    {name}: " + ", ".join(f"{when} " + " / ".join(f"{share:.2f}" for share in parts)
+                                          for when, parts in zip(("theta is noise", "theta_0", "inferred"), values)))
     print("wrote " + " ".join(f"{name}.png" for name in figures) + f" to {args.run / 'figures'}")
 
 
