@@ -6,7 +6,7 @@ name it (MovieLens: genre and era of the film; Amazon, Yelp: brand or category a
 
 Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json       facts, prompts and the fingerprint of the rest
-    interactions.npy   int32 (N, 4): user, item, label, split (0 train, 1 validation, 2 test), in time order
+    interactions.npy   int32 (N, 4): user, item, label, split (0 train, 1 validation, 2 test), in time order where the source has times
     users.json         (U) raw user ids          items.json  (I) {id, title, attributes}
     truth.npy          int16 (U, M) planted profiles, demo only, read by evaluation alone
 
@@ -46,7 +46,8 @@ from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announc
 
 # ---------------------------------------------------------------- settings
 
-# Paper: section 2.3 names x^1, x^2 and the task. Note: the prompt of a profile may be worded to suit its values.
+# Paper: section 2.3 names x^1, x^2 and the task. Note: the prompt of a profile may be worded to suit its values. codes: default K_m of stage 03;
+# likes (people's traits, which are no attribute of items): share of titles that such a person likes, for the tiny LM's invented people.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
 CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,  # says how much of what he meets he likes: a matter of degree
@@ -61,6 +62,13 @@ MAX_LINE = 2**20    # bytes; a longer line is no record
 MAX_SKIP = 2**26    # bytes skipped in search of that line's end, before the file is given up
 MAX_BAD = 0.01      # share of bad lines that is skipped and counted; more is an error
 MAX_TITLE = 200     # characters of a title that the LLM will read
+
+
+def separator(text):
+    """argparse type: at least one character."""
+    if not text:
+        raise ValueError
+    return text
 
 
 def parse_arguments():
@@ -85,7 +93,7 @@ def parse_arguments():
     columns.add_argument("--item-id-col", help="items file: column of the item's id (default: as --item-col)")
     for name in ("title", "hobby", "background"):
         columns.add_argument(f"--{name}-col", help=f"column of the item's {name}" + (" (default: there is one profile)" * (name == "background")))
-    columns.add_argument("--value-sep", default="|", help="separates several values in a hobby or background cell")
+    columns.add_argument("--value-sep", type=separator, default="|", help="separates several values in a hobby or background cell")
     return parser.parse_args()
 
 
@@ -154,7 +162,7 @@ DEMO_BACKGROUNDS = {
     "family": "Classic Everyday Reliable Standard Practical Sturdy".split(),
     "wealthy": "Premium Deluxe Handmade Signature Gold Exclusive".split(),
 }
-EXPOSURE = (0.95, 0.6)  # log odds of meeting an item that fits the user's hobby, background
+EXPOSURE = (0.95, 0.6)  # log weight, when items to meet are drawn, of one that fits the user's hobby, background
 TASTE = (2.8, 2.2)      # log odds of liking it
 GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of each hobby, background, for any item
 
@@ -182,6 +190,7 @@ def load_demo(args):
     popularity, quality = rng.normal(0, 0.5, n_items), rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
     generosity += args.signal * (GENEROSITY[0][truth[:, :1]] + GENEROSITY[1][truth[:, 1:]])
+    # Shape of exposure, taste and liked: (U, I)
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
     taste = quality + generosity + args.signal * (TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3))
     liked = rng.random((n_users, n_items)) < 1 / (1 + np.exp(-taste))
@@ -659,7 +668,7 @@ def choose_profiles(source, args):
 
 
 def build(source, args):
-    """(Dataset, truth or None): labels, filtering, ids and the split of CONTRACT's rules of evidence."""
+    """(Dataset, truth or None): labels, filtering, ids and the split, made once for all stages: whatever is trained later sees TRAIN rows alone."""
     kept = thin_out(source, args)
     if len(kept) < 10:
         raise UserError(f"{len(kept)} interactions are left after filtering", f"--min-interactions {args.min_interactions}",

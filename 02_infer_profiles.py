@@ -41,7 +41,7 @@ HUB_NAMES = {"gpt2": ("gpt2", "0.5 GB"), "llama2-7b": ("meta-llama/Llama-2-7b-hf
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most this much shorter than its longest
 HELDOUT_USERS = 20_000  # a sample this large fixes the held-out NLL to far less than the differences of interest
-SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest next words after x^m
+SLOT_WORDS = 12    # theta_0 averages the LLM's likeliest words in the slot, the place after x^m where theta^m stands
 ACTIVATIONS = 40   # numbers a layer keeps per token for the backward pass, in units of its width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history", "history_sample", "tiny_sentences", "block_size", "seed")
 LOSS_SCALE = {torch.float16: 1024.0}  # keeps fp16 gradients above underflow; theta and its optimiser are fp32 always
@@ -84,7 +84,7 @@ class Segment:
     """A run of prompt tokens: kind is begin, name, theta, task or history; profile says whose name or theta it is."""
 
     kind: str
-    ids: list
+    ids: list  # of a theta: [0], which holds its place
     profile: int | None = None
 
 
@@ -106,7 +106,10 @@ def prompt_segments(tokenizer, dataset):
 
 
 def build_positions(segments, mask):
-    """Position of each token, (S,). Under the strict mask each profile restarts where the first begins, as if it stood alone.
+    """Position of each token, (S,). Under the strict mask each profile restarts where the first begins, as if it stood alone:
+
+        tokens      x^1 x^1 theta^1 x^2 theta^2 task task y
+        positions    0   1     2     0     1     5    6   7
 
     Note: profiles are then exchangeable (Fig. 4: "latent profiles are independent of each other"). DEVIATION(3).
     """
@@ -184,7 +187,7 @@ def sample_history(length, limit, kind):
 
 
 def tokenize_histories(tokenizer, texts, room):
-    """Per user an int64 array of token ids: whole titles only, the oldest dropped until it fits into `room` tokens."""
+    """Per user an int32 array of token ids: whole titles only, the oldest dropped until it fits into `room` tokens."""
     distinct = sorted({text for lines in texts for text in lines})
     ids_of = dict(zip(distinct, pieces(tokenizer, distinct) if distinct else []))
     histories = []
@@ -301,7 +304,8 @@ class ProfileLikelihood:
         if theta.requires_grad and self.dtype in LOSS_SCALE:  # grow gradients on their way through fp16, shrink them where theta is fp32
             theta = theta * 1.0
             theta.register_hook(lambda gradient: gradient / LOSS_SCALE[self.dtype])
-        states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]  # the state before each history token predicts it
+        # The state before each history token predicts it. Shape: (B, H, d)
+        states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]
         real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
         nll = TokenNLL.apply(states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
         if nll.requires_grad and self.dtype in LOSS_SCALE:
@@ -377,7 +381,7 @@ def check_finite(sound, users, names, where):
     if not sound.all():
         bad = [str(names[user]) for user, ok in zip(users, sound.tolist()) if not ok]
         raise UserError(f"loss or gradient is not finite for users {', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}", where,
-                        "lower --lr or take --dtype bf16 or fp32; nothing was written for them")
+                        "lower --lr or take --dtype bf16 or fp32, with --fresh; nothing was written for them")
 
 
 def infer_block(likelihood, start, spread, histories, users, names, args):
@@ -424,8 +428,9 @@ class Progress:
         self.clear()
         with atomic(self.partial) as temporary:
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-            with open(temporary, "r+b") as file:  # reserve the space now: a memory map has no way to say that the disk is full
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            if hasattr(os, "posix_fallocate"):  # reserve the space now: a memory map has no way to say that the disk is full
+                with open(temporary, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             if kept:
                 rows, theta = kept()
                 array[rows] = theta
@@ -592,7 +597,7 @@ def train_tiny(dataset, folder, args):
                                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
     epochs, batch = 3, 32
     by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()  # batches of like length: hardly any padding
-    order = [rows for _ in range(epochs) for rows in rng.permutation(by_length[:len(ids) // batch * batch].reshape(-1, batch))]
+    order = [rows for _ in range(epochs) for rows in rng.permutation(by_length[len(ids) % batch:].reshape(-1, batch))]
     steps = len(order)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.1)
@@ -737,7 +742,7 @@ def solve(likelihood, start, spread, histories, blocks, progress, done, names, a
             if not is_out_of_memory(error):
                 raise
             raise UserError(f"out of memory with a block of {len(users)} users", f"{likelihood.device}",
-                            f"add --block-size {max(1, len(users) // 2)} --fresh, or --dtype fp16") from None
+                            f"add --fresh and --block-size {max(1, len(users) // 2)} or --dtype fp16") from None
         worked += (tokens + len(users) * likelihood.prompt_length) * args.steps
     return worked, time.perf_counter() - clock
 

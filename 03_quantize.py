@@ -182,7 +182,7 @@ class Surrogate(nn.Module):
 class CodeMixture:
     """p(y) = sum over combinations c of prod_m pi^m_c * P_LLM(y | v^1_c1, ..., v^M_cM): a mixture whose components are soft tokens.
 
-    likelihood: Eq. (4); books: M tensors (K_m, d) in the space of theta; log_weights: M tensors log pi^m (K_m,).
+    likelihood: Eq. (4); books: M tensors (K_m, d) in the space of theta; log_weights: M tensors log pi^m (K_m,); histories: U arrays of token ids.
     Up to COMBINATIONS combinations are enumerated; beyond, one profile is updated at a time with the others at their best code.
     """
 
@@ -271,7 +271,11 @@ def warm_up(surrogate, rows, quantized, epochs, device, rng):
 
 
 def joint_loss(theta, users, quantizers, surrogate, rows, offsets, llm, args):
-    """Eq. (7) for a minibatch: (loss, {part: mean a user}). theta (B, M, d) in the units of --lr; llm: None or theta -> (B,)."""
+    """Eq. (7) for a minibatch: (loss, {part: mean a user}).
+
+    theta (B, M, d) in the units of --lr; users numpy (B,); rows long (n, 3) user, item, label, sorted by user; offsets numpy (U + 1,), see
+    rows_by_user; llm: None or a function (theta, users) -> (B,).
+    """
     outputs = [quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)]
     quantized = torch.stack([output[0] for output in outputs], dim=1)  # Shape: (B, M, d)
     codebook_term, commitment = sum(output[2] for output in outputs), sum(output[3] for output in outputs)
@@ -384,7 +388,8 @@ class JointVQ(KMeans):
 
         def llm(z, users):
             theta = centre + unit[:, None] * z
-            # A block of tokens at a time: its gradient is taken at once and its graph freed, then handed on to the joint loss.
+            # A block of tokens at a time: its gradient is taken at once and its graph freed. What is returned has the value nll and, as its
+            # gradient with respect to theta, that stored one: the term with leaf.grad is 0 in value.
             leaf, nll = theta.detach().requires_grad_(), torch.zeros(len(users), device=z.device)
             for rows in infer.make_blocks([histories[user] for user in users], None, budget, likelihood.prompt_length):
                 part = likelihood(leaf[rows], *infer.pad([histories[users[row]] for row in rows], range(len(rows)), z.device))

@@ -1,7 +1,7 @@
 """Stage 04: train recommenders with the ids of the feature bank as ordinary sparse features. Paper: sections 2.5 and 3.
 
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                                                             Eq. (8)
-    loss  = -sum_n y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)                                      Eq. (9), completed
+    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]                                    Eq. (9), completed
 
 No LLM is loaded: the profile of a user is M small integers. Every table has the controls that decide whether an id says
 anything: `none` (no ids), `random` (a uniform code per user) and `shuffled` (the real codes, permuted over users).
@@ -114,7 +114,7 @@ def build_features(dataset, kind, codes, sizes, theta=None):
         user_fields += [Field(f"profile_{m}", n_users + 1, vectors=torch.tensor(theta[:, m])) for m in range(theta.shape[1])]
         user_tables.append(np.tile(np.arange(n_users + 1)[:, None], (1, theta.shape[1])))
     elif codes is not None:
-        user_fields += [Field(f"profile_{m}", size + 1) for m, size in enumerate(sizes)]
+        user_fields += [Field(f"profile_{m}", size + 1) for m, size in enumerate(sizes)]  # K_m codes and the unknown one
         user_tables.append(np.concatenate([codes, [sizes]]).astype(np.int64))
     item_fields, item_tables = [Field("item", n_items)], [np.arange(n_items + 1)[:, None]]
     if kind != "ids":
@@ -173,17 +173,17 @@ def codes_of(ids, bank, sizes, truth, rng):
 # ---------------------------------------------------------------- models: logit = f(field embeddings), shapes (B, F, D) -> (B,)
 #
 # F fields, D = 8, MLP 16-16 with dropout .2 for all (section 3.4). e_i is field i's embedding; pairs run over i < j.
-# "first order" is b + sum_i w_i, a field embedding of width 1.
+# P = F (F - 1) / 2 is the number of pairs. "first order" is b + sum_i w_i, a field embedding of width 1.
 
 class Recommender(nn.Module):
     """What the models below share: field embeddings, the first-order term, and the F (F - 1) / 2 pairs of fields."""
 
-    def __init__(self, fields, dim=8, vectors=1, first_order=True, std=0.05):
-        """vectors: embeddings of width dim for each id (none, one, or in the field-aware models one for each field)."""
+    def __init__(self, fields, dim=8, per_id=1, first_order=True, std=0.05):
+        """per_id: embeddings of width dim for each id (none, one, or in the field-aware models one for each field)."""
         super().__init__()
         self.F, self.D = len(fields), dim
-        if vectors:
-            self.embed = FieldEmbedding(fields, vectors * dim, std)
+        if per_id:
+            self.embed = FieldEmbedding(fields, per_id * dim, std)
         if first_order:
             self.weights, self.bias = FieldEmbedding(fields, 1), nn.Parameter(torch.zeros(1))
         left, right = torch.triu_indices(self.F, self.F, 1)
@@ -214,7 +214,7 @@ class LR(Recommender):
     """
 
     def __init__(self, fields):
-        super().__init__(fields, vectors=0)
+        super().__init__(fields, per_id=0)
 
     def forward(self, ids):
         return 8 * self.first_order(ids)
@@ -224,7 +224,7 @@ class FFM(Recommender):
     """first order + sum_{i<j} <e_i towards j, e_j towards i>. Juan et al. 2016, Eq. (4). Memory F times that of the others."""
 
     def __init__(self, fields):
-        super().__init__(fields, vectors=len(fields))
+        super().__init__(fields, per_id=len(fields))
 
     def forward(self, ids):
         return self.first_order(ids) + self.field_aware_pairs(self.towards(ids)).sum(1)
@@ -278,7 +278,7 @@ class ONN(Recommender):
     """
 
     def __init__(self, fields):
-        super().__init__(fields, vectors=len(fields), first_order=False)
+        super().__init__(fields, per_id=len(fields), first_order=False)
         self.deep = nn.Sequential(mlp(self.F * self.D + len(self.left), (16, 16), 0.2), linear(16, 1))
 
     def forward(self, ids):

@@ -26,7 +26,10 @@ case "${1:-}" in
   setup) ;;
   test) shift; "$VENV/bin/python" -m pytest "$@" ;;
   *)
-    case " $* " in *" --run"*) echo "error: run.sh keeps to runs/demo (--run); call the four scripts for another folder" >&2; exit 2 ;; esac
+    case " $* " in
+      *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)
+        echo "error: run.sh runs the demo in runs/demo ($*); call the four scripts for another folder, data set or their --help" >&2; exit 2 ;;
+    esac
     "$VENV/bin/python" 01_prepare_data.py "$@"
     "$VENV/bin/python" 02_infer_profiles.py
     "$VENV/bin/python" 03_quantize.py

@@ -4,8 +4,9 @@ The prompt of a user is a list of segments, in this order:
 
     [begin]  name of profile 1, theta^1, name of profile 2, theta^2, ...  task  history
 
-The paper draws the attention mask in Fig. 4 and says that the latent profiles are independent of each other. Read section 2.3
-and decide for every pair of tokens whether the one in row i may attend to the one in column j:
+The paper draws the attention mask in Fig. 4 and says that the latent profiles are independent of each other. Read section 2.3 (where it lets
+theta attend to "interactions", read: the interactions attend to theta, for they come later) and decide for every pair of tokens whether
+the one in row i may attend to the one in column j:
 
   * nobody sees a token to the right; everybody sees himself;
   * the begin token (some LLMs have one) says nothing about a profile: everybody to its right may see it;

@@ -11,7 +11,7 @@ gradient of the output onto the input as if the quantizer were the identity. Wit
 Norms are sums over d, one number for each row of theta.
 
 The tests look at values and then at gradients, term by term: what reaches theta, what reaches the codebook, and what must not. In the
-third of them a loss on `quantized` must leave the codebook alone: the recommender speaks to theta, theta speaks to the codebook.
+second of them a loss on `quantized` must leave the codebook alone: the recommender speaks to theta, theta speaks to the codebook.
 
 Then, on paper: with alpha = beta = .001 and one learning rate for all (the paper's section 3.4), how far does each term move things under
 Adam, whose step does not depend on the size of a gradient? `python 03_quantize.py --paper` shows what becomes of it.

@@ -8,7 +8,7 @@ where x_l . w_l is one number a row. Each layer raises the degree of the polynom
 
 Write it for a batch, first as it stands. Then look closer: every x_l is a number times x_0 plus a vector that is the same for all
 rows. Find the recursion for that number and that vector and you need a single matrix product for all layers; the project's own
-`CrossNetwork` does this. Either passes.
+`CrossNetwork` does this (for one layer or more). Either way of writing it passes.
 
 The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, and that zero layers are the identity.
 

@@ -8,6 +8,7 @@ nicely. Run it to see what a careful colleague saw:
     nats per token of the history: 4.81 before, 4.00 after 20 steps
     effect of theta^1 on the last hidden state of theta^2: 0.92   (Fig. 4: must be 0)
     effect of the name of profile 1 on that of theta^1:    0.00   (must not be 0)
+    effect of the name of profile 1 on that of theta^2:    0.00   (must be 0)
 
 Nothing here crashes and no shape is wrong. Find the line, say in a sentence why the loss falls all the same, and mend it. Then look at how
 stage 02 makes this class of bug impossible: how many lists say in which order the prompt stands there, and how many here?
@@ -57,7 +58,8 @@ class PromptedLM:
 
 
 def influence(lm, theta, history):
-    """(largest derivative of theta^2's last hidden state with respect to theta^1, change of theta^1's when the name of profile 1 changes)."""
+    """(largest derivative of theta^2's last hidden state with respect to theta^1; change of theta^1's when the name of profile 1 changes; and of
+    theta^2's)."""
     theta = theta.detach().requires_grad_()
     first, second = len(lm.names[0]), len(lm.names[0]) + 1 + len(lm.names[1])  # where theta^1 and theta^2 stand
     states = lm.hidden(theta, history)[0]
@@ -65,7 +67,8 @@ def influence(lm, theta, history):
     gradient, = torch.autograd.grad(states[second] @ projection, theta)
     renamed = PromptedLM(lm.model, [[token + 10 for token in lm.names[0]], *lm.names[1:]], lm.task)
     renamed.visibility = lm.visibility
-    return gradient[0, 0].abs().max().item(), (states - renamed.hidden(theta, history)[0])[first].abs().max().item()
+    moved = (states - renamed.hidden(theta, history)[0]).abs().amax(1)
+    return gradient[0, 0].abs().max().item(), moved[first].item(), moved[second].item()
 
 
 def show():
@@ -82,10 +85,11 @@ def show():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    leak, heard = influence(lm, theta, history)
+    leak, heard, overheard = influence(lm, theta, history)
     print(f"nats per token of the history: {path[0]:.2f} before, {path[-1]:.2f} after 20 steps")
     print(f"effect of theta^1 on the last hidden state of theta^2: {leak:.2f}   (Fig. 4: must be 0)")
     print(f"effect of the name of profile 1 on that of theta^1:    {heard:.2f}   (must not be 0)")
+    print(f"effect of the name of profile 1 on that of theta^2:    {overheard:.2f}   (must be 0)")
 
 
 if __name__ == "__main__":

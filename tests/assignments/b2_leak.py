@@ -10,8 +10,8 @@ same code and category. Run it to see why a referee sent the paper back:
     labels are coin flips: AUC without ids 0.502, with random ids 0.506, with profile ids 0.685
 
 In the second world no id can know anything, and the random ids duly win nothing. All rows of the table are trained on the same split,
-`evaluate` never looks at a test label, and the codes were made before any model was trained. Find the line and mend it. How much of the
-lift in the first world was real?
+`evaluate` learns from training labels alone, and the codes were made before any model was trained. Find the function and mend it inside. How
+much of the lift in the first world was real?
 
 Then find the guard against this bug in the project: which test poisons what, and which files must not change by a bit?
 """

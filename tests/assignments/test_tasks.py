@@ -97,8 +97,11 @@ def test_a2_padding_changes_nothing(work):
 
 @pytest.mark.a2
 def test_a2_stays_finite(work):
-    case = nll_case(scale=1000.0)
-    assert torch.isfinite(work.history_nll(*case)).all()
+    hidden, weight, prompt, ids, lengths = nll_case(scale=1000.0)
+    logits = hidden[:, prompt - 1:-1] @ weight.T
+    expected = [float(torch.nn.functional.cross_entropy(logits[user, :length], ids[user, :length], reduction="sum"))
+                for user, length in enumerate(lengths)]
+    assert work.history_nll(hidden, weight, prompt, ids, lengths).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.a2
@@ -211,16 +214,19 @@ def test_a6_against_loops(work):
 
 @pytest.mark.a6
 def test_a6_linear_in_the_number_of_fields(work):
-    model, largest = work.FM([common.Field(f"field{i}", 2) for i in range(400)]), 0
+    """Neither a tensor of the size of all pairs nor a loop over them."""
+    sizes = []
 
-    def watch(storage):
-        nonlocal largest
-        largest = max(largest, storage.numel())
-        return storage
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
 
-    with torch.autograd.graph.saved_tensors_hooks(watch, lambda storage: storage):
-        model(torch.ones(4, 400, dtype=torch.long)).sum().backward()
-    assert largest <= 2 * 4 * 400 * 8  # nothing of the size of all pairs is kept
+    model = work.FM([common.Field(f"field{i}", 2) for i in range(400)])
+    with Watch():
+        model(torch.ones(4, 400, dtype=torch.long))
+    assert max(sizes) <= 4 * 400 * 8 and len(sizes) < 100
 
 
 @pytest.mark.a6
@@ -242,8 +248,8 @@ def test_b1_profiles_are_independent_and_hear_their_names(work):
     for names in ([[1, 2, 3], [4, 5, 6, 7]], [[1, 2, 3, 4, 5], [6, 7]]):
         lm = work.PromptedLM(model, names, [8, 9])
         torch.manual_seed(0)
-        leak, heard = work.influence(lm, torch.randn(1, 2, 32), torch.arange(10, 18)[None])
-        assert leak == 0 and heard > 0
+        leak, heard, overheard = work.influence(lm, torch.randn(1, 2, 32), torch.arange(10, 18)[None])
+        assert leak == 0 and heard > 0 and overheard == 0
 
 
 @pytest.mark.b1
@@ -257,7 +263,9 @@ def test_b1_task_and_history_still_see_everything(work):
 def test_b2_codes_do_not_know_the_test_rows(work):
     interactions = work.make_world(1.0)
     poisoned = interactions.copy()
-    poisoned[interactions[:, 3] != common.TRAIN, 2] ^= 1
+    hidden = interactions[:, 3] != common.TRAIN
+    poisoned[hidden, 2] ^= 1
+    poisoned[hidden, 1] = (poisoned[hidden, 1] + 1) % work.CATEGORIES
     assert np.array_equal(work.profile_codes(interactions), work.profile_codes(poisoned))
 
 
