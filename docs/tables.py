@@ -5,7 +5,7 @@
     python docs/tables.py ml-100k ml-100k-ablations --data-dir PATH --write
     python docs/tables.py demo-codes                       # codebook sizes, Figs. 5 and 6
 
-A study that was interrupted goes on with what is missing. Each table stands in the README between `<!-- table NAME -->` and
+A study that was interrupted goes on with what is missing (remove a row's folder under runs/ to run it again after a change of code). Each table stands in the README between `<!-- table NAME -->` and
 `<!-- end NAME -->`; the artifacts behind those of a single run are kept in docs/results, so that anyone can make the table again.
 """
 
@@ -48,11 +48,13 @@ CODES = {f"K = {sizes}": (None, None, f"--codes {sizes}", "") for sizes in
          ("2,3", "4,3", "8,3", "16,3", "32,3", "64,3", "4,9", "4,27", "4,81")}
 CONTROLS = "--ids none,random,shuffled,userip"  # rows with data or fields of their own need controls of their own
 MODELS = {"all models": (None, None, "", f"--models all {CONTROLS}")}
-ATTRIBUTES = {  # item id + attributes + profile ids, no user id: Eq. 8 to the letter
+ATTRIBUTES = {  # item id + attributes + profile ids, no user id
     "liked titles, K = 4,3": (None, None, "", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 8,4": (None, None, "--codes 8,4", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 4,3, EM": (None, None, "--assign likelihood", f"--fields attributes {CONTROLS}"),
+    "liked titles, K = 4,3, EM of 8 rounds": (None, None, "--assign likelihood --epochs 8", f"--fields attributes {CONTROLS}"),
     "rated titles and a critic, 20 titles": ("--critic", "--history rated", "", f"--fields attributes {CONTROLS}"),
+    "rated titles and a critic, 50 titles": ("--critic", "--history rated --max-history 50", "", f"--fields attributes {CONTROLS}"),
     **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated", "", f"--fields attributes {CONTROLS}")
        for n in (8, 15, 30)},
     "user id too, K = 4,3": (None, None, "", f"--fields ids+attributes {CONTROLS}"),
