@@ -5,8 +5,9 @@
     python docs/tables.py ml-100k ml-100k-ablations --data-dir PATH --write
     python docs/tables.py demo-codes                       # codebook sizes, Figs. 5 and 6
 
-A study that was interrupted goes on with what is missing (remove a row's folder under runs/ to run it again after a change of code). Each table stands in the README between `<!-- table NAME -->` and
-`<!-- end NAME -->`; the artifacts behind those of a single run are kept in docs/results, so that anyone can make the table again.
+A study that was interrupted goes on with what is missing; remove a row's folder under runs/ to run it again after a change of code. Each
+table stands in the README between `<!-- table NAME -->` and `<!-- end NAME -->`; the artifacts behind those of a single run are kept in
+docs/results, so that anyone can make the table again.
 """
 
 import argparse

@@ -200,6 +200,28 @@ def test_one_profile_runs_through_all_stages(tmp_path):
     assert np.load(run / "feature_bank.npy").shape == (USERS, 1) and len(json.loads((run / "quantize.json").read_text())["codes"]) == 1
 
 
+def test_the_critic_is_a_third_profile_of_people_not_of_items(tmp_path, lm_folders):
+    """--critic: invented people like the share of titles that their word says; the bank gets a third code; no field of items is made of it."""
+    flags = own_csv(tmp_path / "raw")
+    facts, items = run_01(tmp_path / "run", *flags, "--critic")
+    names = [profile["name"] for profile in facts["profiles"]]
+    assert names == ["hobby", "background", "critic"] and facts["profiles"][2]["codes"] == 8
+    assert all("critic" not in item["attributes"] for item in items)
+    dataset = common.load_dataset(tmp_path / "run")
+    sentences = infer.make_sentences(dataset, dataset.items, 3000, 8, np.random.default_rng(0), "rated")
+    for word, share in facts["profiles"][2]["likes"].items():
+        marks = [text[-2] == "+" for told, texts in sentences if told == {2: word} for text in texts]
+        assert len(marks) > 200 and np.mean(marks) == pytest.approx(share, abs=0.06)
+    call_stage(infer, "--run", tmp_path / "run", "--lm", lm_folders["gpt2"], "--steps", 2, "--history", "rated")
+    call_stage(quantize, "--run", tmp_path / "run", "--epochs", 1, "--warm-up", 1, "--codes", "2,2,3")
+    assert np.load(tmp_path / "run" / "feature_bank.npy").shape == (len(dataset.users), 3)
+    call_stage(ctr, "--run", tmp_path / "run", "--fields", "attributes", "--seeds", 1, "--epochs", 1, "--ids", "none,userip")
+    rows = {row["ids"]: row["parameters"] for row in json.loads((tmp_path / "run" / "results.json").read_text())["rows"]}
+    assert rows["userip"] > rows["none"]
+    with pytest.raises(common.UserError, match="the demo has no planted critics"):
+        call_stage(prepare, "--run", tmp_path / "demo", "--critic")
+
+
 # ---------------------------------------------------------------- broken and hostile files
 
 def change_lines(name, change):
