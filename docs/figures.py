@@ -34,7 +34,7 @@ def mask_figure(problem, likelihood, tokenizer, histories):
     labels = [f"\u03b8{segment.profile + 1}" if segment.kind == "theta" else tokenizer.decode([token]).strip() or "\u21b5"
               for segment in segments for token in segment.ids]
     figure, axes = plt.subplots(figsize=(7, 7))
-    axes.imshow(infer.build_visibility(segments, problem.facts["mask"]), cmap="Blues", vmin=0, vmax=1.4)
+    axes.imshow(infer.build_visibility(segments, problem.facts["mask"]).numpy(), cmap="Blues", vmin=0, vmax=1.4)
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_title(f"{problem.facts['mask']} mask: a row sees the dark columns")

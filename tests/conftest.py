@@ -1,6 +1,7 @@
 """Small worlds and random models that the tests make themselves. No network, no hub."""
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -41,6 +42,14 @@ def call_stage(module, *args):
         module.main()
     finally:
         sys.argv = argv
+
+
+def load_script(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def ok(process):

@@ -1,19 +1,11 @@
 """The scripts that explain and draw: each figure against the long way round."""
 
-import importlib.util
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, copy_run, infer, likelihood_of, ok, quantize, random_theta, run_stage
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from conftest import copy_run, infer, likelihood_of, load_script, ok, quantize, random_theta, run_stage
 
 
 explain, figures = load_script("explain"), load_script("figures")

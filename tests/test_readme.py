@@ -1,12 +1,14 @@
 """The README speaks of what is there."""
 
-import importlib.util
+import importlib
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
-from conftest import ROOT, copy_run, ok, run_stage
+from conftest import ROOT, call_stage, copy_run, load_script, ok, run_stage
+from test_prepare import write_ml_100k
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
@@ -33,15 +35,31 @@ def test_every_name_of_the_symbol_table_exists():
     assert len(names) > 10 and all(re.search(rf"\b{name}\b", sources) for name in names)
 
 
-def test_the_commands_it_shows_run(inferred, tmp_path):
-    """The stage-by-stage block, on a small world and with short settings added."""
-    block = re.search(r"```bash\n(python 01_prepare_data\.py\n.*?)```", TEXT, re.S)[1]
-    small = {"01": ["--subsample-users", 100], "02": ["--tiny-sentences", 320, "--steps", 2], "03": ["--epochs", 1],
-             "04": ["--seeds", 1, "--epochs", 2]}
-    for line in block.strip().split("\n"):
-        _, script, *flags = line.split("#")[0].split()
-        ok(run_stage(script, *flags, "--run", tmp_path / "run", *small[script[:2]]))
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+def test_the_commands_it_shows_run(tmp_path, monkeypatch):
+    """Every line of its bash blocks that calls a script, in their order and from one folder, with short settings added."""
+    small = {"01_prepare_data": ["--subsample-users", 100], "02_infer_profiles": ["--tiny-sentences", 320, "--steps", 2],
+             "03_quantize": ["--epochs", 1, "--warm-up", 1], "04_train_ctr": ["--seeds", 1, "--epochs", 2]}
+    rng = np.random.default_rng(0)
+    rated = [(u, i, rng.integers(1, 6), 1000 * u + rng.integers(900)) for u in range(1, 61) for i in rng.choice(np.arange(1, 31), 12, replace=False)]
+    write_ml_100k(tmp_path / "ml-100k", rated, [f"Film {i} ({1930 + 2 * i})" for i in range(30)])
+    (tmp_path / "r.csv").write_text("who,what,stars\n" + "".join(f"{u},{i},{stars}\n" for u, i, stars, _ in rated))
+    (tmp_path / "i.csv").write_text("what,name,genre\n" + "".join(f"{i},Film {i},genre {i % 3}\n" for i in range(1, 31)))
+    monkeypatch.chdir(tmp_path)
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S))
+    lines = [line.split(" #")[0].split() for line in blocks.split("\n") if line.startswith("python ")]
+    assert len(lines) >= 15
+    for _, script, *flags in lines:
+        name = script.removesuffix(".py")
+        module = load_script(name.removeprefix("docs/")) if "/" in name else importlib.import_module(name)
+        if "--user" in flags:  # one of the smaller world's
+            flags[flags.index("--user") + 1] = json.loads((tmp_path / "runs/demo/users.json").read_text())[0]
+        if "--score" in flags:
+            users, items = (json.loads((tmp_path / f"runs/demo/{name}.json").read_text()) for name in ("users", "items"))
+            (tmp_path / "pairs.csv").write_text(f"user_id,item_id\n{users[0]},{items[0]['id']}\nnobody,{items[1]['id']}\n")
+        call_stage(module, *flags, *small.get(name, []), *(["--data-dir", "ml-100k"] if "ml-100k" in flags else []))
+    for name in ("demo", "ml-100k"):
+        assert json.loads((tmp_path / "runs" / name / "results.json").read_text())["rows"]
+    assert (tmp_path / "runs/demo/scores.csv").read_text().count("\n") == 3 and (tmp_path / "runs/demo/figures/attention.png").exists()
 
 
 def test_the_code_it_quotes_is_the_code():
@@ -82,10 +100,7 @@ def test_every_file_and_place_it_links_to_exists():
 
 
 def load_tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
-    return tables
+    return load_script("tables")
 
 
 def test_every_study_uses_flags_of_its_stage():
