@@ -251,7 +251,7 @@ def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(k
 def test_out_of_memory_names_a_block_size_to_try(prepared, lm_folders, tmp_path, monkeypatch):
     run = copy_run(prepared, tmp_path / "run")
     monkeypatch.setattr(infer, "descend", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(common.UserError, match=r"out of memory with a block of ([2-8]) users .*; add --block-size [1-4] --fresh"):
+    with pytest.raises(common.UserError, match=r"out of memory with a block of ([2-8]) users .*; add --fresh and --block-size [1-4] or"):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--block-size", 8)
 
 
