@@ -123,6 +123,7 @@ def theta_figure(problem, bank, truth):
                 chosen = values[problem.known, m] == value
                 axes.scatter(*points[chosen].T, s=5, alpha=0.6, color=COLOURS[value % len(COLOURS)], label=f"{name} {value}")
             axes.set(title=f"\u03b8 of {profile['name']} by {name}", xlabel="first principal component", ylabel="second")
+            axes.locator_params(nbins=5)
             if len(np.unique(values[problem.known, m])) <= 8:
                 axes.legend(markerscale=3, fontsize=8)
     return figure

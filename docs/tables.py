@@ -54,6 +54,7 @@ ATTRIBUTES = {  # item id + attributes + profile ids, no user id
     "liked titles, K = 8,4": (None, None, "--codes 8,4", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 4,3, EM": (None, None, "--assign likelihood", f"--fields attributes {CONTROLS}"),
     "liked titles, K = 4,3, EM of 8 rounds": (None, None, "--assign likelihood --epochs 8", f"--fields attributes {CONTROLS}"),
+    "50 liked titles, K = 4,3, EM of 8 rounds": (None, "--max-history 50", "--assign likelihood --epochs 8", f"--fields attributes {CONTROLS}"),
     "rated titles and a critic, 20 titles": ("--critic", "--history rated", "", f"--fields attributes {CONTROLS}"),
     "rated titles and a critic, 50 titles": ("--critic", "--history rated --max-history 50", "", f"--fields attributes {CONTROLS}"),
     **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated", "", f"--fields attributes {CONTROLS}")
