@@ -118,10 +118,12 @@ def study_table(name, data_dir):
     base = read(ROOT / "runs" / STUDIES[name][0], "results.json")
     planted = base["summary"]["dcn"].get("planted") if STUDIES[name][1] is not ATTRIBUTES else None
     truth = read(ROOT / "runs" / STUDIES[name][0], "quantize.json").get("nmi_truth") is not None
+    used = []
     lines = ["| variant | test AUC | AUC - none | AUC - random |" + " planted lift |" * bool(planted) + " perplexity |" + " NMI |" * truth
              + " NLL own / population / shuffled |", "|---" * (6 + bool(planted) + truth) + "|"]
     for row, run in runs.items():
         results, quantized, profiles = (read(run, f"{file}.json") for file in ("results", "quantize", "profiles"))
+        used += [results["fields"]] * (results["fields"] not in used)
         found = {entry["seed"]: entry["test_auc"] for entry in results["rows"] if entry["ids"] == "userip"}
         rows = results["rows"] if "random" in results["summary"]["dcn"] else base["rows"]
         controls = [{entry["seed"]: entry["test_auc"] for entry in rows if entry["ids"] == ids} for ids in ("none", "random")]
@@ -138,7 +140,7 @@ def study_table(name, data_dir):
             cells.append(" / ".join(f"{value:.2f}" for value in quantized["nmi_truth"]))
         cells.append(" / ".join(f"{value:.4f}" for value in profiles["heldout_nll"].values()))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields `{results['fields']}`; "
+    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields {', '.join(f'`{name}`' for name in used)}; "
                       f"run on {results['date']} by `python docs/tables.py {name}`."])
 
 
