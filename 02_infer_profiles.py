@@ -14,7 +14,7 @@ Writes: profiles.npy  float32 (U, M, d), the inferred theta;  profiles.json, set
 
 Run:
     python 02_infer_profiles.py                                        # the demo with the tiny LM it trains first: 1 min
-    python 02_infer_profiles.py --run runs/ml-100k --lm tiny           # 8 min on 2 cores
+    python 02_infer_profiles.py --run runs/ml-100k --lm tiny           # 4 min on 2 cores
     python 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b --dtype fp16
     torchrun --nproc-per-node=8 -- 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
 """
