@@ -64,7 +64,7 @@ MAX_BAD = 0.01      # share of bad lines that is skipped and counted; more is an
 MAX_TITLE = 200     # characters of a title that the LLM will read
 
 
-def separator(text):
+def nonempty(text):
     """argparse type: at least one character."""
     if not text:
         raise ValueError
@@ -93,7 +93,7 @@ def parse_arguments():
     columns.add_argument("--item-id-col", help="items file: column of the item's id (default: as --item-col)")
     for name in ("title", "hobby", "background"):
         columns.add_argument(f"--{name}-col", help=f"column of the item's {name}" + (" (default: there is one profile)" * (name == "background")))
-    columns.add_argument("--value-sep", type=separator, default="|", help="separates several values in a hobby or background cell")
+    columns.add_argument("--value-sep", type=nonempty, default="|", help="separates several values in a hobby or background cell")
     return parser.parse_args()
 
 

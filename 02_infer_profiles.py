@@ -164,7 +164,8 @@ def print_mask(segments, tokenizer, visible):
 def history_texts(dataset, split, settings):
     """Per user: texts of the rows of one split, oldest first; ' A Title;' or, rated, ' A Title +;'.
 
-    settings: history (which rows), max_history (how many), history_sample (which of a longer history).
+    settings: history (which rows), max_history (how many), history_sample (which of a longer history). DEVIATION(9): the paper does not say
+    which interactions y holds, and takes a data point a user-item pair; here a user is one data point and y what he liked, oldest first.
     """
     texts = [[] for _ in dataset.users]
     for user, item, label in dataset.rows(split).tolist():

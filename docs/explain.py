@@ -20,8 +20,8 @@ SAMPLE = 500  # users of --all whose histories are scored under another user's t
 
 
 class Lexicon:
-    """What theta is compared with [Table 5]: the LLM's whole words, then words of this data set that it writes in several pieces, joined
-    (their mean), then the pieces. A stop word is marked with *, a piece with a - in front.
+    """What theta is compared with [Table 5]: the LLM's whole words and the words of the items' attributes that it writes in several pieces,
+    joined (their mean), before the pieces. A stop word is marked with *, a piece with a - in front.
 
     labels: list of n strings; vectors: (n, d), unit length; whole: bool (n,), false for the pieces.
     """
@@ -52,9 +52,9 @@ class Lexicon:
         return [[self.labels[index] for index in row] for row in order.tolist()]
 
 
-def similar_users(theta, known, user, count):
-    """[(cosine, user)] of the users whose theta, all profiles together and centred on the population, point the same way."""
-    centred = (theta - theta[known].mean(axis=0)).reshape(len(theta), -1)
+def similar_users(theta, population, known, user, count):
+    """[(cosine, user)] of the users whose theta, all profiles together and centred on the population (M, d), point the same way."""
+    centred = (theta - population).reshape(len(theta), -1)
     cosine = centred @ centred[user] / np.maximum(np.linalg.norm(centred, axis=1) * np.linalg.norm(centred[user]), 1e-12)
     cosine[~known] = -np.inf
     cosine[user] = -np.inf
@@ -65,8 +65,8 @@ def similar_users(theta, known, user, count):
 def continue_greedily(likelihood, theta, tokens):
     """Ids of the `tokens` likeliest next tokens after the prompt under one user's theta (M, d), each put in before the next is asked for.
 
-    The keys and values of what went before are cached: a step sends one token through the LLM. Its mask row is all 0, for the history
-    sees everything; without it the LLM would be right too, but with the default position it would not.
+    The keys and values of what went before are cached: a step sends one token through the LLM. Its mask row is all 0, for the history sees
+    everything; its position follows the last one, which is not the number of tokens so far (build_positions).
     """
     theta = torch.as_tensor(theta)[None].to(likelihood.device)
     mask, positions = likelihood.layout(0)
@@ -88,7 +88,7 @@ class Explainer:
         self.problem, self.truth = quantize.read_problem(run)
         made_from = common.load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         common.check_same(run, "feature_bank.npy", "profiles.json", made_from, self.problem.facts["fingerprint"], "03_quantize.py")
-        self.bank, self.books = np.array(common.load(run, "feature_bank.npy")), common.load(run, "codebooks.pt")["codebooks"]
+        self.bank, self.books = np.array(common.load(run, "feature_bank.npy")), common.load(run, "codebooks.pt", ("codebooks",))["codebooks"]
         self.likelihood, self.histories, _, _, self.tokenizer = self.problem.open_likelihood(device)
         self.texts = infer.history_texts(self.problem.dataset, common.TRAIN, SimpleNamespace(**self.problem.facts))
         self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
@@ -112,18 +112,18 @@ class Explainer:
             sharing = int((self.bank[:, m] == code).sum())
             lines.append(f"    code {code}              shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})")
             lines.append("    words near the code " + " | ".join(lexicon.nearest(self.books[m][None, code])[0]))
-            lean = self.books[m][None, code].numpy() - theta[known, m].mean(axis=0)  # what sets this code apart from the average user
+            lean = self.books[m][None, code].numpy() - self.population[m]  # what sets this code apart from the average user
             lines.append("    the code leans to   " + " | ".join(lexicon.nearest(lean)[0]))
         if not known[user]:
             return [*lines, "  most similar users: none, nothing is known of this one"]
         lines.append("  most similar users:")
-        for cosine, other in similar_users(theta, known, user, 3):
+        for cosine, other in similar_users(theta, self.population, known, user, 3):
             codes = " ".join(map(str, self.bank[other]))
             lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {codes}):{''.join(self.texts[other][-4:])}")
         continuation = self.tokenizer.decode(continue_greedily(self.likelihood, theta[user], min(40, infer.room_for_history(self.likelihood))))
         lines += ["  what the LLM says next, greedily:", "    under theta:     " + continuation.replace("\n", "\\n")]
-        stranger = max(np.flatnonzero(known & (np.arange(len(known)) != user)),
-                       key=lambda other: ((self.bank[other] != self.bank[user]).sum(), -other))  # the first user who shares the fewest codes
+        # The first user who shares the fewest codes; himself where nobody else is known.
+        stranger = max(np.flatnonzero(known), key=lambda other: ((self.bank[other] != self.bank[user]).sum(), -other))
         lines.append("  nats per token of this history: " + ", ".join(f"under {name} {self.nll(user, under):.4f}" for name, under in (
             ("own theta", theta[user]), ("the population's", self.population), (f"{dataset.users[stranger]}'s", theta[stranger]))))
         return lines

@@ -179,6 +179,7 @@ def main():
     parser.add_argument("--codes", action="store_true", help="also draw the sweep over codebook sizes")
     args = parser.parse_args()
     problem, truth = quantize.read_problem(args.run)
+    common.load(args.run, "profiles.json", ("train_nll_steps",))
     quantized, bank = common.load(args.run, "quantize.json", ("profiles",)), np.array(common.load(args.run, "feature_bank.npy"))
     likelihood, histories, start, _, tokenizer = problem.open_likelihood(torch.device("cpu"))
     attention, shares = attention_figure(problem, bank, likelihood, tokenizer, start)

@@ -65,11 +65,17 @@ STUDIES = {f"{data}-{name}": (data, rows) for data in ("demo", "demo7", "ml-100k
            (("ablations", ABLATIONS), ("codes", CODES), ("attributes", ATTRIBUTES), ("models", MODELS)) if data == "ml-100k" or name != "attributes"}
 
 
+def fail(message):
+    """One line on stderr, exit 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def stage(number, run, flags):
     command = [STAGES[number - 1], "--run", str(run.relative_to(ROOT)), *flags.split()]
     print("$ python " + " ".join(command), flush=True)
     if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, cwd=ROOT).returncode:
-        sys.exit(f"error: {STAGES[number - 1]} failed ({run}); see its message above")
+        fail(f"{STAGES[number - 1]} failed ({run}); see its message above")
 
 
 def run_all(name, data_dir):
@@ -123,6 +129,8 @@ def study_table(name, data_dir):
              + " NLL own / population / shuffled |", "|---" * (6 + bool(planted) + truth) + "|"]
     for row, run in runs.items():
         results, quantized, profiles = (read(run, f"{file}.json") for file in ("results", "quantize", "profiles"))
+        if "date" not in results:
+            fail(f"results.json is too old ({run}); remove the folder and run the study again")
         used += [results["fields"]] * (results["fields"] not in used)
         found = {entry["seed"]: entry["test_auc"] for entry in results["rows"] if entry["ids"] == "userip"}
         rows = results["rows"] if "random" in results["summary"]["dcn"] else base["rows"]
@@ -168,8 +176,8 @@ def results_table(run):
     """Markdown: what stages 02 to 04 of one run found, with seeds and versions."""
     results, dataset = read(run, "results.json"), read(run, "dataset.json")
     profiles, quantized = read(run, "profiles.json"), read(run, "quantize.json")
-    if results is None or dataset is None:
-        sys.exit(f"error: results.json or dataset.json is missing ({run}); run the four stages with --run {run}")
+    if results is None or dataset is None or "date" not in results:
+        fail(f"results.json or dataset.json is missing or too old ({run}); run the four stages with --run {run}")
     planted = any("share_of_planted_lift" in entry for entries in results["summary"].values() for entry in entries.values())
     lines = ["| model | ids | test AUC | logloss | AUC - none | AUC - random |" + (" planted lift regained |" if planted else ""),
              "|---|---|---|---|---|---|" + ("---|" if planted else "")]
@@ -211,20 +219,21 @@ def main():
     for item in args.tables:
         name, _, run = item.partition("=")
         if name in STUDIES and run:
-            sys.exit(f"error: a study runs in a folder of its own (docs/tables.py {item}); leave ={run} out")
+            fail(f"a study runs in a folder of its own (docs/tables.py {item}); leave ={run} out")
         if not run and name not in DATA and name not in STUDIES:
-            sys.exit(f"error: no such table (docs/tables.py {name}); known: {', '.join([*DATA, *STUDIES])}")
+            fail(f"no such table (docs/tables.py {name}); known: {', '.join([*DATA, *STUDIES])}")
         pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
         if args.write and not pattern.search(text):
-            sys.exit(f"error: no markers for the table {name} (README.md); add <!-- table {name} --> and <!-- end {name} -->")
+            fail(f"no markers for the table {name} (README.md); add <!-- table {name} --> and <!-- end {name} -->")
         table = study_table(name, args.data_dir) if name in STUDIES else results_table(run or run_all(name, args.data_dir))
         if not args.write:
             print(f"{name}\n\n{table}\n")
             continue
         if name in DATA:
             (RESULTS / name).mkdir(parents=True, exist_ok=True)
-            for file in KEPT:
-                shutil.copy(Path(run or ROOT / "runs" / name) / file, RESULTS / name / file)
+            for source in (Path(run or ROOT / "runs" / name) / file for file in KEPT):
+                if source.exists():  # a run with --ids none alone has no codes
+                    shutil.copy(source, RESULTS / name / source.name)
         text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
         README.write_text(text, encoding="utf-8")
 

@@ -33,12 +33,13 @@ class FoldedDCN(torch.nn.Module):
     """A trained DCN for serving. Its first MLP layer, its cross products x_0 . w_l and its output on x_0 are linear in x_0, which is a user's
     embeddings beside an item's: 16 + L + 1 numbers for each user and for each item, added, say all of it, however many ids a user has.
 
-    forward: users (B,), items (B,) int64 -> logits (B,), as the DCN's. user_ids (U, columns), item_ids (I, columns): their ids in all fields.
+    forward: users (B,), items (B,) int64 -> logits (B,), as the DCN's. user_ids (U, fields), item_ids (I, fields): their ids in all fields, which
+    have one column each.
     """
 
     def __init__(self, dcn, user_ids, item_ids):
         super().__init__()
-        self.cross, self.hidden, self.head = dcn.cross, dcn.deep[3:], dcn.head  # deep: linear, ReLU, dropout; then the rest
+        self.hidden, self.head = dcn.deep[3:], dcn.head  # deep: linear, ReLU, dropout; then the rest
         first, n = dcn.deep[0], dcn.cross.weight.shape[1]
         c = dcn.cross.bias.cumsum(0)  # see CrossNetwork: its output is a x_0 + c_L
         self.constants = [0.0, *(c[:-1] * dcn.cross.weight[1:]).sum(1).tolist()]
@@ -46,15 +47,9 @@ class FoldedDCN(torch.nn.Module):
         self.width = len(first.weight)
         folded = torch.cat([first.weight, dcn.cross.weight, dcn.head.weight[:, :n]])  # Shape: (16 + L + 1, n)
         of_users, of_items = self.embedded(dcn, user_ids, item_ids[:1]), self.embedded(dcn, user_ids[:1], item_ids)
-        at = len(dcn.embed.fields) * dcn.embed.dim - self.item_width(dcn, item_ids)
+        at = user_ids.shape[1] * dcn.embed.dim
         self.users, self.items = of_users[:, :at] @ folded[:, :at].T, of_items[:, at:] @ folded[:, at:].T
         self.items[:, :self.width] += first.bias
-
-    @staticmethod
-    def item_width(dcn, item_ids):
-        """How many of x_0's last coordinates are an item's."""
-        columns = np.cumsum([field.width for field in dcn.embed.fields[::-1]]).tolist()
-        return (columns.index(item_ids.shape[1]) + 1) * dcn.embed.dim
 
     @staticmethod
     def embedded(dcn, user_ids, item_ids):
@@ -82,6 +77,8 @@ def make_ways(width):
     ways, everybody, everything = {}, np.arange(USERS), np.arange(ITEMS)
     for name, (fields, lookup) in built.items():
         model = common.DCN(fields).eval()
+        for parameter in model.parameters():  # as after training: no bias is 0
+            parameter += 0.1 * torch.randn_like(parameter)
         ways[name] = lambda users, items, model=model, lookup=lookup: model(lookup(users, items))
         ids = lookup(everybody, np.zeros(USERS, dtype=int)), lookup(np.zeros(ITEMS, dtype=int), everything)
         folded = FoldedDCN(model, ids[0][:, :-1], ids[1][:, -1:])

@@ -341,7 +341,7 @@ def test_each_model_trains_every_parameter_and_learns(name):
 
 
 def test_the_folded_dcn_scores_as_the_dcn_does():
-    """The serving benchmark's claim, for one profile field, two, and a text embedding."""
+    """The serving benchmark's claim, for a user's id alone, with two codes, and with a text embedding."""
     serving = importlib.import_module("bench_serving")
     rng = np.random.default_rng(0)
     users, items = rng.integers(serving.USERS, size=50), rng.integers(serving.ITEMS, size=50)
@@ -350,4 +350,4 @@ def test_the_folded_dcn_scores_as_the_dcn_does():
         ways = serving.make_ways(8)
         for name in ("dcn", "dcn_ids", "dcn_text"):
             plain, folded = ways[name](users, items), ways[f"folded_{name}"](users, items)
-            assert plain.std() > 0 and torch.allclose(plain, folded, atol=1e-6), name
+            assert plain.std() > 0.01 and torch.allclose(plain, folded, atol=1e-5), name
