@@ -1,158 +1,147 @@
 """Stage 01: turn a rating source into the arrays the other stages read. Paper: sections 3.1 and 3.2.
 
-Computes binary labels (rating > 3), removes users and items with few interactions until none is left, and makes the one
-random 8:1:1 split that every later stage obeys. Each item gets a title and, for each latent profile, the words that could
-name it (MovieLens: genre and era of the film; Amazon, Yelp: brand or category and price level).
+Labels ratings above 3 as liked, removes users and items with few interactions until none is left,
+and makes the one random 8:1:1 split that every later stage obeys. An item gets a title and, for
+each latent profile, words that could name it: a film's genre and era, a product's brand and price.
 
 Writes to --run (U users, I items, N interactions, M profiles):
-    dataset.json       facts, prompts and the fingerprint of the rest
-    interactions.npy   int32 (N, 4): user, item, label, split (0 train, 1 validation, 2 test), in time order where the source has times
-    users.json         (U) raw user ids          items.json  (I) {id, title, attributes}
-    truth.npy          int16 (U, M) planted profiles, demo only, read by evaluation alone
+    dataset.json      facts, prompts, fingerprints of the rest
+    interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if there are times
+    users.json        (U) raw user ids
+    items.json        (I) {id, title, attributes}
+    truth.npy         int16 (U, M) the demo's planted profiles, for evaluation
 
 Run:
-    python 01_prepare_data.py                                                            # the demo world, 1 s
-    python 01_prepare_data.py --dataset ml-100k --run runs/ml-100k                       # MovieLens-100K, downloaded
-    python 01_prepare_data.py --dataset amazon --data-dir PATH --run runs/games          # reviews and meta_*.json.gz of one category
-    python 01_prepare_data.py --dataset csv --ratings-file r.csv --items-file i.csv --user-col u --item-col i --rating-col stars
+    python 01_prepare_data.py                                       # the demo, 1 s
+    python 01_prepare_data.py --dataset ml-100k --run runs/ml-100k  # downloads 5 MB
+    python 01_prepare_data.py --dataset amazon --data-dir PATH --run runs/games
+    python 01_prepare_data.py --dataset csv --ratings-file r.csv --item-col isbn --rating-col stars
 """
 
-import array
 import ast
 import csv
 import gzip
-import hashlib
 import html
+import io
 import json
 import math
 import os
 import pickle
 import re
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import normalized_mutual_info_score
-from tqdm import tqdm
 
-from common import (TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded, one_run_at_a_time,
-                    save_json, save_npy)
+from common import (COLD, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint,
+                    guarded, progress, save_json, save_npy)
 
-# ---------------------------------------------------------------- settings
+# -------- settings
 
-# Paper: section 2.3 names x^1, x^2 and the task. Note: the prompt of a profile may be worded to suit its values. codes: default K_m of stage 03;
-# likes (people's traits, which are no attribute of items): share of titles that such a person likes, for the tiny LM's invented people.
+# Paper: section 2.3 names x^1, x^2 and the task. Note: a prompt may be worded to suit the values.
+# codes: default K_m of stage 03. likes (of people's traits, no attribute of items): share of titles that
+# such a person likes, for the tiny LM's invented people.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
-CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,  # says how much of what he meets he likes: a matter of degree
+ERA = {**BACKGROUND, "prompt": ", and his background is the"}
+CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-ERA = {"name": "background", "prompt": ", and his background is the", "codes": 3}
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
-PAPER_TABLE_1 = {"Clothing": (179_223, 38_764, 22_919), "Movies": (441_783, 7_506, 7_360), "Games": (19_927, 2_490, 8_912),
-                 "Yelp": (1_293_247, 27_147, 20_266)}
+SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4; the last two need --cold-users
+# Paper: interactions, users, items. Note: counts differ by release, category, duplicates and order of
+# filters, which it does not name.
+PAPER_TABLE_1 = {"paper: Clothing": (179_223, 38_764, 22_919), "paper: Movies": (441_783, 7_506, 7_360),
+                 "paper: Games": (19_927, 2_490, 8_912), "paper: Yelp": (1_293_247, 27_147, 20_266)}
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
-MAX_LINE = 2**20    # bytes; a longer line is no record
-MAX_SKIP = 2**26    # bytes skipped in search of that line's end, before the file is given up
-MAX_BAD = 0.01      # share of bad lines that is skipped and counted; more is an error
-MAX_TITLE = 200     # characters of a title that the LLM will read
-
-
-def nonempty(text):
-    """argparse type: at least one character."""
-    if not text:
-        raise ValueError
-    return text
+MAX_LINE = 2**22  # bytes; a longer line is no record
+MAX_BAD = 0.01    # share of bad lines that is skipped; more is an error
+MAX_TITLE = 200   # characters of a title that the LLM will read
 
 
 def parse_arguments():
     parser = Parser(__doc__, device=False)
-    parser.add_argument("--dataset", choices=LOADERS, default="demo", help="what to read; demo needs no files")
-    parser.add_argument("--data-dir", type=Path, help="folder with the source's files (default: data/<dataset>, downloaded)")
-    parser.add_argument("--min-interactions", type=at_least(1), default=4, help="drop users and items with fewer (paper: 4)")
-    parser.add_argument("--positive-above", type=at_least(0, float), default=3.0, help="label 1 for ratings above this (paper: 3)")
-    parser.add_argument("--max-per-user", type=at_least(1), help="keep a random N rows of each user (default: all)")
-    parser.add_argument("--subsample-users", type=at_least(1), help="keep a random N users, for class-room sizes (default: all)")
-    parser.add_argument("--critic", action="store_true", help="a third profile: harsh, balanced or generous; for 02 --history rated")
-    parser.add_argument("--profile-words", help="words that stand in the prompt for the profiles' names, such as zorp,quell (ablation)")
-    parser.add_argument("--split-dir", type=Path, help="nete: folder with train.index, validation.index and test.index (default: our own split)")
-    parser.add_argument("--signal", type=at_least(0, float), default=1.0,
-                        help="demo: strength of the planted profiles; 0 is the negative control")
-    columns = parser.add_argument_group("csv: files of your own, comma- or tab-separated, one record a line, with a header line")
-    columns.add_argument("--ratings-file", type=Path, help="a row an interaction")
-    columns.add_argument("--items-file", type=Path, help="a row an item (default: the item columns are in the ratings file)")
-    for name, default in (("user", "user_id"), ("item", "item_id"), ("rating", "rating")):
-        columns.add_argument(f"--{name}-col", default=default, help=f"ratings file: column of the {name}")
-    columns.add_argument("--time-col", help="ratings file: column of a number that grows with time (default: the rows are in order)")
-    columns.add_argument("--item-id-col", help="items file: column of the item's id (default: as --item-col)")
-    for name in ("title", "hobby", "background"):
-        columns.add_argument(f"--{name}-col", help=f"column of the item's {name}" + (" (default: there is one profile)" * (name == "background")))
-    columns.add_argument("--value-sep", type=nonempty, default="|", help="separates several values in a hobby or background cell")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--dataset", choices=LOADERS, default="demo", help="what to read")
+    add("--data-dir", type=Path, help="folder of its files; else data/<dataset>, MovieLens downloaded")
+    add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
+    add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
+    add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
+    add("--subsample-users", type=at_least(1), help="keep so many random users")
+    add("--cold-users", type=at_least(0, float, 1), default=0.0,
+        help="share of users unknown to recommenders; their training rows become support")
+    add("--critic", action="store_true", help="a third profile, for 02 --history rated")
+    add("--profile-words", help="zorp,quell: said for the profiles' names (ablation)")
+    add("--signal", type=at_least(0, float), default=1.0, help="demo: strength of the profiles; 0: none")
+    add = parser.add_argument_group("csv: comma- or tab-separated files with a header").add_argument
+    add("--ratings-file", type=Path, help="a row an interaction")
+    add("--items-file", type=Path, help="a row an item; id: --item-id-col, else --item-col")
+    columns = {"user": "user_id", "item": "item_id", "rating": "rating", "time": None, "title": None,
+               "hobby": None, "background": None, "item-id": None}
+    for name, default in columns.items():
+        add(f"--{name}-col", default=default, help=f"column of the {name}")
+    add("--value-sep", default="|", help="between values of a hobby or background")
+    args = parser.parse_args()
+    if not args.value_sep or args.dataset == "csv" and not args.ratings_file:
+        parser.error("csv needs a --ratings-file and a --value-sep")
+    return args
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 @dataclass
 class Source:
-    """A data set as its files hold it. Rows are in source order; times may be None."""
+    """A data set as its files hold it, N rows in their order."""
 
-    user_ids: list       # raw id of each user index
-    item_ids: list       # raw id of each item index
-    users: np.ndarray    # int32 (N,) user index
-    items: np.ndarray    # int32 (N,) item index
-    ratings: np.ndarray  # float32 (N,)
+    user_ids: list       # raw ids by user index
+    item_ids: list       # raw ids by item index
+    users: np.ndarray    # (N,) user indices
+    items: np.ndarray    # (N,) item indices
+    ratings: np.ndarray  # (N,)
     times: np.ndarray | None
     titles: dict         # raw item id -> title
     attributes: dict     # raw item id -> {profile name: [values]}
-    profiles: list = field(default_factory=lambda: [HOBBY, BACKGROUND])
-    truth: dict | None = None  # demo: raw user id -> planted value index of each profile
-    split: np.ndarray | None = None  # (N,) the source's own split, -1 where a row is in none
+    profiles: list | tuple = (HOBBY, BACKGROUND)
+    truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
 
 
-class Ratings:
-    """Collects rows in compact arrays: 20 bytes each, beside one copy of every raw id."""
+def rating(user, item, value, time=0, low=1.0, high=5.0):
+    """(user, item, rating, time) of a row; ValueError or TypeError for what cannot be one."""
+    value, time = float(value), float(time or 0)
+    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
+        raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time is infinite")
+    return raw_id(user), raw_id(item), value, time
 
-    def __init__(self):
-        self.user_index, self.item_index = {}, {}
-        self.users, self.items, self.ratings, self.times = array.array("i"), array.array("i"), array.array("f"), array.array("d")
 
-    def add(self, user, item, rating, time=0, low=1.0, high=5.0):
-        """Append a row. Raises ValueError or TypeError, and appends nothing, for a rating out of bounds or what cannot be an id or a time."""
-        number, when = float(rating), float(time or 0)
-        if not low <= number <= high or abs(number) == math.inf:
-            raise ValueError(f"rating {rating!r:.20} is not within {low:g} to {high:g}")
-        if not abs(when) < math.inf:
-            raise ValueError(f"time {time!r:.20} is no time stamp")
-        user, item = (index[raw] if raw in index else raw_id(raw) for index, raw in ((self.user_index, user), (self.item_index, item)))
-        self.users.append(user if type(user) is int else self.user_index.setdefault(user, len(self.user_index)))
-        self.items.append(item if type(item) is int else self.item_index.setdefault(item, len(self.item_index)))
-        self.ratings.append(number)
-        self.times.append(when)
+def collect(rows, profiles=(HOBBY, BACKGROUND)):
+    """Source without titles of (user, item, rating, time) rows, 20 bytes each.
 
-    def source(self, titles, attributes, profiles, split=None):
-        """Source without repeated user-item pairs: of each, the last row in time stays."""
-        users, items = np.array(self.users, dtype=np.int32), np.array(self.items, dtype=np.int32)
-        ratings, times = np.array(self.ratings, dtype=np.float32), np.array(self.times)
-        pairs = users.astype(np.int64) * max(1, len(self.item_index)) + items
-        order = np.lexsort((times, pairs))  # stable: rows of the same time stay in source order
-        last = np.ones(len(order), dtype=bool)
-        last[:-1] = pairs[order][1:] != pairs[order][:-1]
-        kept = np.sort(order[last])
-        if len(kept) < len(pairs):
-            print(f"{len(pairs) - len(kept):,d} repeated user-item pairs: the last rating of each stays")
-        return Source(list(self.user_index), list(self.item_index), users[kept], items[kept], ratings[kept],
-                      times[kept] if times.any() else None, titles, attributes, profiles, split=None if split is None else split[kept])
+    Of a repeated pair the last in time stays.
+    """
+    user_index, item_index = {}, {}
+    indexed = ((user_index.setdefault(user, len(user_index)),
+                item_index.setdefault(item, len(item_index)), *rest) for user, item, *rest in rows)
+    found = np.fromiter(indexed, [("user", "i4"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
+    pairs = found["user"].astype(np.int64) * len(item_index) + found["item"]
+    order = np.lexsort((found["time"], pairs))  # stable: rows of the same time stay in source order
+    last = np.diff(pairs[order], append=-1) != 0
+    kept = found[np.sort(order[last])]
+    if len(kept) < len(found):
+        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last of each stays")
+    users, items, ratings, times = (kept[name] for name in kept.dtype.names)
+    return Source(list(user_index), list(item_index), users, items, ratings,
+                  times if times.any() else None, {}, {}, profiles)
 
 
 DEMO_HOBBIES = {
-    "music": "Guitar Piano Violin Drum Trumpet Microphone Ukulele Songbook Cello Flute Amplifier Banjo".split(),
+    "music": ("Guitar Piano Violin Drum Trumpet Microphone Ukulele Songbook "
+              "Cello Flute Amplifier Banjo").split(),
     "fishing": "Rod Reel Lure Net Waders Bait Float Hook Kayak Tackle Bobber Sinker".split(),
     "cooking": "Pan Knife Cookbook Mixer Oven Wok Blender Apron Teapot Grill Whisk Ladle".split(),
     "cycling": "Bike Helmet Saddle Pedal Jersey Pump Chain Tyre Gloves Bell Fork Spokes".split(),
@@ -162,631 +151,517 @@ DEMO_BACKGROUNDS = {
     "family": "Classic Everyday Reliable Standard Practical Sturdy".split(),
     "wealthy": "Premium Deluxe Handmade Signature Gold Exclusive".split(),
 }
-EXPOSURE = (0.95, 0.6)  # log weight, when items to meet are drawn, of one that fits the user's hobby, background
+EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
 TASTE = (2.8, 2.2)      # log odds of liking it
-GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of each hobby, background, for any item
+GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of types, to all
 
 
 def load_demo(args):
-    """A world whose user profiles are known: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, about 14 ratings a user.
+    """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, 14 ratings each.
 
-    An item is met more often, and liked more often, when its category fits the user's hobby and its tier the background;
-    item quality, user generosity and noise act on top. The planted types also differ a little in generosity towards any item.
-    --signal scales all effects of the planted profiles.
+    Items whose category fits a user's hobby, and tier his background, are met and liked more often;
+    quality, generosity and noise act on top. --signal scales what the profiles do.
     """
     rng = np.random.default_rng((args.seed, 1))
     n_users, n_items = 2000, 400
-    hobbies, backgrounds = list(DEMO_HOBBIES), list(DEMO_BACKGROUNDS)
-    truth = np.stack([rng.integers(4, size=n_users), rng.integers(3, size=n_users)], axis=1)
-
-    kinds = rng.permutation(np.arange(n_items) % 12)  # item kind = category * 3 + tier
-    names = {kind: [f"{tier} {noun}" for tier in DEMO_BACKGROUNDS[backgrounds[kind % 3]] for noun in DEMO_HOBBIES[hobbies[kind // 3]]]
-             for kind in range(12)}
-    names = {kind: list(rng.permutation(titles)) for kind, titles in names.items()}
+    hobby, background = rng.integers(4, size=(n_users, 1)), rng.integers(3, size=(n_users, 1))
+    kinds = rng.permutation(np.arange(n_items) % 12)
+    category, tier = kinds // 3, kinds % 3  # Shape: (I,)
+    names = [list(rng.permutation([f"{adjective} {noun}" for adjective in adjectives for noun in nouns]))
+             for nouns in DEMO_HOBBIES.values() for adjectives in DEMO_BACKGROUNDS.values()]
     titles = [str(names[kind].pop()) for kind in kinds]
 
-    fits_hobby = truth[:, :1] == kinds // 3      # Shape: (U, I)
-    fits_background = truth[:, 1:] == kinds % 3  # Shape: (U, I)
+    fits_hobby, fits_background = hobby == category, background == tier  # Shape: (U, I)
     popularity, quality = rng.normal(0, 0.5, n_items), rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
-    generosity += args.signal * (GENEROSITY[0][truth[:, :1]] + GENEROSITY[1][truth[:, 1:]])
+    generosity += args.signal * (GENEROSITY[0][hobby] + GENEROSITY[1][background])
     # Shape of exposure, taste and liked: (U, I)
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
-    taste = quality + generosity + args.signal * (TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3))
-    liked = rng.random((n_users, n_items)) < 1 / (1 + np.exp(-taste))
+    fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
+    taste = quality + generosity + args.signal * fit
+    liked = rng.random(taste.shape) < 1 / (1 + np.exp(-taste))
 
-    users, items = [], []
-    for user in range(n_users):
-        count = 6 + rng.poisson(8)
-        chosen = rng.choice(n_items, size=count, replace=False, p=exposure[user] / exposure[user].sum())
-        users += [user] * count
-        items += list(chosen)
-    users, items = np.array(users), np.array(items)
+    met = [rng.choice(n_items, size=6 + rng.poisson(8), replace=False, p=weights / weights.sum())
+           for weights in exposure]
+    users, items = np.repeat(np.arange(n_users), list(map(len, met))), np.concatenate(met)  # Shape: (N,)
     ratings = np.where(liked[users, items], rng.integers(4, 6, len(users)), rng.integers(1, 4, len(users)))
-    raw_users, raw_items = [f"u{user:04d}" for user in range(n_users)], [f"i{item:03d}" for item in range(n_items)]
-    return Source(
-        raw_users, raw_items, users.astype(np.int32), items.astype(np.int32), ratings.astype(np.float32), times=None,
-        titles=dict(zip(raw_items, titles)),
-        attributes={raw: {"hobby": [hobbies[kind // 3]], "background": [backgrounds[kind % 3]]} for raw, kind in zip(raw_items, kinds)},
-        truth={raw: row for raw, row in zip(raw_users, truth)})
+    raw_users = [f"u{user:04d}" for user in range(n_users)]
+    raw_items = [f"i{item:03d}" for item in range(n_items)]
+    values = [{"hobby": [name], "background": [level]}
+              for name in DEMO_HOBBIES for level in DEMO_BACKGROUNDS]
+    return Source(raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
+                  {raw: values[kind] for raw, kind in zip(raw_items, kinds)},
+                  truth=dict(zip(raw_users, np.hstack([hobby, background]))))
 
 
-def load_ml_100k(args):
-    """MovieLens-100K: u.data (user, item, rating, time) and u.item (ISO-8859-1; title with year, 19 genre flags)."""
-    folder = args.data_dir or download("ml-100k", "u.data", md5="0e33842e24a9c977be4e0107933c0723")
-    genres = [line.rsplit("|", 1)[0].lower() for line in records(folder / "u.genre", str, "latin-1") if "|" in line]
-    titles, attributes, ratings = {}, {}, Ratings()
-
-    for cells in records(folder / "u.item", lambda line: cells_of(line.rstrip("\r\n").split("|"), 5 + len(genres)), "latin-1"):
-        add_movie(cells[0], cells[1], [genre for genre, flag in zip(genres, cells[5:]) if flag == "1"], titles, attributes)
-    read(records(folder / "u.data", lambda line: ratings.add(*cells_of(line.split("\t"), 4)), "latin-1"))
-    return ratings.source(titles, attributes, [HOBBY, ERA])
-
-
-def load_ml_1m(args):
-    """MovieLens-1M (ratings.dat, movies.dat, '::' between the cells) or any MovieLens folder with ratings.csv and movies.csv."""
-    folder = args.data_dir or download("ml-1m", "ratings.dat")
-    titles, attributes, ratings = {}, {}, Ratings()
-    if (folder / "ratings.csv").exists():
+def load_movielens(args):
+    """MovieLens-100K (u.*), -1M (*.dat) or any release with ratings.csv and movies.csv."""
+    needed = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}[args.dataset]
+    folder = args.data_dir or download(args.dataset, needed)
+    if args.dataset == "ml-100k":
+        genres = [name for name, _ in cells(folder / "u.genre", "|", 2)]
+        movies = [(raw, title, "|".join(genre for genre, flag in zip(genres, flags) if flag == "1"))
+                  for raw, title, _, _, _, *flags in cells(folder / "u.item", "|", 5 + len(genres))]
+        rows = cells(folder / needed, "\t", 4, rating)
+    elif (folder / "ratings.csv").exists():
         movies = table(folder / "movies.csv", ["movieId", "title", "genres"])
-        read(table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], lambda cells: ratings.add(*cells, low=0.5)))
+        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"],
+                     lambda *row: rating(*row, low=0.5))
     else:
-        movies = records(folder / "movies.dat", lambda line: cells_of(line.rstrip("\r\n").split("::"), 3), "latin-1")
-        read(records(folder / "ratings.dat", lambda line: ratings.add(*cells_of(line.split("::"), 4)), "latin-1"))
+        movies = cells(folder / "movies.dat", "::", 3)
+        rows = cells(folder / needed, "::", 4, rating)
+    source = collect(rows, (HOBBY, ERA))
     for raw, title, genres in movies:
-        add_movie(raw, title, genres.lower().split("|"), titles, attributes)
-    return ratings.source(titles, attributes, [HOBBY, ERA])
+        source.titles[raw], year = clean_title(clean_text(title))
+        hobby = [name for name in genres.lower().split("|") if name not in NO_GENRE]
+        source.attributes[raw] = {"hobby": hobby, "background": [era_of(year)] if year else []}
+    return source
 
 
-def add_movie(raw, title, genres, titles, attributes):
-    titles[raw], year = clean_title(clean_text(title))
-    attributes[raw] = {"hobby": [genre for genre in genres if genre not in ("unknown", "(no genres listed)", "")],
-                       "background": [era_of(year)] if year else []}
+NO_GENRE = ("unknown", "(no genres listed)", "")
+RELEASES = {  # data set: (what to fetch, pattern of the reviews file, of the products file)
+    "amazon": ("reviews and meta_*.json.gz of a category from https://amazon-reviews-2023.github.io",
+               r"(?!meta_).*\.jsonl?(\.gz)?", r"meta_.*\.jsonl?(\.gz)?"),
+    "yelp": ("*review.json and *business.json from https://www.yelp.com/dataset",
+             r".*review\.json(\.gz)?", r".*business\.json(\.gz)?"),
+    "nete": ("reviews.pickle and item.json from https://github.com/lileipisces/NETE",
+             r"reviews\.pickle", r"item\.json"),
+}
 
 
-def load_amazon(args):
-    """Amazon reviews of one category (.json or .json.gz, an object a line) and meta_*.json(.gz) in either dialect; 2014, 2018 and 2023 fields."""
-    files = [path for path in listing(args, "amazon", "a reviews file and meta_*.json.gz of one category from https://amazon-reviews-2023.github.io")
-             if re.search(r"\.(json|jsonl)(\.gz)?$", path.name)]
-    reviews, meta = [path for path in files if not path.name.startswith("meta_")], [path for path in files if path.name.startswith("meta_")]
-    if len(reviews) != 1 or len(meta) != 1:
-        raise UserError(f"{len(reviews)} reviews files and {len(meta)} meta_ files instead of one each", args.data_dir,
-                        "keep one category in a folder: NAME.json.gz and meta_NAME.json.gz")
-    ratings = Ratings()
-
-    def parse(line):
-        record = json.loads(line)
-        user, rating = record.get("reviewerID") or record.get("user_id"), record.get("overall", record.get("rating"))
-        ratings.add(user, record.get("parent_asin") or record["asin"], rating, record.get("unixReviewTime", record.get("timestamp", 0)))
-
-    read(records(reviews[0], parse))
-    known = ratings.item_index
-    facts = {record["id"]: record for record in records(meta[0], parse_product) if record["id"] in known}
-    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
-
-
-def load_yelp(args):
-    """The academic JSON lines: *review.json and *business.json; hobby = categories, background = RestaurantsPriceRange2."""
-    files = listing(args, "yelp", "yelp_academic_dataset_review.json and yelp_academic_dataset_business.json from https://www.yelp.com/dataset")
-    found = {name: [path for path in files if re.search(rf"{name}\.json(\.gz)?$", path.name)] for name in ("review", "business")}
-    for name, paths in found.items():
-        if len(paths) != 1:
-            raise UserError(f"{len(paths)} files end in {name}.json instead of one", args.data_dir, "use the files as published")
-    ratings = Ratings()
-
-    def parse(line):
-        record = json.loads(line)
-        ratings.add(record["user_id"], record["business_id"], record["stars"], re.sub(r"\D", "", str(record.get("date", "")))[:14] or 0)
-
-    read(records(found["review"][0], parse))
-    facts = {record["id"]: record for record in records(found["business"][0], parse_product) if record["id"] in ratings.item_index}
-    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND])
-
-
-def load_nete(args):
-    """The NETE / PEPLER release: reviews.pickle (untrusted: only plain data is built), item.json, and with --split-dir its own split."""
-    listing(args, "nete", "reviews.pickle and item.json from https://github.com/lileipisces/NETE")
-    path, ratings = args.data_dir / "reviews.pickle", Ratings()
-    try:
-        with open(path, "rb") as file:
-            reviews = PlainUnpickler(file).load()
-    except Exception as error:  # a broken pickle fails in as many ways as there are opcodes
-        raise UserError(f"reviews.pickle cannot be read: {error}", args.data_dir, "use the file as published") from None
-    if not isinstance(reviews, list):
-        raise UserError(f"reviews.pickle holds a {type(reviews).__name__} instead of a list", args.data_dir, "use the file as published")
-    place = {}  # position in reviews.pickle -> row
-    for position, _ in parsed(reviews, lambda review: ratings.add(review["user"], review["item"], review["rating"]), path):
-        place[position] = len(place)
-    facts = {record["id"]: record for record in json_objects(args.data_dir / "item.json") if record["id"] in ratings.item_index}
-    split = None
-    if args.split_dir:
-        split = np.full(len(ratings.users), -1, dtype=np.int32)
-        for part, name in ((TRAIN, "train"), (VALIDATION, "validation"), (TEST, "test")):
-            try:
-                indices = [int(text) for text in (args.split_dir / f"{name}.index").read_text(encoding="ascii").split()]
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read {name}.index: {error}", args.split_dir, "give one of the release's split folders, such as 1") from None
-            if indices and not 0 <= min(indices) <= max(indices) < len(reviews):
-                raise UserError(f"{name}.index names a review beyond the {len(reviews)} of reviews.pickle", args.split_dir,
-                                "use files of one release")
-            split[[place[index] for index in indices if index in place]] = part
-    return ratings.source(*describe_products(facts), [HOBBY, BACKGROUND], split)
+def load_release(args):
+    """Amazon (fields of 2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
+    folder = args.data_dir or Path("data") / args.dataset
+    what, *patterns = RELEASES[args.dataset]
+    files = [path for path in folder.glob("*") if path.is_file()]
+    reviews, products = ([path for path in files if re.fullmatch(form, path.name)] for form in patterns)
+    if len(reviews) != 1 or len(products) != 1:
+        raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
+                        folder, f"fetch {what} into it, or name another --data-dir")
+    source = collect(good(records(reviews[0]), parse_review, reviews[0]))
+    known, found = set(source.item_ids), good(records(products[0]), parse_product, products[0])
+    facts = {fact["id"]: fact for fact in found if fact["id"] in known}
+    source.titles, source.attributes = describe_products(facts)
+    return source
 
 
 def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
-    if args.ratings_file is None:
-        raise UserError("no ratings file is given", "--dataset csv", "name it with --ratings-file")
-    ratings, titles, attributes = Ratings(), {}, {}
-    columns = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
-    read(table(args.ratings_file, columns, lambda cells: ratings.add(*cells, low=-math.inf, high=math.inf)))
-    columns = {name: getattr(args, f"{name}_col") for name in ("title", "hobby", "background") if getattr(args, f"{name}_col")}
-    id_column = args.item_id_col or args.item_col if args.items_file else args.item_col
+    wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
+    rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
+    source = collect(rows, [HOBBY] + [BACKGROUND] * bool(args.background_col))
+    columns = {"title": args.title_col, "hobby": args.hobby_col, "background": args.background_col}
+    columns = {name: column for name, column in columns.items() if column}
     if columns:
-        for raw, *cells in table(args.items_file or args.ratings_file, [id_column, *columns.values()], lambda cells: [raw_id(cells[0]), *cells[1:]]):
-            if raw in ratings.item_index:
-                found = dict(zip(columns, map(clean_text, cells)))
-                titles[raw] = found.pop("title", None)
-                attributes[raw] = {name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
-                                   for name, text in found.items()}
-    return ratings.source(titles, attributes, [HOBBY] + [BACKGROUND] * bool(args.background_col))
+        id_column = (args.items_file and args.item_id_col) or args.item_col
+        for raw, *texts in table(args.items_file or args.ratings_file, [id_column, *columns.values()],
+                                 lambda identity, *cells: (raw_id(identity), *map(clean_text, cells))):
+            found = dict(zip(columns, texts))
+            source.titles[raw] = found.pop("title", None)
+            source.attributes[raw] = {
+                name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
+                for name, text in found.items()}
+    return source
 
 
-LOADERS = {"demo": load_demo, "ml-100k": load_ml_100k, "ml-1m": load_ml_1m, "amazon": load_amazon, "nete": load_nete, "yelp": load_yelp,
-           "csv": load_csv}
+LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens, "amazon": load_release,
+           "nete": load_release, "yelp": load_release, "csv": load_csv}
 
 
-# ---------------------------------------------------------------- reading files that may be broken
+# -------- reading files that may be broken
 
-# What a parser raises when a record is not what it should be.
-NOT_A_RECORD = (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError, OverflowError, csv.Error)
-
-
-class Bad:
-    """Bad lines of one file: skipped and counted while they are few, the first one shown; more than MAX_BAD of all is an error."""
-
-    def __init__(self, path):
-        self.path, self.count, self.first = path, 0, None
-
-    def note(self, number, error):
-        """error: what was wrong with line `number`, an exception or text."""
-        self.count += 1
-        if self.first is None:
-            why = f"{error} is missing" if isinstance(error, KeyError) else str(error).split("\n")[0][:120] or type(error).__name__
-            self.first = f"line {number}: {why}"
-
-    def judge(self, total):
-        """Raise UserError when too many of `total` lines were bad, else say how many were skipped."""
-        if self.count > MAX_BAD * total:
-            raise UserError(f"{self.count:,d} of {total:,d} lines are not what they should be, the first is {self.first}", self.path,
-                            "check --dataset, the column flags and the file")
-        if self.count:
-            print(f"{self.path.name}: skipped {self.count:,d} bad of {total:,d} lines, the first is {self.first}")
-
-
-def parsed(values, parse, path):
-    """(position, parse(value)) of every value of a list that can be parsed; the others are skipped as Bad says."""
-    bad = Bad(path)
-    for position, value in enumerate(values):
-        try:
-            record = parse(value)
-        except NOT_A_RECORD as error:
-            bad.note(position + 1, error)
-        else:
-            yield position, record
-    bad.judge(len(values))
-
-
-def records(path, parse, encoding="utf-8", skip_first=False):
-    """parse(line) of every non-empty line of a text file or .gz, in one pass; bad lines are skipped as Bad says.
-
-    Raises UserError when the file is missing, cut short, no text, or too many of its lines are bad.
-    """
-    bad, number, total = Bad(path), 0, 0
+def lines(path):
+    """Non-empty lines of a file or .gz, as bytes. Raises UserError if it cannot be read."""
     try:
-        with open(path, "rb") as raw, tqdm(total=path.stat().st_size, unit="B", unit_scale=True, desc=path.name, leave=False, mininterval=1) as bar:
-            file = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             while line := file.readline(MAX_LINE):
-                number += 1
-                if number % 4096 == 0:
-                    bar.update(raw.tell() - bar.n)
-                if len(line) == MAX_LINE and not line.endswith(b"\n"):
-                    skip_line(file, path, number)
-                    total += 1
-                    bad.note(number, f"longer than {MAX_LINE:,d} bytes")
-                elif not line.isspace() and not (skip_first and number == 1):
-                    total += 1
-                    try:
-                        record = parse(line.decode(encoding))
-                    except NOT_A_RECORD as error:
-                        bad.note(number, error)
-                    else:
-                        yield record
+                if len(line) == MAX_LINE:
+                    raise UserError(f"a line of {path.name} has no end", path, "give one record a line")
+                if not line.isspace():
+                    yield line
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
-                        "fetch the file again, or give the folder that holds it with --data-dir") from None
-    bad.judge(total)
+        raise UserError(f"cannot read {path.name}: {error}", path, "fetch it or mend the path") from None
 
 
-def read(rows):
-    """Run a reader to its end, for what its parser does with each line."""
-    for _ in rows:
-        pass
+def good(records, parse, path):
+    """parse(record) of every good record.
+
+    Bad ones are skipped, counted and the first is shown. Raises UserError above MAX_BAD of them.
+    """
+    count, bad, example = 0, 0, None
+    for count, record in enumerate(progress(records, path.name, "lines"), 1):
+        try:
+            parsed = parse(record)
+        except Exception as error:  # a record breaks in as many ways as there are formats
+            bad += 1
+            example = example or f"line {count}: {error!r:.150}"
+        else:
+            yield parsed
+    if bad > MAX_BAD * count:
+        raise UserError(f"{bad:,d} of {count:,d} lines are not what they should be, the first is {example}",
+                        path, "check --dataset and the column flags")
+    if bad:
+        print(f"{path.name}: skipped {bad:,d} bad of {count:,d} lines, the first is {example}")
 
 
-def skip_line(file, path, number):
-    """Read on to the end of a line that is too long, but not for ever."""
-    skipped = 0
-    while rest := file.readline(MAX_LINE):
-        skipped += len(rest)
-        if rest.endswith(b"\n"):
-            return
-        if skipped > MAX_SKIP:
-            raise UserError(f"line {number} has no end within {MAX_SKIP:,d} bytes", path, "this is no file of one record a line")
+def cells(path, separator, count, parse=lambda *cells: cells):
+    """parse(*cells) of every line; `count` cells a line, ISO-8859-1 (MovieLens)."""
+    def parse_line(line):
+        found = line.decode("latin-1").rstrip("\r\n").split(separator)
+        if len(found) != count:
+            raise ValueError(f"{len(found)} cells instead of {count}")
+        return parse(*found)
+
+    return good(lines(path), parse_line, path)
 
 
-def table(path, columns, parse=list):
-    """parse([cells of the named columns]) of every row of a comma- or tab-separated file with a header line."""
+def table(path, columns, parse=lambda *cells: cells):
+    """parse(*cells of these columns) of every line; comma- or tab-separated, with a header."""
+    rows = lines(path)
     try:
-        with (gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")) as file:
-            header = file.readline(MAX_LINE).decode("utf-8-sig")
+        header = next(rows, b"").decode("utf-8-sig").rstrip("\r\n")
         separator = "\t" if "\t" in header else ","
-        names = next(csv.reader([header.rstrip("\r\n")], delimiter=separator), [])
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path.name}: {getattr(error, 'strerror', None) or error}", path.parent,
-                        "give a text file with a header line") from None
+        names = next(csv.reader([header], delimiter=separator))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path.name}: {error}", path, "give a header line") from None
     missing = [column for column in columns if column not in names]
     if missing:
-        raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path, "name the columns with the --...-col flags")
+        raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path,
+                        "name columns by the --...-col flags")
     places = [names.index(column) for column in columns]
 
-    def cells(line):
-        row = next(csv.reader([line.rstrip("\r\n")], delimiter=separator, strict=True))
-        return parse([row[place] for place in places])
+    def parse_line(line):
+        row = next(csv.reader([line.decode("utf-8").rstrip("\r\n")], delimiter=separator, strict=True))
+        return parse(*[row[place] for place in places])
 
-    return records(path, cells, skip_first=True)
-
-
-def cells_of(cells, count):
-    if len(cells) != count:
-        raise ValueError(f"{len(cells)} cells instead of {count}")
-    return cells
+    return good(rows, parse_line, path)
 
 
 def raw_id(value):
     """An id as text. Raises ValueError for what cannot be one."""
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        raise ValueError(f"{value!r:.40} is no id")
     text = str(value).strip()
-    if not text or len(text) > 200 or not text.isprintable():
-        raise ValueError(f"{text!r:.40} is no id")
+    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
+        raise ValueError(f"{value!r:.40} is no id")
     return text
 
 
 def clean_text(text):
-    """One line of plain text: entities and markup resolved, control characters gone, at most MAX_TITLE characters."""
+    """One line of plain text: no entities, markup or control characters, at most MAX_TITLE long."""
     text = re.sub(r"<[^<>]{0,200}>", " ", html.unescape(str(text)[:20 * MAX_TITLE]))
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
 
 
+ARTICLES = "The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den"
+
+
 def clean_title(text):
-    """('The Matrix', 1999) from 'Matrix, The (1999)'; the year is None where the title carries none."""
-    year = re.search(r"\((\d{4})\)\s*$", text)
-    title = re.sub(r"\s*\(\d{4}\)\s*$", "", text).strip()
-    title = re.sub(r"^(.+?), (The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den)(?= \(|$)", r"\2 \1", title)
-    return " ".join(title.split()), int(year[1]) if year else None
+    """('The Matrix', 1999) from 'Matrix, The (1999)'; None in the place of no year."""
+    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})\))?\s*", text).groups()
+    title = re.sub(rf"^(.+?), ({ARTICLES})(?= \(|$)", r"\2 \1", title)
+    return " ".join(title.split()), int(year) if year else None
 
 
 def era_of(year):
     """The decade as one word, so that it can stand in the profile's slot."""
-    words = {1930: "thirties", 1940: "forties", 1950: "fifties", 1960: "sixties", 1970: "seventies", 1980: "eighties", 1990: "nineties",
-             2000: "noughties", 2010: "twenty-tens", 2020: "twenty-twenties"}
-    return words.get(year // 10 * 10, "twenties")
+    words = ("thirties forties fifties sixties seventies eighties nineties noughties "
+             "twenty-tens twenty-twenties").split()  # from 1930 on
+    return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
 
 
-# ---------------------------------------------------------------- products: Amazon, Yelp, NETE
+# -------- products: Amazon, Yelp, NETE
 
 YELP_PRICES = {"1": "cheap", "2": "moderate", "3": "expensive", "4": "luxurious"}
 
 
-def parse_product(line):
-    """Facts of a product line: strict JSON, or the Python literals of Amazon's 2014 files, which are read without being run."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = ast.literal_eval(line.strip())
-    return product_facts(record)
-
-
-def product_facts(record):
-    """{id, title, brand, categories, price, level} from an Amazon, Yelp or NETE record; what is missing is None or empty."""
-    raw = next((record[key] for key in ("parent_asin", "asin", "business_id", "item", "id") if record.get(key)), None)
-    found = record.get("categories") or record.get("category") or []
-    if isinstance(found, list) and found and isinstance(found[0], list):  # 2014: paths, each from the root to a leaf
-        found = found[0]
-    if isinstance(found, str):  # Yelp: one line, all of the same rank
-        categories = [clean_text(part).lower() for part in found.split(",")]
-    else:
-        categories = [clean_text(found[-1]).lower()] if found else []
-    details = record.get("attributes")
-    level = re.sub(r"\D", "", str(details.get("RestaurantsPriceRange2", ""))) if isinstance(details, dict) else ""
-    price = re.search(r"\d[\d,]*\.?\d*", str(record.get("price") or ""))
-    return {"id": raw_id(raw), "title": clean_text(record.get("title") or record.get("name") or ""),
-            "brand": clean_text(record.get("brand") or record.get("store") or "").lower(), "categories": [name for name in categories if name][:3],
-            "price": float(price[0].replace(",", "")) if price else None, "level": YELP_PRICES.get(level)}
-
-
-def json_objects(path):
-    """Facts of the products in a JSON array or in JSON lines."""
-    try:
-        start = path.read_bytes()[:1]
-        if start == b"[":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return [record for _, record in parsed(content, product_facts, path)]
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path.name}: {error}", path.parent, "use the file as published") from None
-    return records(path, parse_product)
-
-
-def describe_products(facts):
-    """(titles, attributes): hobby = brand, else category; background = price level within the category, a missing price its own level."""
-    prices = {}
-    for record in facts.values():
-        if record["price"] is not None:
-            prices.setdefault(record["categories"][-1] if record["categories"] else "", []).append(record["price"])
-    overall = [price for values in prices.values() for price in values]
-    bounds = {name: np.quantile(values if len(values) >= 9 else overall, (1 / 3, 2 / 3)) for name, values in prices.items()}
-    titles, attributes = {}, {}
-    for raw, record in facts.items():
-        category = record["categories"][-1] if record["categories"] else ""
-        level = record["level"] or "unpriced"
-        if record["price"] is not None and not record["level"]:
-            level = ("budget", "midrange", "premium")[int((record["price"] > bounds[category]).sum())]
-        titles[raw] = record["title"]
-        attributes[raw] = {"hobby": [record["brand"]] if record["brand"] else record["categories"], "background": [level]}
-    return titles, attributes
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """Builds lists, dicts, tuples, sets, strings, bytes and numbers; a pickle that names any class or function is refused, not run."""
+    """Builds plain data; a pickle that names any class or function is refused, not run."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not plain data")
 
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to outside data")
+
+def records(path):
+    """Records of a pickled list, a JSON array or, unparsed, a file of one a line."""
+    try:
+        if path.suffix == ".pickle":
+            with open(path, "rb") as file:
+                found = PlainUnpickler(file).load()
+        elif path.suffix == ".json" and path.open("rb").read(1) == b"[":
+            found = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            return lines(path)
+        wrong = f"holds a {type(found).__name__} instead of a list"
+    except Exception as error:  # a pickle breaks in as many ways as it has opcodes
+        found, wrong = None, f"cannot be read: {error}"
+    if not isinstance(found, list):
+        raise UserError(f"{path.name} {wrong}", path.parent, "use the file as published")
+    return found
 
 
-# ---------------------------------------------------------------- finding and fetching files
+def parse_record(line):
+    """A record from its line: JSON or, in Amazon's 2014 files, a Python literal, which is not run."""
+    if not isinstance(line, bytes):
+        return line
+    try:
+        return json.loads(line)
+    except ValueError:
+        return ast.literal_eval(line.decode("utf-8").strip())
 
-def listing(args, name, what):
-    """The files of --data-dir; UserError that says where a data set that may not be passed on is to be had."""
-    if args.data_dir is None or not args.data_dir.is_dir():
-        raise UserError(f"{name} has to be fetched by hand: {what}", args.data_dir or "--data-dir", "give their folder with --data-dir")
-    return sorted(path for path in args.data_dir.iterdir() if path.is_file())
+
+def first(record, *keys):
+    """The first of these entries that is not empty, else ''."""
+    return next((record[key] for key in keys if record.get(key)), "")
 
 
-def download(name, needed, md5=None):
-    """Folder data/<name> with GroupLens' archive unpacked, fetched unless it is there. A broken download goes on where it stopped.
+def parse_review(line):
+    """rating() of a review in any release's spelling."""
+    record = parse_record(line)
+    date = re.sub(r"\D", "", str(first(record, "date")))[:14]  # Yelp: year to second
+    return rating(first(record, "reviewerID", "user_id", "user"),
+                  first(record, "parent_asin", "asin", "business_id", "item"),
+                  first(record, "overall", "rating", "stars"),
+                  first(record, "unixReviewTime", "timestamp") or date)
 
-    md5: of the archive; by default the one published beside it is fetched.
+
+def parse_product(line):
+    """{id, title, brand, categories, price, level} of a product, None or empty where missing."""
+    record = parse_record(line)
+    found = first(record, "categories", "category") or [""]
+    if isinstance(found[0], list):  # 2014: paths from the root to a leaf
+        found = found[0]
+    found = found.split(",") if isinstance(found, str) else found[-1:]  # Yelp: one line, of equal rank
+    details = record.get("attributes")
+    details = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
+    price = re.search(r"\d[\d,]*\.?\d*", str(first(record, "price")))
+    return {"id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
+            "title": clean_text(first(record, "title", "name")),
+            "brand": clean_text(first(record, "brand", "store")).lower(),
+            "categories": [name for name in (clean_text(part).lower() for part in found) if name][:3],
+            "price": float(price[0].replace(",", "")) if price else None,
+            "level": YELP_PRICES.get(re.sub(r"\D", "", str(details)))}
+
+
+def describe_products(facts):
+    """(titles, attributes) of {id: product}.
+
+    hobby: the brand, else the categories. background: which third of its category's prices it has.
     """
-    url, folder = GROUPLENS + f"{name}.zip", Path("data")
-    target, part = folder / name, folder / f"{name}.zip.part"
+    prices, titles, attributes = {}, {}, {}
+    for fact in facts.values():
+        if fact["price"] is not None:
+            prices.setdefault(tuple(fact["categories"][-1:]), []).append(fact["price"])
+    everything = [price for values in prices.values() for price in values]
+    bounds = {name: np.quantile(values if len(values) >= 9 else everything, (1 / 3, 2 / 3))
+              for name, values in prices.items()}
+    for raw, fact in facts.items():
+        level = fact["level"] or "unpriced"
+        if fact["price"] is not None and not fact["level"]:
+            above = fact["price"] > bounds[tuple(fact["categories"][-1:])]
+            level = ("budget", "midrange", "premium")[above.sum()]
+        hobby = [fact["brand"]] if fact["brand"] else fact["categories"]
+        titles[raw], attributes[raw] = fact["title"], {"hobby": hobby, "background": [level]}
+    return titles, attributes
+
+
+def download(name, needed):
+    """Folder data/<name> of GroupLens' archive, fetched unless it is there."""
+    url, target = GROUPLENS + f"{name}.zip", Path("data") / name
     if (target / needed).exists():
         return target
-    by_hand = f"unpack it by hand and give the folder with {needed} as --data-dir"
     print(f"downloading {url} to {target}")
     try:
-        if md5 is None:
-            with urllib.request.urlopen(url + ".md5", timeout=30) as reply:
-                md5 = re.search(r"\b[0-9a-f]{32}\b", reply.read(1000).decode("ascii", "replace"))[0]
-        folder.mkdir(exist_ok=True)
-        fetch(url, part)
-        if hashlib.md5(part.read_bytes()).hexdigest() != md5:
-            part.unlink()
-            raise UserError("the download's checksum is wrong", url, f"try again, or {by_hand}")
-        with zipfile.ZipFile(part) as zipped, tempfile.TemporaryDirectory(dir=folder) as aside:
-            zipped.extractall(aside)
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            archive = zipfile.ZipFile(io.BytesIO(reply.read()))
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+            archive.extractall(aside)  # checks each file's CRC
             os.replace(Path(aside) / name, target)
-        part.unlink()
-    except (OSError, zipfile.BadZipFile, TypeError) as error:
-        with_reason = getattr(error, "reason", None) or error
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise UserError(f"cannot download {name}: {with_reason}", url, by_hand) from None
+    except Exception as error:  # the network, the archive or the disk
+        raise UserError(f"cannot download {name}: {error}", url,
+                        f"unpack it and give the folder of {needed} as --data-dir") from None
     return target
 
 
-def fetch(url, part):
-    """Download into the file `part`, going on behind the bytes that are there; a reply cut short is an OSError."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        reply = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # 416: nothing is left to send
-            raise
-        return
-    with reply, open(part, "ab" if reply.status == 206 else "wb") as file:
-        left = int(reply.headers.get("Content-Length", 0))
-        with tqdm(total=left, unit="B", unit_scale=True) as bar:
-            while chunk := reply.read(1 << 16):
-                file.write(chunk)
-                bar.update(len(chunk))
-        if bar.n < left:
-            raise OSError(f"the connection broke after {bar.n:,d} of {left:,d} bytes; the same command goes on from there")
-
-
-# ---------------------------------------------------------------- filter, split
+# -------- filter, split
 
 def thin_out(source, args):
-    """Indices of the rows kept: --subsample-users, --max-per-user at random, then users and items below --min-interactions out,
-    until none is left."""
+    """Indices of the rows kept: --max-per-user and --subsample-users at random.
+
+    Then users and items below --min-interactions go until none is left.
+    """
     users, items = source.users, source.items
-    kept = np.arange(len(users)) if source.split is None else np.flatnonzero(source.split >= 0)
+    kept = np.arange(len(users))
     if args.max_per_user:
         shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
-        order = shuffled[np.argsort(users[shuffled], kind="stable")]  # a random order within each user
-        first = np.searchsorted(users[order], users[order])           # where the user's rows begin
-        kept = np.sort(order[np.arange(len(order)) - first < args.max_per_user])
+        order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
+        start = np.searchsorted(users[order], users[order])           # where his rows begin
+        kept = np.sort(order[np.arange(len(order)) - start < args.max_per_user])
     if args.subsample_users:
-        chosen = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))[:args.subsample_users]
-        kept = kept[np.isin(users[kept], chosen)]
-    while len(kept):
+        shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
+        kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
+    enough = np.zeros(len(kept), dtype=bool)
+    while not enough.all():
         enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
         enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
-        if enough.all():
-            break
         kept = kept[enough]
     return kept
 
 
 def in_order(indices, raw_ids):
-    """(raw ids that occur, numbers by value and everything else alphabetically; array that turns an old index into a new one)."""
-    found = np.unique(indices)
-    order = sorted(found.tolist(), key=lambda index: (0, int(raw_ids[index]), "") if is_number(raw_ids[index]) else (1, 0, raw_ids[index]))
+    """(raw ids that occur, each row's index among them).
+
+    Numbers stand first, by value, then the rest by alphabet.
+    """
+    def key(index):
+        text = raw_ids[index]
+        number = text.isascii() and text.isdecimal() and len(text) < 19
+        return (0, int(text), "") if number else (1, 0, text)
+
+    order = sorted(np.unique(indices).tolist(), key=key)
     renumber = np.zeros(len(raw_ids), dtype=np.int32)
     renumber[order] = np.arange(len(order))
-    return [raw_ids[index] for index in order], renumber
-
-
-def is_number(text):
-    return text.isascii() and text.isdecimal() and len(text) < 19
+    return [raw_ids[index] for index in order], renumber[indices]
 
 
 def choose_profiles(source, args):
-    """The source's profiles, with the critic and with other words for their names in the prompt where the flags say so."""
-    profiles = source.profiles + [CRITIC] * args.critic
+    """The source's profiles, by flags with the critic or other words for their names."""
     if args.critic and source.truth is not None:
         raise UserError("the demo has no planted critics", "--critic", "take a real data set")
-    words = [profile["name"] for profile in profiles] if args.profile_words is None else args.profile_words.split(",")
-    if len(words) != len(profiles):
-        raise UserError(f"{len(words)} words for {len(profiles)} profiles", "--profile-words", "give one for each, separated by commas")
-    return [{**profile, "prompt": profile["prompt"].replace(profile["name"], word)} for profile, word in zip(profiles, words)]
+    profiles = [*source.profiles] + [CRITIC] * args.critic
+    names = [profile["name"] for profile in profiles]
+    words = names if args.profile_words is None else args.profile_words.split(",")
+    if len(words) != len(names):
+        raise UserError(f"{len(words)} words for {len(names)} profiles", "--profile-words",
+                        "give one each, with commas between")
+    return [{**profile, "prompt": profile["prompt"].replace(name, word)}
+            for profile, name, word in zip(profiles, names, words)]
 
 
 def build(source, args):
-    """(Dataset, truth or None): labels, filtering, ids and the split, made once for all stages: whatever is trained later sees TRAIN rows alone."""
+    """(Dataset, truth or None): filter, order of ids, labels and the one split."""
     kept = thin_out(source, args)
-    if len(kept) < 10:
-        raise UserError(f"{len(kept)} interactions are left after filtering", f"--min-interactions {args.min_interactions}",
-                        "lower it, or give more data")
-    (users, new_user), (items, new_item) = in_order(source.users[kept], source.user_ids), in_order(source.items[kept], source.item_ids)
-
     n = len(kept)
+    if n < 10:
+        raise UserError(f"{n} interactions are left", f"--min-interactions {args.min_interactions}",
+                        "lower it, or give more data")
+    users, user_rows = in_order(source.users[kept], source.user_ids)
+    items, item_rows = in_order(source.items[kept], source.item_ids)
     split = np.empty(n, dtype=np.int32)
-    order = np.random.default_rng(args.seed).permutation(n)  # Paper: 8:1:1, at random
-    split[order[:int(n * 0.8)]], split[order[int(n * 0.8):int(n * 0.9)]], split[order[int(n * 0.9):]] = TRAIN, VALIDATION, TEST
-    if source.split is not None:
-        split = source.split[kept]
-    interactions = np.stack([new_user[source.users[kept]], new_item[source.items[kept]], source.ratings[kept] > args.positive_above, split],
-                            axis=1).astype(np.int32)
+    order = np.random.default_rng(args.seed).permutation(n)
+    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])  # Paper: 8:1:1, here 0, 1, 2
+    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
+    cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
+    split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
+    labels = source.ratings[kept] > args.positive_above
+    interactions = np.stack([user_rows, item_rows, labels, split], axis=1).astype(np.int32)
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
-    records = [describe(raw, source) for raw in items]
-    untitled = sum(not source.titles.get(raw) for raw in items)
+    described, untitled = [], 0
+    for raw in items:
+        attributes, title = source.attributes.get(raw, {}), source.titles.get(raw)
+        untitled += not title
+        title = title or next(iter(attributes.get("hobby", [])), raw)
+        described.append({"id": raw, "title": title, "attributes": attributes})
     if untitled:
-        print(f"{untitled:,d} of {len(items):,d} items have no title: their brand, category or id stands in")
-    dataset = Dataset(interactions, users, records, choose_profiles(source, args), TASK_PROMPT, args.dataset)
-    truth = None if source.truth is None else np.array([source.truth[raw] for raw in users], dtype=np.int16)
-    return dataset, truth
+        print(f"{untitled:,d} of {len(items):,d} items have no title; brand, category or id stands in")
+    profiles = choose_profiles(source, args)
+    truth = source.truth and np.array([source.truth[raw] for raw in users], dtype=np.int16)
+    return Dataset(interactions, users, described, profiles, TASK_PROMPT, args.dataset), truth
 
 
-def describe(raw, source):
-    """An entry of items.json; an item without a title is called by its brand or category, else by its id."""
-    attributes = source.attributes.get(raw, {})
-    return {"id": raw, "title": source.titles.get(raw) or next(iter(attributes.get("hobby", [])), raw), "attributes": attributes}
-
-
-# ---------------------------------------------------------------- evaluate
+# -------- evaluate
 
 def majority_vote_nmi(dataset, truth):
-    """Per profile: NMI between the planted value and the value most of a user's liked training items carry.
+    """Per profile: NMI of the planted value and what most of a user's liked training items have.
 
-    It says how much of the truth the data show to somebody who knows every item's true attributes.
+    So much the data tell somebody who knows every item's true attributes.
     """
-    scores, liked = [], [row for row in dataset.rows(TRAIN) if row[2] == 1]
+    scores = []
     for m, profile in enumerate(dataset.profiles):
         votes = [Counter() for _ in dataset.users]
-        for user, item, _ in liked:
-            votes[user].update(dataset.items[item]["attributes"].get(profile["name"], []))
+        for user, item, label in dataset.rows(TRAIN):
+            if label:
+                votes[user].update(dataset.items[item]["attributes"][profile["name"]])
         known = [user for user, vote in enumerate(votes) if vote]
         guess = [votes[user].most_common(1)[0][0] for user in known]
         scores.append(normalized_mutual_info_score(truth[known, m], guess))
     return scores
 
 
-def report(dataset, facts, truth):
-    """Table 1 for this data set beside the paper's, what is in it, and what the LLM will read of three users."""
-    print(f"\n{'Table 1':14s}{'interactions':>14s}{'users':>10s}{'items':>10s}{'sparsity':>10s}")
-    rows = {f"here: {dataset.name}": (facts["n_interactions"], facts["n_users"], facts["n_items"])}
-    rows.update({f"paper: {name}": counts for name, counts in PAPER_TABLE_1.items()})
-    for name, (n, users, items) in rows.items():
-        print(f"{name:14s}{n:14,d}{users:10,d}{items:10,d}{100 * (1 - n / users / items):9.2f}%")
-    if dataset.name in ("amazon", "nete", "yelp"):
-        print("the paper does not say which release and category dump, which duplicates and which order of filters it used; counts differ by these")
-    users = facts["n_users"]
-    print(f"positive rate {facts['positive_rate']:.3f}; rows train/validation/test "
-          + "/".join(str(len(dataset.rows(split))) for split in (TRAIN, VALIDATION, TEST)))
-    lengths = np.bincount(dataset.rows(TRAIN)[:, 0], minlength=users)
-    bounds = [0, 1, 2, 4, 8, 16, 32, 64, 128, 10**9]
-    ranges = [f"{low}" if high == low + 1 else f"{low}+" if high == bounds[-1] else f"{low}-{high - 1}" for low, high in zip(bounds, bounds[1:])]
-    print("users by training rows: " + ", ".join(f"{name}: {count:,d}" for name, count in zip(ranges, np.histogram(lengths, bounds)[0]) if count))
+def show(dataset, facts, truth):
+    """Table 1 beside the paper's; splits; rows of users; values of items; what the LLM will read of three
+    users; what the data show of the truth."""
+    print(f"\n{'Table 1':16s}{'interactions':>12s}{'users':>10s}{'items':>10s}{'sparsity':>10s}")
+    here = {f"here: {dataset.name}": (facts["n_interactions"], facts["n_users"], facts["n_items"])}
+    for name, (n, users, items) in (here | PAPER_TABLE_1).items():
+        print(f"{name:16s}{n:12,d}{users:10,d}{items:10,d}{100 * (1 - n / users / items):9.2f}%")
+    print(f"positive rate {facts['positive_rate']:.3f}")
+    for split, name in enumerate(SPLITS[:5 if "cold_users" in facts else 3]):
+        labels = dataset.rows(split)[:, 2]
+        print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
+        if len(np.unique(labels)) < 2:
+            print(f"WARNING: all labels of the {name} split are equal: no AUC; give more data "
+                  "or another --positive-above")
+    rows = dataset.rows(TRAIN)
+    lengths = np.bincount(rows[:, 0], minlength=facts["n_users"])
+    powers = Counter(2 ** length.bit_length() // 2 for length in lengths.tolist())  # 0, 1, 2, 4, 8, ...
+    print("users by training rows: " + ", ".join(f"{low}+: {powers[low]:,d}" for low in sorted(powers)))
     for profile in dataset.profiles:
-        counted = Counter(value for item in dataset.items for value in item["attributes"].get(profile["name"], []))
-        if counted:
-            top = ", ".join(f"{value} {count:,d}" for value, count in counted.most_common(6))
-            print(f"items by {profile['name']} ({len(counted):,d} values): {top}")
-    liked = dataset.rows(TRAIN)
-    liked = liked[liked[:, 2] == 1]
-    prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1)) + dataset.task_prompt
+        counts = Counter()
+        for item in dataset.items:
+            counts.update(item["attributes"].get(profile["name"], []))
+        top = ", ".join(f"{value} {count:,d}" for value, count in counts.most_common(6))
+        print(f"items by {profile['name']} ({len(counts):,d} values): {top}")
+    prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
+    liked = rows[rows[:, 2] == 1]
     for user in np.unique(liked[:, 0])[:3]:
-        titles = "".join(f" {dataset.items[item]['title']};" for item in liked[liked[:, 0] == user, 1][-6:])
-        print(f"prompt of user {dataset.users[user]}: {prompt}{titles}".replace("\n", " "))
+        items = liked[liked[:, 0] == user, 1][-6:]
+        titles = "".join(f" {dataset.items[item]['title']};" for item in items)
+        text = f"{prompt}{dataset.task_prompt}{titles}".replace("\n", " ")
+        print(f"prompt of user {dataset.users[user]}: {text}")
     if truth is not None:
+        scores = zip(dataset.profiles, majority_vote_nmi(dataset, truth))
         print("majority vote over liked true attributes, NMI with the planted profile: "
-              + ", ".join(f"{p['name']} {nmi:.2f}" for p, nmi in zip(dataset.profiles, majority_vote_nmi(dataset, truth))))
+              + ", ".join(f"{profile['name']} {nmi:.2f}" for profile, nmi in scores))
 
 
-# ---------------------------------------------------------------- save
+# -------- save
 
 def save(run, dataset, truth, args):
-    """Write all artifacts; dataset.json comes last, so that its fingerprint vouches for the others. Returns its content."""
+    """Write all artifacts, dataset.json first removed and then last: it vouches for the others.
+
+    Returns what it holds.
+    """
     n, users, items = len(dataset.interactions), len(dataset.users), len(dataset.items)
-    facts = {"dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n, "sparsity": 1 - n / users / items,
-             "positive_rate": float(dataset.interactions[:, 2].mean()), "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
-             "fingerprint": dataset.fingerprint(), "truth_fingerprint": None if truth is None else fingerprint(truth),
-             **{key: getattr(args, key) for key in ("seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "critic",
-                                                       "signal")}}
-    (run / "dataset.json").unlink(missing_ok=True)
+    settings = ["seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "critic"]
+    settings += ["signal"] + ["cold_users"] * bool(args.cold_users)
+    facts = {"dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
+             "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
+             "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
+             "fingerprint": dataset.fingerprint(),
+             "truth_fingerprint": None if truth is None else fingerprint(truth),
+             **{key: getattr(args, key) for key in settings}}
+    for stale in ("dataset.json", "truth.npy"):
+        (run / stale).unlink(missing_ok=True)
     save_npy(run / "interactions.npy", dataset.interactions)
     save_json(run / "users.json", dataset.users)
     save_json(run / "items.json", dataset.items)
-    if truth is None:
-        (run / "truth.npy").unlink(missing_ok=True)
-    else:
+    if truth is not None:
         save_npy(run / "truth.npy", truth)
     save_json(run / "dataset.json", facts)
     return facts
 
 
-# ---------------------------------------------------------------- main
+# -------- main
 
 def main():
     args = parse_arguments()
-    announce("01 prepare data", args, {"demo": "nothing, the demo is made here", "csv": args.ratings_file}.get(
-        args.dataset, args.data_dir or f"data/{args.dataset}"))
-    source = LOADERS[args.dataset](args)
-    values, counts = np.unique(source.ratings, return_counts=True)
-    print("ratings in the source: " + ", ".join(f"{value:g}: {count:,d}" for value, count in list(zip(values, counts))[:12]))
-    dataset, truth = build(source, args)
-    with one_run_at_a_time(args.run):
-        facts = save(args.run, dataset, truth, args)
-    report(dataset, facts, truth)
-    print(f"\nwrote dataset.json interactions.npy users.json items.json{'' if truth is None else ' truth.npy'} to {args.run}")
-    print(f"next: python 02_infer_profiles.py --run {args.run}")
+    announce("01 prepare data", args, args.ratings_file or args.data_dir or f"{args.dataset}'s own files")
+    dataset, truth = build(LOADERS[args.dataset](args), args)
+    show(dataset, save(args.run, dataset, truth, args), truth)
+    files = "dataset.json interactions.npy users.json items.json" + " truth.npy" * (truth is not None)
+    print(f"\nwrote {files} to {args.run}\nnext: python 02_infer_profiles.py --run {args.run}")
 
 
 if __name__ == "__main__":

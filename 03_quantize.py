@@ -1,26 +1,28 @@
-"""Stage 03: turn theta into one small id per profile, under a recommender's supervision. Paper: sections 2.4 and 2.6.
+"""Stage 03: turn theta into one small id per profile, supervised by a recommender. Paper: sections 2.4, 2.6.
 
-    l_vec = sum_m ||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2 + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))   Eq. (5)
-    c_m   = argmin_k ||theta^m - v_k^m||^2                                                                          Eq. (6)
-    L     = l_llm + alpha l_vec                                                                                     Eq. (7)
+    l_vec = sum_m ||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2
+            + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))      Eq. (5)
+    c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
+    L     = l_llm + alpha l_vec                               Eq. (7)
 
-The paper's way (--quantizer vq, the default): the codebooks start from k-means over all theta; a surrogate DCN is warmed up on
-these codes; then minibatches of users update theta, codebooks and surrogate together (Algorithm 1). --quantizer kmeans stops
-at the start. --assign likelihood (--quantizer em) is EM proper, in which the codes themselves are the soft tokens.
+vq, the paper's way (Algorithm 1): the codebooks start from k-means over theta; a surrogate DCN is warmed up
+on these codes; then minibatches of users update theta, codebooks and surrogate together. kmeans stops at the
+start. em learns codes that are soft tokens, words takes the LLM's own words: a user's code is then that
+under which the LLM finds his history likeliest.
 
-Reads:  dataset.json interactions.npy users.json items.json truth.npy (01; truth for the evaluation alone), profiles.npy profiles.json lm-tiny/ (02)
-Writes: codebooks.pt (M tensors (K_m, d) and what assigns a new user), feature_bank.npy int16 (U, M), feature_bank.csv, feature_bank.user
-        (RecBole's atomic file), quantize.json
+Reads:  dataset.json interactions.npy users.json items.json (01), truth.npy for the evaluation alone,
+        profiles.npy profiles.json profiles_users.json lm-tiny/ (02)
+Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  feature_bank.npy int16 (U, M), .csv;
+        feature_bank_words.csv where codes are words;  quantize.json
 
 Run:
-    python 03_quantize.py                                      # the demo: 15 s
-    python 03_quantize.py --assign likelihood                  # EM with codes as soft tokens
+    python 03_quantize.py                      # the demo: 15 s
+    python 03_quantize.py --assign likelihood  # EM
     python 03_quantize.py --run runs/ml-100k --codes 8,4
-    python 03_quantize.py --keep-codebooks                     # after 02 --users: new users get codes, nobody else's changes
+    python 03_quantize.py --keep-codebooks     # after 02 --users: codes for new users
 """
 
 import argparse
-import contextlib
 import csv
 import importlib
 import itertools
@@ -28,79 +30,77 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-import sklearn.cluster
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+from sklearn import cluster, metrics
 from torch import nn
-from tqdm import tqdm
 
-from common import (DCN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic, check_same, fingerprint,
-                    guarded, load, load_dataset, load_truth, one_run_at_a_time, parameter_counts, pick_device, save_json,
-                    save_npy, save_torch, seeded)
+from common import (DCN, SEEN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic,
+                    check_same, count_parameters, fingerprint, guarded, load, load_dataset, load_truth,
+                    pick_device, progress, save_json, save_npy, save_torch, seeded)
 
 infer = importlib.import_module("02_infer_profiles")
 
-# ---------------------------------------------------------------- settings
+# -------- settings
 
-COMBINATIONS = 64  # EM enumerates up to this many code combinations a user
-PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "batch_users": 128, "start": "random", "warm_up": 0, "llm_loss": True}  # section 3.4
+COMBINATIONS = 100  # EM tries every combination of codes on every user: at most this many
+PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "start": "random", "warm_up": 0}  # section 3.4
 
 
 def parse_arguments():
     parser = Parser(__doc__)
-    parser.add_argument("--codes", help="codebook sizes K_1,K_2,... (default: what stage 01 wrote; paper: 4,3)")
-    parser.add_argument("--quantizer", choices=QUANTIZERS, help="vq: Algorithm 1; kmeans: its start alone; em: codes as soft tokens "
-                        "(default: vq, with --assign likelihood em)")
-    parser.add_argument("--assign", choices=("nearest", "likelihood"),
-                        help="a user's code: the nearest to theta, Eq. 6, or the one under which the LLM finds the history likeliest (em)")
-    parser.add_argument("--epochs", type=at_least(0), default=3, help="vq: joint epochs over all users; em: rounds")
-    parser.add_argument("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    parser.add_argument("--lr", type=at_least(1e-12, float), default=0.02,
-                        help="step size of theta and codebooks in units of the slot's spread (paper: 0.001, unscaled)")
-    parser.add_argument("--start", choices=("kmeans", "random"), default="kmeans",
-                        help="vq, em: first codebook, k-means++ over all theta, or U(-1/K, 1/K) as in the authors' code")
-    parser.add_argument("--alpha", type=at_least(0, float), default=1.0, help="vq: weight of l_vec beside l_llm, Eq. 7 (paper: 0.001)")
-    parser.add_argument("--beta", type=at_least(0, float), default=0.25, help="vq: weight of the commitment term, Eq. 5 (paper: 0.001)")
-    parser.add_argument("--llm-loss", action=argparse.BooleanOptionalAction, default=True,
-                        help="vq: keep the LLM's likelihood in the joint objective, Eq. 7")
-    parser.add_argument("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone, codes and theta frozen")
-    parser.add_argument("--paper", action="store_true",
-                        help="other defaults, the literal settings of section 3.4: " + " ".join(f"{k}={v}" for k, v in PAPER.items()))
-    parser.add_argument("--keep-codebooks", action="store_true", help="learn nothing: users who have no code yet get one from codebooks.pt")
+    add = parser.add_argument
+    add("--codes", help="codebook sizes K_1,K_2,... (default: stage 01's; paper: 4,3)")
+    add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), with --assign likelihood em")
+    add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
+    add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
+    add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
+        help="of theta and codebooks, in units of the slot's spread (paper: 0.001, unscaled)")
+    add("--start", choices=("kmeans", "random", "words"), default="kmeans",
+        help="first codebooks; random: U(-1/K, 1/K), the authors' code; words: em alone")
+    add("--alpha", type=at_least(0, float), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
+    add("--beta", type=at_least(0, float), default=0.25, help="of commitment, Eq. 5 (paper: 0.001)")
+    add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
+    add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
+    add("--paper", action="store_true", help=f"section 3.4's defaults: {PAPER}")
+    add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
     if "--paper" in sys.argv:
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
     args.quantizer = args.quantizer or ("em" if args.assign == "likelihood" else "vq")
-    args.assign = args.assign or ("likelihood" if args.quantizer == "em" else "nearest")
-    if (args.assign == "likelihood") != (args.quantizer == "em"):
-        parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}; leave one of them out")
+    by_likelihood = args.quantizer in ("em", "words")
+    args.assign = args.assign or ("likelihood" if by_likelihood else "nearest")
+    if (args.assign == "likelihood") != by_likelihood:
+        parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}")
+    if args.start == "words" and not by_likelihood:
+        parser.error("--start words goes with --quantizer em alone")
+    if args.keep_codebooks and args.codes:
+        parser.error("--codes does not go with --keep-codebooks")
     return args
 
 
 def parse_codes(text, profiles):
-    """[K_1, ..., K_M] from '4,3' or from stage 01's defaults. Raises UserError unless there is one integer above 1 a profile."""
+    """[K_1, ..., K_M] from '4,3', by default stage 01's. Raises UserError."""
     try:
-        sizes = [profile["codes"] for profile in profiles] if text is None else [int(part) for part in text.split(",")]
+        sizes = [profile["codes"] for profile in profiles] if text is None else [*map(int, text.split(","))]
+        if len(sizes) == len(profiles) and 2 <= min(sizes) <= max(sizes) <= 32766:
+            return sizes
     except ValueError:
-        raise UserError(f"'{text}' is not a list of integers", "--codes", "write for example --codes 4,3") from None
-    if len(sizes) != len(profiles):
-        raise UserError(f"{len(sizes)} codebook sizes for {len(profiles)} profiles", f"--codes {text}",
-                        "give one size for each of " + ", ".join(profile["name"] for profile in profiles))
-    if min(sizes) < 2 or max(sizes) > 32766:
-        raise UserError("a codebook needs 2 to 32766 codes", f"--codes {text}", "give other sizes")
-    return sizes
+        pass
+    names = ", ".join(profile["name"] for profile in profiles)
+    raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
+                    f"give one for each of {names}")
 
 
-# ---------------------------------------------------------------- data
+# -------- data
 
 @dataclass
 class Problem:
-    """What a quantizer may look at. theta float32 (U, M, d); known bool (U,): its theta was inferred, the others hold the
-    population profile; facts: stage 02's settings. No truth in here."""
+    """What a quantizer may look at: no truth. theta float32 (U, M, d); known bool (U,): theta was inferred,
+    else it is the population's; facts: stage 02's settings."""
 
     run: Path
     dataset: Dataset
@@ -109,64 +109,69 @@ class Problem:
     facts: dict
 
     def open_likelihood(self, device):
-        """(likelihood of Eq. 4, histories, theta_0 (M, d), spread (M,), tokenizer): stage 02 as it was run."""
-        settings = SimpleNamespace(**{**self.facts, "run": self.run, "logit_chunk": 4096})
-        likelihood, tokenizer, _ = infer.open_model(self.dataset, settings, device, made_with=self.facts)
-        texts = infer.history_texts(self.dataset, TRAIN, settings)
-        histories = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
-        start, spread = infer.starting_point(likelihood, self.facts["init"], seeded(self.facts["seed"], 3))
+        """As 02 was run: (likelihood, histories, theta_0 (M, d), spread (M,), tokenizer)."""
+        settings = argparse.Namespace(run=self.run, **self.facts)
+        likelihood, tokenizer, tiny = infer.open_model(self.dataset, settings, device, None)
+        found = tiny and tiny["fingerprint"]
+        check_same(self.run, "profiles.npy", "lm-tiny", found, settings.lm_fingerprint)
+        texts = infer.history_texts(self.dataset, SEEN, settings)
+        histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
+        start, spread = infer.starting_point(likelihood, settings.init, seeded(settings.seed, 3))
         return likelihood, histories, start, spread, tokenizer
+
+    def made_with(self):
+        """What decides the space of theta and codebooks; not the data."""
+        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint")]
 
 
 def read_problem(run):
     """(Problem, truth or None), checked to belong together."""
-    dataset = load_dataset(run)
-    facts = load(run, "profiles.json", (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint"))
-    theta = np.array(load(run, "profiles.npy"))
-    check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), "02_infer_profiles.py")
-    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"], "02_infer_profiles.py")
+    dataset, theta = load_dataset(run), np.array(load(run, "profiles.npy"))
+    keys = (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint")
+    facts = load(run, "profiles.json", keys)
+    check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
+    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"])
     known = np.zeros(len(dataset.users), dtype=bool)
     known[load(run, "profiles_users.json", ("inferred",))["inferred"]] = True
     return Problem(run, dataset, theta, known, facts), load_truth(run)
 
 
 def rows_by_user(rows, n_users):
-    """(rows sorted by user, offsets): the training rows of user u are rows[offsets[u]:offsets[u + 1]]."""
+    """Each user's rows user, item, label: a list of U arrays (n_u, 3)."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    return rows, np.searchsorted(rows[:, 0], np.arange(n_users + 1))
+    return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
 
-# ---------------------------------------------------------------- model
+# -------- model
 
 @torch.no_grad()
 def nearest(theta, codebook):
-    """Eq. (6): theta (B, d), codebook (K, d) -> index of the nearest code (B,)."""
+    """Eq. (6): c = argmin_k ||theta - v_k||^2. theta (B, d), codebook (K, d) -> (B,)."""
     return torch.cdist(theta, codebook).argmin(dim=1)
 
 
 class VectorQuantizer(nn.Module):
-    """One codebook C^m with K codes v_k (van den Oord et al. 2017). All distances are squared norms summed over d."""
+    """A codebook of K codes (van den Oord et al. 2017)."""
 
     def __init__(self, codebook):
         super().__init__()
         self.codebook = nn.Parameter(codebook.clone())
 
     def assign(self, theta):
-        """Eq. (6): c = argmin_k ||theta - v_k||^2. (B, d) -> (B,)."""
+        """Eq. (6): (B, d) -> (B,)."""
         return nearest(theta, self.codebook)
 
     def forward(self, theta):
-        """(B, d) -> quantized (B, d) that passes its gradient straight to theta, codes (B,), and Eq. (5)'s terms (B,), (B,)."""
-        codes = self.assign(theta)
-        chosen = self.codebook[codes]
+        """(B, d) -> v_c (B, d), gradient straight to theta; Eq. (5)'s two terms (B,), summed over d."""
+        chosen = self.codebook[self.assign(theta)]
         codebook_term = ((theta.detach() - chosen) ** 2).sum(1)  # moves v_c only
         commitment = ((theta - chosen.detach()) ** 2).sum(1)     # moves theta only
         straight_through = theta + (chosen - theta).detach()     # value v_c, gradient of the identity
-        return straight_through, codes, codebook_term, commitment
+        return straight_through, codebook_term, commitment
 
 
 class Surrogate(nn.Module):
-    """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, each projected from d to the embedding width."""
+    """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, projected."""
 
     def __init__(self, n_users, n_items, profiles, d, dim=8):
         super().__init__()
@@ -174,177 +179,125 @@ class Surrogate(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(d, dim) for _ in range(profiles))
 
     def forward(self, ids, quantized):
-        """ids (n, 2) user, item; quantized (n, M, d) -> logits (n,)."""
+        """ids (n, 2), quantized (n, M, d) -> logits (n,)."""
         profiles = [project(quantized[:, m]) for m, project in enumerate(self.projections)]
         return self.dcn.logit(torch.cat([self.dcn.embed(ids), torch.stack(profiles, dim=1)], dim=1))
 
 
-class CodeMixture:
-    """p(y) = sum over combinations c of prod_m pi^m_c * P_LLM(y | v^1_c1, ..., v^M_cM): a mixture whose components are soft tokens.
-
-    likelihood: Eq. (4); books: M tensors (K_m, d) in the space of theta; log_weights: M tensors log pi^m (K_m,); histories: U arrays of token ids.
-    Up to COMBINATIONS combinations are enumerated; beyond, one profile is updated at a time with the others at their best code.
-    """
-
-    def __init__(self, likelihood, books, log_weights, histories):
-        self.likelihood, self.books, self.log_weights, self.histories = likelihood, books, log_weights, histories
-        self.sizes = [len(book) for book in books]
-        self.all = torch.tensor(list(itertools.product(*map(range, self.sizes)))) if math.prod(self.sizes) <= COMBINATIONS else None
-
-    def blocks(self):
-        return infer.make_blocks(self.histories, None, infer.token_budget_of(self.likelihood), self.likelihood.prompt_length)
-
-    def theta(self, codes):
-        """(B, M) codes -> (B, M, d)."""
-        return torch.stack([book[codes[:, m]] for m, book in enumerate(self.books)], dim=1)
-
-    @torch.no_grad()
-    def log_joint(self, users, candidates):
-        """log pi_c + log P(y_u | c) for candidates (B, C, M): float (B, C), a forward pass for each of the C columns."""
-        ids, lengths = infer.pad(self.histories, users, self.likelihood.device)
-        columns = []
-        for codes in candidates.to(ids.device).unbind(1):
-            prior = sum(weight[codes[:, m]] for m, weight in enumerate(self.log_weights))
-            columns.append(prior - self.likelihood(self.theta(codes), ids, lengths))
-        return torch.stack(columns, dim=1)
-
-    def responsibilities(self, users, codes):
-        """(candidates (B, C, M), responsibilities (B, C), log-likelihood (B,), best codes (B, M)) of a block of users.
-
-        codes: the users' present best codes, from which the coordinate updates start.
-        """
-        if self.all is not None:
-            candidates = self.all.expand(len(users), -1, -1)
-            joint = self.log_joint(users, candidates)
-            best = self.all[joint.argmax(1).cpu()]
-        else:
-            best = codes.clone()
-            for m, size in enumerate(self.sizes):
-                candidates = best[:, None].repeat(1, size, 1)  # Shape: (B, K_m, M)
-                candidates[:, :, m] = torch.arange(size)
-                joint = self.log_joint(users, candidates)
-                best[:, m] = joint.argmax(1).cpu()
-        return candidates, joint.softmax(1).cpu(), joint.logsumexp(1).cpu(), best
-
-    def e_step(self, codes):
-        """Over all users with a history: (mean log-likelihood, best codes (U, M), codes drawn from the responsibilities (U, M),
-        usage: M tensors of expected counts (K_m,)). codes (U, M): the best so far."""
-        codes = torch.tensor(codes)
-        drawn, total, usage, blocks = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes], self.blocks()
-        for users in tqdm(blocks, desc="E-step", unit="block", leave=False):
-            candidates, share, evidence, codes[users] = self.responsibilities(users, codes[users])
-            drawn[users] = candidates[torch.arange(len(users)), torch.multinomial(share, 1).squeeze(1)]
-            total += float(evidence.double().sum())
-            for m, size in enumerate(self.sizes):
-                usage[m] += torch.zeros(size).index_add(0, candidates[:, :, m].flatten(), share.flatten())
-        return total / sum(map(len, blocks)), codes.numpy(), drawn, usage
-
-
 def first_codebooks(theta, sizes, start, seed):
-    """A codebook (K, d) for each profile: k-means++ with restarts over all given theta (n, M, d), or U(-1/K, 1/K) noise. DEVIATION(6)."""
+    """M codebooks (K_m, d): k-means++ over theta (n, M, d), or U(-1/K, 1/K). DEVIATION(6)."""
     codebooks = []
     for m, size in enumerate(sizes):
-        distinct = len(np.unique(theta[:, m], axis=0))
-        if size > distinct:
-            raise UserError(f"{size} codes for {distinct} distinct theta", "--codes", f"choose at most {distinct} for profile {m + 1}")
         if start == "kmeans":
-            codebooks.append(sklearn.cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_)
+            distinct = len(np.unique(theta[:, m], axis=0))
+            if size > distinct:
+                raise UserError(f"{size} codes for {distinct} distinct theta", "--codes",
+                                f"choose at most {distinct} for profile {m + 1}")
+            found = cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_
         else:
-            codebooks.append(np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2])))
-    return [torch.tensor(codebook, dtype=torch.float32) for codebook in codebooks]
+            found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2]))
+        codebooks.append(torch.tensor(found, dtype=torch.float32))
+    return codebooks
 
 
-# ---------------------------------------------------------------- loss and train
+# -------- loss and train
 
-def warm_up(surrogate, rows, quantized, epochs, device, rng):
-    """Train the surrogate on fixed codes with ordinary minibatches of rows; quantized float (U, M, d)."""
+def vec_loss(theta, rows, quantizers, surrogate, beta):
+    """Eq. (5), l_vec, for a minibatch of users: (loss, {part: sum over a user's evidence, mean over users}).
+
+    theta (B, M, d) in the units of --lr; rows: B arrays (n_u, 3) user, item, label.
+    """
+    outputs = [quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)]
+    quantized, codebook, commitment = zip(*outputs)
+    owner = np.repeat(np.arange(len(rows)), list(map(len, rows)))
+    quantized = torch.stack(quantized, dim=1)[torch.from_numpy(owner)]  # Shape: (n, M, d)
+    batch = torch.from_numpy(np.concatenate(rows)).long().to(theta.device)
+    logits = surrogate(batch[:, :2], quantized)
+    rec = F.binary_cross_entropy_with_logits(logits, batch[:, 2].float(), reduction="sum") / len(rows)
+    codebook, commitment = sum(codebook).mean(), sum(commitment).mean()
+    parts = {"codebook": codebook.item(), "commitment": commitment.item(), "rec": rec.item()}
+    return codebook + beta * commitment + rec, parts
+
+
+def warm_up(surrogate, rows, quantized, epochs, rng):
+    """Train the surrogate on rows (n, 3) with fixed codes, quantized (U, M, d)."""
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
-    rows = torch.from_numpy(rows.astype(np.int64)).to(device)
+    rows = torch.from_numpy(rows).long().to(quantized.device)
+    size = min(1024, max(128, len(rows) // 160))
     surrogate.train()
-    for _ in tqdm(range(epochs), desc="warming up the surrogate", unit="epoch", disable=epochs == 0):
-        for batch in torch.from_numpy(rng.permutation(len(rows))).to(device).split(min(1024, max(128, len(rows) // 160))):
-            users, labels = rows[batch, 0], rows[batch, 2].float()
-            loss = F.binary_cross_entropy_with_logits(surrogate(rows[batch, :2], quantized[users]), labels)
+    for _ in progress(range(epochs), "warming up the surrogate", "epoch"):
+        for batch in torch.from_numpy(rng.permutation(len(rows))).split(size):
+            logits = surrogate(rows[batch, :2], quantized[rows[batch, 0]])
+            loss = F.binary_cross_entropy_with_logits(logits, rows[batch, 2].float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
 
-def joint_loss(theta, users, quantizers, surrogate, rows, offsets, llm, args):
-    """Eq. (7) for a minibatch: (loss, {part: mean a user}).
+def train_jointly(table, quantizers, surrogate, rows, users, llm, args, rng):
+    """Algorithm 1: minibatches of users update theta (their rows only), codebooks and surrogate.
 
-    theta (B, M, d) in the units of --lr; users numpy (B,); rows long (n, 3) user, item, label, sorted by user; offsets numpy (U + 1,), see
-    rows_by_user; llm: None or a function (theta, users) -> (B,).
+    table: nn.Embedding (U, M * d) of z, theta in JointVQ's units; with sparse gradients absent users' rows
+    and optimiser states stay. llm: None or what JointVQ.llm_loss returns. Returns the log.
     """
-    outputs = [quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)]
-    quantized = torch.stack([output[0] for output in outputs], dim=1)  # Shape: (B, M, d)
-    codebook_term, commitment = sum(output[2] for output in outputs), sum(output[3] for output in outputs)
-    counts = offsets[users + 1] - offsets[users]
-    owner = np.repeat(np.arange(len(users)), counts)
-    index = torch.from_numpy(np.concatenate([np.arange(offsets[user], offsets[user + 1]) for user in users] or [[]]).astype(np.int64))
-    batch = rows[index.to(rows.device)]
-    rec = F.binary_cross_entropy_with_logits(surrogate(batch[:, :2], quantized[torch.from_numpy(owner).to(rows.device)]),
-                                             batch[:, 2].float(), reduction="sum")
-    # Every term is a sum over one user's evidence (nats for the two likelihoods), averaged over the users of the batch.
-    parts = {"codebook": codebook_term.mean(), "commitment": commitment.mean(), "rec": rec / len(users)}
-    vec = parts["codebook"] + args.beta * parts["commitment"] + parts["rec"]  # Eq. (5)
-    loss = args.alpha * vec
-    if llm is not None:
-        parts["llm"] = llm(theta, users).mean()
-        loss = loss + parts["llm"]  # Eq. (7). DEVIATION(7): alpha is the weight alone, not Algorithm 1's step size too.
-    return loss, {name: float(part.detach()) for name, part in parts.items()}
-
-
-def train_jointly(theta, quantizers, surrogate, rows, offsets, users, llm, args, rng):
-    """Algorithm 1: minibatches of users update theta (their rows only), codebooks and surrogate. Returns the log, one entry an epoch.
-
-    theta: nn.Embedding (U, M * d) with sparse gradients, so that an absent user's row and optimiser state stay as they are.
-    """
-    shape = (-1, len(quantizers), theta.weight.shape[1] // len(quantizers))
-    optimizers = [torch.optim.SparseAdam([theta.weight], lr=args.lr), torch.optim.AdamW(quantizers.parameters(), lr=args.lr, weight_decay=0.0),
+    books = [quantizer.codebook for quantizer in quantizers]
+    optimizers = [torch.optim.SparseAdam([table.weight], lr=args.lr),
+                  torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
                   torch.optim.AdamW(surrogate.parameters(), lr=1e-3, weight_decay=0.0)]
-    log, before = [], assign_all(theta.weight.detach().view(shape), [quantizer.codebook for quantizer in quantizers])
+
+    def z_of(users):
+        rows = table(torch.from_numpy(users).to(table.weight.device))
+        return rows.unflatten(1, (len(books), -1))  # Shape: (B, M, d)
+
+    log, codes = [], assign_all(z_of(users), books)
     for epoch in range(1, args.epochs + 1):
         surrogate.train()
-        sums, batches = {}, np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
-        for batch in tqdm(batches, desc=f"joint epoch {epoch}", unit="batch", leave=False):
-            batch_theta = theta(torch.from_numpy(batch).to(theta.weight.device)).view(shape)
-            loss, parts = joint_loss(batch_theta, batch, quantizers, surrogate, rows, offsets, llm, args)
-            if not torch.isfinite(loss):
-                raise UserError(f"the joint loss is {loss.item()} in epoch {epoch}", f"--lr {args.lr}", "lower --lr or --alpha")
+        sums, batch_count = {}, math.ceil(len(users) / args.batch_users)
+        batches = np.array_split(rng.permutation(users), batch_count)
+        for batch in progress(batches, f"joint epoch {epoch}", "batch"):
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
+            own = [rows[user] for user in batch]
+            loss, parts = vec_loss(z_of(batch), own, quantizers, surrogate, args.beta)
+            # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
+            (getattr(llm, "scale", 1.0) * args.alpha * loss).backward()  # scale: fp16, as in llm
+            if llm:
+                parts["llm"] = llm(z_of, batch)  # adds its gradient
+            if not math.isfinite(sum(parts.values())):
+                raise UserError(f"the loss is {parts} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
             for name, part in parts.items():
                 sums[name] = sums.get(name, 0.0) + part * len(batch) / len(users)
-        codes = assign_all(theta.weight.detach().view(shape), [quantizer.codebook for quantizer in quantizers])
-        log.append({"epoch": epoch, **sums, "ids_changed": int((codes != before)[users].any(1).sum()),
-                    "perplexity": [round(perplexity(codes[users, m], len(quantizer.codebook)), 3) for m, quantizer in enumerate(quantizers)]})
-        before = codes
-        tqdm.write(" ".join(f"{name} {value if isinstance(value, list) else f'{value:.4g}'}" for name, value in log[-1].items()))
+        before, codes = codes, assign_all(z_of(users), books)
+        figures = {"epoch": epoch, **sums, "ids_changed": int((codes != before).any(1).sum())}
+        used = [round(perplexity(codes[:, m], len(book)), 3) for m, book in enumerate(books)]
+        print(*(f"{name} {value:.4g}" for name, value in figures.items()), f"perplexity {used}")
+        log.append({**figures, "perplexity": used})
     return log
 
 
-# ---------------------------------------------------------------- quantizers: fit learns, assign is a pure function of what was learned
+# -------- quantizers: fit learns, assign applies
 
 def assign_all(theta, books):
-    """Eq. (6) over all users and profiles: theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
+    """Eq. (6): theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
     return torch.stack([nearest(theta[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
 
 
-class KMeans(nn.Module):
-    """Plain k-means over theta: no recommender, no LLM. What the two below start from."""
+class KMeans:
+    """k-means over theta, the start of vq and em: no recommender, no LLM."""
+
+    books = None        # M tensors (K_m, d) in the space of theta, on the CPU
+    log_weights = None  # em, words: M tensors (K_m,), log of how common each code is
+    words = None        # words: M lists of K_m names of codes
 
     def __init__(self, problem, sizes, args, device):
-        super().__init__()
         self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
-        self.books, self.log_weights = None, None
 
     def fit(self):
-        """Learn self.books, M tensors (K_m, d) in the space of theta. Returns (codes (U, M), log: a dict an epoch)."""
-        self.books = first_codebooks(self.problem.theta[self.problem.known], self.sizes, "kmeans", self.args.seed)
+        """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
+        theta = self.problem.theta[self.problem.known]
+        self.books = first_codebooks(theta, self.sizes, "kmeans", self.args.seed)
         return self.assign(), []
 
     def assign(self):
@@ -353,223 +306,305 @@ class KMeans(nn.Module):
 
 
 class JointVQ(KMeans):
-    """The paper's way, Algorithm 1: VQ layers trained with the surrogate recommender's and the LLM's loss, Eq. (5)-(7)."""
+    """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As above; the theta of self.problem moves too, and the codes are those nearest to the moved theta."""
-        args, problem, device = self.args, self.problem, self.device
-        rng = seeded(args.seed, 6)
-        theta, known, dataset = problem.theta, problem.known, problem.dataset
-        # Note: theta is centred and divided by the spread of the LLM's own slot words, one number a profile: lr, alpha and beta then
-        # mean the same for every LLM. DEVIATION(5). --paper works on theta as it is.
-        centre = torch.zeros(theta.shape[1:]) if args.paper else torch.tensor(theta[known].mean(0))
-        unit = torch.ones(theta.shape[1]) if args.paper else torch.tensor(problem.facts["spread"])
-        z = (torch.tensor(theta) - centre) / unit[:, None]
-        quantizers = nn.ModuleList(map(VectorQuantizer, first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed))).to(device)
+        """As above; problem.theta moves too, and the codes are nearest to it then."""
+        args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
+        theta, known, rng = problem.theta, problem.known, seeded(args.seed, 6)
+        # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot.
+        # Note: lr, alpha and beta then mean the same for every LLM.
+        centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
+        if args.paper:  # theta as it is
+            centre, unit = torch.zeros_like(centre), torch.ones_like(unit)
+        z = (torch.tensor(theta) - centre) / unit
+        books = first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed)
+        quantizers = nn.ModuleList(map(VectorQuantizer, books)).to(device)
         table = nn.Embedding(len(z), z[0].numel(), sparse=True, _weight=z.flatten(1).clone()).to(device)
-        surrogate = Surrogate(len(dataset.users), len(dataset.items), theta.shape[1], theta.shape[2]).to(device)
-        rows, offsets = rows_by_user(dataset.rows(TRAIN), len(dataset.users))
-        llm = self.likelihood_of(centre.to(device), unit.to(device)) if args.llm_loss and args.epochs else None
-        print(f"parameters: trainable theta {table.weight.numel():,d}, codebooks {parameter_counts(quantizers)[0]:,d}, surrogate "
-              f"{parameter_counts(surrogate)[0]:,d}; the LLM is frozen")
+        surrogate = Surrogate(len(dataset.users), len(dataset.items), *theta.shape[1:]).to(device)
+        rows, llm = rows_by_user(dataset.rows(TRAIN), len(dataset.users)), None
+        print(f"parameters: trainable theta {count_parameters(table):,d}, codebooks "
+              f"{count_parameters(quantizers):,d}, surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
-            quantized = torch.stack([quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)], dim=1)
-            warm_up(surrogate, rows, quantized, args.warm_up, device, rng)
-        log = train_jointly(table, quantizers, surrogate, torch.from_numpy(rows.astype(np.int64)).to(device), offsets,
-                            np.flatnonzero(known), llm, args, rng)
-        problem.theta = (centre + unit[:, None] * table.weight.detach().cpu().view(z.shape)).numpy()
-        self.books = [centre[m] + unit[m] * quantizer.codebook.detach().cpu() for m, quantizer in enumerate(quantizers)]
+            if args.llm_loss:
+                llm = self.llm_loss(centre.to(device), unit.to(device))
+            quantized = [quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)]
+            warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
+        log = train_jointly(table, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
+        # Note: stage 02's file stays as it is; a new user is assigned by the theta that 02 infers for him.
+        problem.theta = (centre + unit * table.weight.detach().cpu().view(z.shape)).numpy()
+        self.books = [origin + size * quantizer.codebook.detach().cpu()
+                      for origin, size, quantizer in zip(centre, unit, quantizers)]
         return self.assign(), log
 
-    def likelihood_of(self, centre, unit):
-        """l_llm of stage 02, prior included, as a function (z (B, M, d), users (B,)) -> (B,) with theta = centre + unit * z."""
+    def llm_loss(self, centre, unit):
+        """A function (z_of, users (B,)) -> mean l_llm, prior included, that adds its gradient.
+
+        It frees the graph of each block of users, so that any batch fits.
+        """
         likelihood, histories, start, spread, _ = self.problem.open_likelihood(self.device)
-        budget, weight = infer.token_budget_of(likelihood), self.problem.facts["prior"] / 2
+        budget, prior = infer.token_budget_of(likelihood), self.problem.facts["prior"]
 
-        def llm(z, users):
-            theta = centre + unit[:, None] * z
-            # A block of tokens at a time: its gradient is taken at once and its graph freed. What is returned has the value nll and, as its
-            # gradient with respect to theta, that stored one: the term with leaf.grad is 0 in value.
-            leaf, nll = theta.detach().requires_grad_(), torch.zeros(len(users), device=z.device)
-            for rows in infer.make_blocks([histories[user] for user in users], None, budget, likelihood.prompt_length):
-                part = likelihood(leaf[rows], *infer.pad([histories[users[row]] for row in rows], range(len(rows)), z.device))
-                part.sum().backward()
-                nll[rows] = part.detach()
-            return nll + (leaf.grad * (theta - theta.detach())).sum((1, 2)) + weight * ((theta - start) / spread[:, None]).pow(2).sum((1, 2))
+        def llm(z_of, users):
+            total, own = 0.0, [histories[user] for user in users]
+            for block in infer.make_blocks(own, None, budget, likelihood.prompt_length):
+                theta = centre + unit * z_of(users[block])
+                # Eq. (4) and the prior, DEVIATION(4)
+                nll = likelihood(theta, *infer.pad(own, block, self.device))
+                nll = nll + prior / 2 * (((theta - start) / spread[:, None]) ** 2).sum((1, 2))
+                (llm.scale * nll.sum() / len(users)).backward()
+                total += nll.sum().item() / len(users)
+            return total
 
+        llm.scale = likelihood.loss_scale
         return llm
 
 
 class SoftCodeEM(KMeans):
-    """EM with the codes as soft tokens (CodeMixture). The codebooks start from k-means; a user's own theta is not used after that.
+    """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
-    A round is an E-step over all users and an M-step: the weights in closed form, the codes by AdamW on -log P(y | c) with c drawn
-    from the responsibilities, an unbiased gradient of the expected log-likelihood. Of all rounds the likeliest codebooks are kept.
+    The codebooks start as --start says; theta is not used after that. A round is an E-step over all users and
+    an M-step: the weights pi in closed form, the codes by AdamW on -log P(y | c) with c drawn from the
+    responsibilities, an unbiased gradient of the expected log-likelihood. The likeliest round is kept.
     """
 
+    def open(self):
+        """Open the LLM; list the combinations of codes (C, M) and blocks of users with a history."""
+        count = math.prod(self.sizes)
+        if count > COMBINATIONS:
+            raise UserError(f"{count} combinations of codes are too many for EM", "--codes",
+                            f"choose sizes whose product is at most {COMBINATIONS}, or --quantizer vq")
+        likelihood, self.histories, _, spread, self.tokenizer = self.problem.open_likelihood(self.device)
+        self.likelihood, self.spread = likelihood, spread.cpu()
+        self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
+        self.blocks = infer.make_blocks(self.histories, None, infer.token_budget_of(likelihood),
+                                        likelihood.prompt_length)
+
+    def theta(self, codes):
+        """codes (B, M) -> their soft tokens (B, M, d) on the LLM's device."""
+        return torch.stack([book[codes[:, m]] for m, book in enumerate(self.books)], dim=1).to(self.device)
+
+    @torch.no_grad()
+    def log_joint(self, users):
+        """log pi_c + log P(y_u | c): float (B, C), a forward pass a column."""
+        ids, lengths = infer.pad(self.histories, users, self.device)
+        weights = sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))  # (C,)
+        columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), ids, lengths)
+                   for codes in self.combinations]
+        return weights + torch.stack(columns, dim=1).cpu()
+
+    def e_step(self, codes):
+        """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
+        M tensors of expected counts (K_m,)). Users without a history keep their codes (U, M)."""
+        codes = torch.tensor(codes)
+        drawn, total, usage = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes]
+        for users in progress(self.blocks, "E-step", "block"):
+            joint = self.log_joint(users)
+            share = joint.softmax(1)  # the responsibilities p(c | y_u). Shape: (B, C)
+            codes[users] = self.combinations[joint.argmax(1)]
+            drawn[users] = self.combinations[torch.multinomial(share, 1).squeeze(1)]
+            total += float(joint.logsumexp(1).double().sum())
+            for m, counts in enumerate(usage):
+                counts.index_add_(0, self.combinations[:, m], share.sum(0))
+        return total / sum(map(len, self.blocks)), codes.numpy(), drawn, usage
+
+    def take_words(self):
+        """Codes: the LLM's K_m likeliest words after x^m; weights: how likely. Returns the words."""
+        table, self.books, self.log_weights, words = self.likelihood.words.weight, [], [], []
+        for m, size in enumerate(self.sizes):
+            probability, index = self.likelihood.next_word(m).topk(size)
+            self.books.append(table[index].float().cpu())
+            self.log_weights.append((probability / probability.sum()).log().cpu())
+            words.append([self.tokenizer.decode([token]).strip() for token in index.tolist()])
+        return words
+
     def fit(self):
-        args = self.args
-        seeded(args.seed, 7)
-        likelihood, histories, _, spread, _ = self.problem.open_likelihood(self.device)
-        bases = [book.to(self.device) for book in first_codebooks(self.problem.theta[self.problem.known], self.sizes, args.start, args.seed)]
-        shifts = [torch.zeros_like(base).requires_grad_() for base in bases]  # Note: in units of the slot's spread, like theta in stage 02
-        mixture = CodeMixture(likelihood, bases, [torch.full((size,), -math.log(size), device=self.device) for size in self.sizes], histories)
+        args, theta, known = self.args, self.problem.theta, self.problem.known
+        seeded(args.seed, 7)  # Note: open() seeds torch again, by stage 02's seed
+        self.open()
+        if args.start == "words":
+            self.take_words()  # they will move: no names
+        else:
+            self.books = first_codebooks(theta[known], self.sizes, args.start, args.seed)
+            self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
+        bases, log, rounds = self.books, [], []
+        shifts = [torch.zeros_like(base).requires_grad_() for base in bases]  # Note: in units of the spread
         optimizer = torch.optim.AdamW(shifts, lr=args.lr, weight_decay=0.0)
-        codes, log, best = assign_all(torch.tensor(self.problem.theta, device=self.device), bases), [], None
-        for round_ in range(args.epochs + 1):
-            before, (evidence, codes, drawn, usage) = codes, mixture.e_step(codes)
-            log.append({"epoch": round_, "log_likelihood": evidence, "ids_changed": int((codes != before).any(1).sum())})
-            tqdm.write(f"round {round_}: log-likelihood a user {evidence:.4f}, ids changed {log[-1]['ids_changed']}")
-            if best is None or evidence > best[0]:
-                best = evidence, codes, [book.cpu() for book in mixture.books], [weight.cpu() for weight in mixture.log_weights]
-            if round_ < args.epochs:
-                mixture.log_weights = [((count + 1) / (count + 1).sum()).log().to(self.device) for count in usage]
-                blocks = mixture.blocks()
-                for index in tqdm(np.random.default_rng((args.seed, round_)).permutation(len(blocks)), desc="M-step", unit="block", leave=False):
-                    mixture.books = [base + unit * shift for base, unit, shift in zip(bases, spread, shifts)]
-                    ids, lengths = infer.pad(histories, blocks[index], self.device)
-                    loss = likelihood(mixture.theta(drawn[blocks[index]].to(self.device)), ids, lengths).mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-                mixture.books = [(base + unit * shift).detach() for base, unit, shift in zip(bases, spread, shifts)]
-        _, codes, self.books, self.log_weights = best
+
+        def move():
+            self.books = [base + unit * shift for base, unit, shift in zip(bases, self.spread, shifts)]
+
+        codes = assign_all(torch.tensor(theta), bases)
+        for number in range(args.epochs + 1):
+            before, (evidence, codes, drawn, usage) = codes, self.e_step(codes)
+            changed = int((codes != before).any(1).sum())
+            log.append({"epoch": number, "log_likelihood": evidence, "ids_changed": changed})
+            print(f"round {number}: log-likelihood a user {evidence:.4f}, ids changed {changed}")
+            rounds.append((evidence, codes, [book.detach() for book in self.books], self.log_weights))
+            if number == args.epochs:
+                break
+            # The M-step: pi in closed form, a gradient step a block
+            self.log_weights = [((count + 1) / (count + 1).sum()).log() for count in usage]
+            order = np.random.default_rng((args.seed, number)).permutation(len(self.blocks))
+            for users in progress([self.blocks[index] for index in order], "M-step", "block"):
+                move()
+                optimizer.zero_grad()
+                ids, lengths = infer.pad(self.histories, users, self.device)
+                nll = self.likelihood(self.theta(drawn[users]), ids, lengths)
+                (self.likelihood.loss_scale * nll.mean()).backward()
+                optimizer.step()
+            move()
+        _, codes, self.books, self.log_weights = max(rounds, key=lambda found: found[0])
         return codes, log
 
     def assign(self):
-        """K_1 x ... x K_M forward passes a user and no gradient; theta is used only beyond COMBINATIONS, to start from."""
-        likelihood, histories, *_ = self.problem.open_likelihood(self.device)
-        books, weights = ([tensor.to(self.device) for tensor in tensors] for tensors in (self.books, self.log_weights))
-        nearest_codes = assign_all(torch.tensor(self.problem.theta, device=self.device), books)
-        return CodeMixture(likelihood, books, weights, histories).e_step(nearest_codes)[1]
+        """K_1 x ... x K_M forward passes a user; no gradient, no theta."""
+        self.open()
+        return self.e_step(np.zeros(self.problem.theta.shape[:2], dtype=int))[1]
 
 
-QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM}
+class Words(SoftCodeEM):
+    """No descent: Bayes' rule over the LLM's own words. Every code has a name.
+
+    c = argmax_c P_LLM(y | words c) prod_m P_LLM(word c_m | x^m)
+    """
+
+    def fit(self):
+        self.open()
+        self.words = self.take_words()
+        evidence, codes, *_ = self.e_step(np.zeros(self.problem.theta.shape[:2], dtype=int))
+        return codes, [{"epoch": 0, "log_likelihood": evidence}]
 
 
-def made_with(problem):
-    """What decides the space that theta and codebooks live in: the LLM and stage 02's settings, not the data set."""
-    return [str(problem.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint")]
+QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 
-def keep_codebooks(problem, args, device):
-    """(codes (U, M), sizes, quantizer): --keep-codebooks. Users with a code keep it; the others are assigned by what was learned."""
-    saved = load(args.run, "codebooks.pt", ("codebooks", "log_weights", "made_with"))
-    if saved["made_with"] != made_with(problem):
-        raise UserError("codebooks.pt was made with another LLM or other settings of stage 02", args.run,
-                        f"run: python 03_quantize.py --run {args.run}")
-    if args.codes:
-        raise UserError("--codes does not go with --keep-codebooks", f"--codes {args.codes}", "leave one of them out")
-    sizes, earlier = [len(book) for book in saved["codebooks"]], {}
-    with contextlib.suppress(FileNotFoundError), open(args.run / "feature_bank.csv", newline="", encoding="utf-8") as file:
-        try:
-            earlier = {row[0]: list(map(int, row[1:])) for row in list(csv.reader(file))[1:]}
-        except (ValueError, IndexError, csv.Error) as error:
-            raise UserError(f"feature_bank.csv cannot be read: {error}", args.run, f"run: python 03_quantize.py --run {args.run}") from None
-    quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
-    quantizer.books, quantizer.log_weights = saved["codebooks"], saved["log_weights"]
-    codes = quantizer.assign()
-    for user, raw in enumerate(problem.dataset.users):
-        if str(raw) in earlier and earlier[str(raw)] != sizes:
-            codes[user] = earlier[str(raw)]
-    return codes, sizes, quantizer
-
-
-# ---------------------------------------------------------------- evaluate
+# -------- evaluate
 
 def perplexity(codes, size):
-    """exp(entropy) of the codes' usage: 1 when all users share one code, K when all codes are used alike."""
+    """exp(entropy) of the codes' usage: 1 when users share one code, K when all are used alike."""
     share = np.bincount(codes, minlength=size) / max(1, len(codes))
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
 
 
 def health(codes, theta, books, names):
-    """Per profile over all users given: active codes, perplexity, largest share, counts, and the mean of ||theta - nearest code|| over
-    ||theta - second nearest||: near 1 the codes are arbitrary cuts through one cloud, near 0 the users fall into groups."""
+    """A dict a profile. distance_ratio: mean of ||theta - nearest code|| / ||theta - second nearest||, near
+    1 where the codes cut one cloud anywhere, near 0 where users form groups."""
     report = []
     for m, book in enumerate(books):
         counts = np.bincount(codes[:, m], minlength=len(book))
-        distances = torch.cdist(torch.as_tensor(theta[:, m]), book).topk(2, largest=False).values
-        report.append({"name": names[m], "active": int((counts > 0).sum()), "perplexity": perplexity(codes[:, m], len(book)),
+        first, second = torch.cdist(torch.as_tensor(theta[:, m]), book).topk(2, largest=False).values.T
+        report.append({"name": names[m], "active": int((counts > 0).sum()),
+                       "perplexity": perplexity(codes[:, m], len(book)),
                        "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist(),
-                       "distance_ratio": float((distances[:, 0] / distances[:, 1].clamp(min=1e-12)).mean())})
+                       "distance_ratio": float((first / second.clamp(min=1e-12)).mean())})
     return report
 
 
 def agreement(codes, truth):
-    """Adjusted MI and NMI of each profile's codes with the planted values, and NMI across profiles (should be 0)."""
-    M = codes.shape[1]
-    return {"ami_truth": [float(adjusted_mutual_info_score(truth[:, m], codes[:, m])) for m in range(M)],
-            "nmi_truth": [float(normalized_mutual_info_score(truth[:, m], codes[:, m])) for m in range(M)],
-            "nmi_across": [float(normalized_mutual_info_score(codes[:, a], codes[:, b])) for a, b in itertools.combinations(range(M), 2)]}
+    """AMI and NMI of the codes with the planted values; NMI across profiles (should be 0)."""
+    ami, nmi = metrics.adjusted_mutual_info_score, metrics.normalized_mutual_info_score
+    return {"ami_truth": list(map(ami, truth.T, codes.T)), "nmi_truth": list(map(nmi, truth.T, codes.T)),
+            "nmi_across": [nmi(one, other) for one, other in itertools.combinations(codes.T, 2)]}
 
 
 def show(report, agreed):
     """Code usage as a histogram in text, with warnings."""
     for profile in report:
-        print(f"{profile['name']}: {profile['active']} of {len(profile['counts'])} codes active, perplexity {profile['perplexity']:.2f}, "
-              f"largest share {profile['max_share']:.2f}, distance ratio first / second {profile['distance_ratio']:.2f}")
-        for code, count in enumerate(profile["counts"]):
-            print(f"    {code:3d} {count:7,d} {'#' * round(50 * count / max(profile['counts']))}")
+        counts = profile["counts"]
+        print("{name}: {active} of {size} codes active, perplexity {perplexity:.2f}, largest share "
+              "{max_share:.2f}, distance ratio first / second {distance_ratio:.2f}".format(
+                  size=len(counts), **profile))
+        for name, count in zip(profile.get("words", range(len(counts))), counts):
+            print(f"    {name!s:>12s} {count:7,d} {'#' * round(50 * count / max(counts))}")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
-            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, fewer --epochs or a smaller --lr")
+            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, "
+                  "fewer --epochs or a smaller --lr")
     if agreed:
-        print("with the planted truth: adjusted MI " + " ".join(f"{value:.3f}" for value in agreed["ami_truth"]) + ", NMI "
-              + " ".join(f"{value:.3f}" for value in agreed["nmi_truth"])
-              + "; NMI across profiles " + " ".join(f"{value:.4f}" for value in agreed["nmi_across"]))
+        ami, nmi, across = (" ".join(f"{value:.3f}" for value in values) for values in agreed.values())
+        print(f"with the planted truth: adjusted MI {ami}, NMI {nmi}; NMI across profiles {across}")
 
 
-# ---------------------------------------------------------------- save
+# -------- save
 
 def bank_of(codes, known, sizes):
-    """int16 (U, M): the codes (U, M); users without a history, like users unseen, get the unknown code K_m."""
+    """int16 (U, M): codes; users without a history, like unseen ones, get the unknown code K_m."""
     return np.where(known[:, None], codes, sizes).astype(np.int16)
 
 
-def save(run, problem, codes, quantizer, facts):
-    """Write bank, codebooks and facts."""
-    dataset, sizes = problem.dataset, facts["codes"]
-    bank = bank_of(codes, problem.known, sizes)
-    (run / "quantize.json").unlink(missing_ok=True)
-    names = [profile["name"] for profile in dataset.profiles]
-    save_torch(run / "codebooks.pt", {"codebooks": quantizer.books, "log_weights": quantizer.log_weights, "quantizer": facts["quantizer"],
-                                      "profiles": names, "made_with": made_with(problem)})
+def save(run, problem, bank, quantizer, facts):
+    """Write codebooks, bank and, last, the facts that vouch for both."""
+    names = [profile["name"] for profile in problem.dataset.profiles]
+    tables = {"feature_bank.csv": bank.tolist()}
+    if quantizer.words:
+        named = [[*words, "unknown"] for words in quantizer.words]
+        tables["feature_bank_words.csv"] = [[words[code] for words, code in zip(named, row)] for row in bank]
+    for name in ("quantize.json", "feature_bank_words.csv"):
+        (run / name).unlink(missing_ok=True)
+    save_torch(run / "codebooks.pt", {
+        "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
+        "quantizer": facts["quantizer"], "profiles": names, "made_with": problem.made_with()})
     save_npy(run / "feature_bank.npy", bank)
-    for name, delimiter, header in (("feature_bank.csv", ",", ["user_id", *names]),
-                                    ("feature_bank.user", "\t", [f"{field}:token" for field in ("user_id", *names)])):
+    for name, rows in tables.items():
         with atomic(run / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-            writer.writerow(header)
-            writer.writerows([user, *row] for user, row in zip(dataset.users, bank.tolist()))
-    save_json(run / "quantize.json", {**facts, "fingerprint": fingerprint(bank)})
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["user_id", *names])
+            writer.writerows([user, *row] for user, row in zip(problem.dataset.users, rows))
+    facts |= {"fingerprint": fingerprint(bank),
+              "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))}
+    save_json(run / "quantize.json", facts)
 
 
-# ---------------------------------------------------------------- main
+def saved_quantizer(problem, args, device):
+    """--keep-codebooks: (the last quantizer, its settings, {raw user id: his codes then})."""
+    run, again = args.run, f"run: python 03_quantize.py --run {args.run}"
+    saved = load(run, "codebooks.pt", ("codebooks", "log_weights", "words", "made_with"))
+    facts = load(run, "quantize.json", ("quantizer", "loss", "codebooks_fingerprint"))
+    books, expected = saved["codebooks"], facts["codebooks_fingerprint"]
+    check_same(run, "codebooks.pt", "quantize.json", fingerprint(*map(np.asarray, books)), expected)
+    if saved["made_with"] != problem.made_with():
+        raise UserError("codebooks.pt was made with another LLM or other settings of 02", run, again)
+    quantizer = QUANTIZERS[facts["quantizer"]](problem, list(map(len, books)), args, device)
+    quantizer.books, quantizer.log_weights, quantizer.words = books, saved["log_weights"], saved["words"]
+    try:
+        with open(run / "feature_bank.csv", newline="", encoding="utf-8") as file:
+            then = {user: list(map(int, codes)) for user, *codes in list(csv.reader(file))[1:]}
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"feature_bank.csv cannot be read: {error}", run, again) from None
+    return quantizer, facts, then
+
+
+# -------- main
 
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
     problem, truth = read_problem(args.run)
-    facts, known, names = problem.facts, problem.known, [profile["name"] for profile in problem.dataset.profiles]
-    sizes = parse_codes(args.codes, problem.dataset.profiles)
-    announce("03 quantize", args, f"dataset.json interactions.npy users.json items.json profiles.npy profiles.json in {args.run}")
-    with one_run_at_a_time(args.run):
-        settings = {key: value for key, value in vars(args).items() if key not in ("run", "device", "codes")}
-        if args.keep_codebooks:
-            earlier = load(args.run, "quantize.json", (*settings, "loss"))
-            settings, log = {key: earlier[key] for key in settings} | {"keep_codebooks": True}, earlier["loss"]
-            args.quantizer, args.assign = settings["quantizer"], settings["assign"]
-            codes, sizes, quantizer = keep_codebooks(problem, args, device)
-        else:
-            quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
-            codes, log = quantizer.fit()
-        report = health(codes[known], problem.theta[known], quantizer.books, names)
-        agreed = None if truth is None else agreement(codes[known], truth[known])
-        save(args.run, problem, codes, quantizer, {
-            **settings, "codes": sizes, "profiles": report, "loss": log, **(agreed or {}), "dataset_fingerprint": problem.dataset.fingerprint(),
-            "profiles_fingerprint": facts["fingerprint"], "added_users": facts.get("added_users")})
+    dataset, known = problem.dataset, problem.known
+    announce("03 quantize", args, "dataset.json interactions.npy users.json items.json profiles.npy .json")
+    if args.keep_codebooks:
+        quantizer, facts, then = saved_quantizer(problem, args, device)
+        sizes, codes = quantizer.sizes, quantizer.assign()
+        for user, raw in enumerate(dataset.users):
+            if then.get(raw, sizes) != sizes:  # sizes: the unknown code
+                codes[user] = then[raw]
+        facts["keep_codebooks"] = True
+    else:
+        sizes = parse_codes(args.codes, dataset.profiles)
+        quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
+        codes, log = quantizer.fit()
+        facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
+        facts["loss"] = log
+    names = [profile["name"] for profile in dataset.profiles]
+    report = health(codes[known], problem.theta[known], quantizer.books, names)
+    for profile, words in zip(report, quantizer.words or ()):
+        profile["words"] = words
+    agreed = {} if truth is None else agreement(codes[known], truth[known])
+    facts |= {"codes": sizes, "profiles": report, **agreed, "dataset_fingerprint": dataset.fingerprint(),
+              "profiles_fingerprint": problem.facts["fingerprint"]}
+    save(args.run, problem, bank_of(codes, known, sizes), quantizer, facts)
     show(report, agreed)
-    print(f"\nwrote codebooks.pt feature_bank.npy feature_bank.csv feature_bank.user quantize.json to {args.run}\n"
+    print(f"\nwrote codebooks.pt feature_bank.npy .csv quantize.json to {args.run}\n"
           f"next: python 04_train_ctr.py --run {args.run}")
 
 

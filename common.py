@@ -1,32 +1,41 @@
-"""What the four stages share and what is not the method: errors, artifacts, seeds, devices, metrics, LLM loading.
+"""What the four stages share and what is not the method: errors, artifacts, devices, metrics, loading an LLM.
 
-The one model here is the DCN recommender (Wang et al. 2017): stage 03 trains it as the surrogate Rec^s of Eq. (5), stage 04
-as the recommender of Eq. (8).
+The one model here is the DCN recommender: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04. The last
+section makes the demo's tiny LM: no part of the method, skip it first.
 
-Sizes used everywhere: U users, I items, N interactions, M profiles, d the LLM's embedding width, K_m codes of profile m.
+Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
 
 import argparse
 import contextlib
 import datetime
-import errno
 import hashlib
+import io
 import json
+import multiprocessing
 import os
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import scipy.stats  # scipy and threadpoolctl come with scikit-learn
+import threadpoolctl
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
+from tqdm import tqdm
 
-TRAIN, VALIDATION, TEST = 0, 1, 2
+TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users strange to the recommender
+SEEN = (TRAIN, SUPPORT)  # what profile inference and the controls may look at
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+THREADS = torch.get_num_threads()  # the machine's cores, or what OMP_NUM_THREADS allows
+SMALL = 20_000_000  # parameters; below, a second thread gains nothing and spins beside busy neighbours
 
 
-# ---------------------------------------------------------------- errors and the command line
+# -------- errors and the command line
 
 class UserError(Exception):
     """Bad input. Its text is the one line the user sees: what, (where), and what to do."""
@@ -36,88 +45,77 @@ class UserError(Exception):
 
 
 def guarded(main):
-    """Run a stage's main(); turn user errors into one line and exit 2, an interrupt into exit 130."""
+    """Run main(). What users can mend ends in one line and exit 2, an interrupt in 130; a bug is raised."""
+    torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
+    threadpoolctl.threadpool_limits(1)
     try:
         main()
-    except UserError as error:
-        sys.exit(complain(error))
     except KeyboardInterrupt:
-        print("\ninterrupted: what is finished is kept; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        sys.exit(complain(explain(error)))
+        fail("interrupted: what is finished is kept; the same command goes on", 130)
+    except UserError as error:
+        fail(f"error: {error}")
+    except OSError as error:
+        fail(f"error: {error.strerror or error} ({error.filename or 'a file of this run'}); check path, "
+             "rights and free disk space, then run the same command again")
+    except (MemoryError, RuntimeError) as error:  # PyTorch: OutOfMemoryError on a GPU, RuntimeError on a CPU
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "can't allocate memory" not in str(error):
+            raise
+        fail("error: out of memory (this machine); take a smaller --block-size, --batch-users or --lm")
 
 
-def explain(error):
-    """One line for an exception that is the machine's or the user's doing; any other is a bug and raised again."""
-    if is_out_of_memory(error):
-        return "out of memory (this machine); take smaller settings (--block-size, --batch-users, --max-history) or a smaller --lm"
-    text = str(error)
-    if "No space left" in text or "File too large" in text or "PytorchStreamWriter" in text:
-        return f"a file could not be written, the disk is full ({text[:80]}); free some disk space and run the same command again"
-    if ranks.rank() > 0 and isinstance(error, RuntimeError):
-        return f"another rank stopped (rank {ranks.rank()}: {text[:80]}); see its message"
-    if not isinstance(error, OSError):
-        raise error
-    todo = {errno.ENOSPC: "free some disk space and run the same command again",
-            errno.EACCES: "choose a folder you may write with --run", errno.EROFS: "choose a writable folder with --run",
-            }.get(error.errno, "check the path and run the same command again")
-    return f"{error.strerror or error} ({error.filename or 'a file of this run'}); {todo}"
-
-
-def is_out_of_memory(error):
-    """MemoryError, CUDA's error, and the RuntimeError that PyTorch raises on a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
-def complain(message):
-    """Print the one error line; returns the exit status 2."""
-    print("error: " + " ".join(str(message).split()), file=sys.stderr)
-    return 2
+def fail(message, status=2):
+    """End with one line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the three flags every stage has, and errors in one line."""
+    """argparse with the flags every stage has, and errors in one line."""
 
     def __init__(self, doc, device=True):
-        super().__init__(description=doc.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                         allow_abbrev=False)
-        self.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of this run's artifacts")
-        self.add_argument("--seed", type=at_least(0), default=0, help="seed of everything random in this stage")
+        super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = self.add_argument
+        add("--run", type=Path, default=Path("runs/demo"), help="folder of this run's artifacts")
+        add("--seed", type=at_least(0), default=0, help="of everything random in this stage")
         if device:
-            self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
+            add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
 
     def error(self, message):
-        sys.exit(complain(f"{message} ({self.prog}); see: python {self.prog} --help"))
+        fail(f"error: {message} ({self.prog}); see: python {self.prog} --help")
 
 
-def at_least(low, kind=int):
-    """argparse type: a finite number of this kind, not below `low`."""
+def at_least(low, kind=int, below=float("inf")):
+    """argparse type: a number of this kind, `low` or more and smaller than `below`."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is not a number of type {kind.__name__}") from None
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is out of range, the smallest is {low}")
+        value = kind(text)
+        if not low <= value < below:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, the smallest is {low}, below {below}")
         return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
 def announce(stage, args, reads):
     """Print what a stage reads and its resolved settings."""
-    print(f"[{stage}] reads {reads}")
-    print(f"[{stage}] " + " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None))
+    settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None)
+    print(f"[{stage}] reads {reads}\n[{stage}] {settings}")
 
 
-# ---------------------------------------------------------------- artifacts
+def progress(items, what, unit):
+    """A tqdm bar over items; none where stderr is no terminal, so that a log stays a log."""
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=True if RANK else None)
+
+
+# -------- artifacts
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a temporary name beside `path`; rename it onto `path` only when the block succeeds, else remove it."""
+    """Give a temporary name beside `path`, renamed onto it only if the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -126,8 +124,9 @@ def atomic(path):
 
 
 def save_json(path, value):
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def save_npy(path, array):
@@ -136,31 +135,39 @@ def save_npy(path, array):
 
 
 def save_torch(path, value):
+    buffer = io.BytesIO()  # Note: on a full disk torch.save itself raises what looks like a bug
+    torch.save(value, buffer)
     with atomic(path) as temporary:
-        torch.save(value, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 READERS = {".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
-MADE_BY = {"dataset.json": "01_prepare_data.py", "interactions.npy": "01_prepare_data.py", "users.json": "01_prepare_data.py",
-           "items.json": "01_prepare_data.py", "truth.npy": "01_prepare_data.py", "profiles.npy": "02_infer_profiles.py",
-           "profiles.json": "02_infer_profiles.py", "profiles_users.json": "02_infer_profiles.py", "lm-tiny/tiny.json": "02_infer_profiles.py",
-           "codebooks.pt": "03_quantize.py", "feature_bank.npy": "03_quantize.py", "quantize.json": "03_quantize.py"}
+MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth"),
+           "02_infer_profiles.py": ("profiles", "lm-tiny"),
+           "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
+           "docs/controls.py": ("feature_bank_",), "04_train_ctr.py": ("results", "ctr_", "predictions")}
+
+
+def remedy(run, name):
+    """The command that makes this artifact."""
+    makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
+    return f"run: python {makers[0]} --run {run}" if makers else "run the same command again"
 
 
 def load(run, name, keys=()):
-    """Read an artifact of a run by its ending (.json, .npy memory-mapped, .pt); UserError when it cannot be read or lacks keys."""
-    path, again = Path(run) / name, f"run: python {MADE_BY.get(name, '04_train_ctr.py')} --run {run}"
+    """An artifact: .json, .npy (memory-mapped) or .pt. UserError if it is missing, broken or lacks keys."""
+    path = Path(run) / name
     if not path.exists():
-        raise UserError(f"{name} is missing", run, again)
+        raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
     except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
-        raise UserError(f"{name} cannot be read: {error}", run, f"make it again, {again}") from error
+        raise UserError(f"{name} cannot be read: {error}", run, remedy(run, name)) from error
     lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
     if lacking:
-        raise UserError(f"{name} lacks {', '.join(lacking)}", run, again)
+        raise UserError(f"{name} lacks {', '.join(lacking)}", run, remedy(run, name))
     return value
 
 
@@ -177,6 +184,12 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
+def check_same(run, artifact, source, found, expected):
+    """Raise UserError unless an artifact's recorded fingerprint is that of what it is read with."""
+    if found != expected:
+        raise UserError(f"{artifact} was made from another {source}", run, remedy(run, artifact))
+
+
 @dataclass
 class Dataset:
     """Stage 01's output in memory. interactions: int32 (N, 4) user, item, label, split."""
@@ -191,20 +204,17 @@ class Dataset:
     def fingerprint(self):
         return fingerprint(self.interactions, self.users, self.items, self.profiles, self.task_prompt)
 
-    def rows(self, split):
-        """int32 (n, 3) user, item, label of one split, in stored (time) order."""
-        return self.interactions[self.interactions[:, 3] == split][:, :3]
+    def rows(self, splits):
+        """int32 (n, 3) user, item, label of one split or several, in stored (time) order."""
+        return self.interactions[np.isin(self.interactions[:, 3], splits)][:, :3]
 
 
 def load_dataset(run):
-    """Read and check stage 01's artifacts. Raises UserError when they do not belong together."""
+    """Stage 01's artifacts; UserError when they do not belong together."""
     facts = load(run, "dataset.json", ("profiles", "task_prompt", "dataset", "fingerprint"))
-    dataset = Dataset(load(run, "interactions.npy"), load(run, "users.json"), load(run, "items.json"), facts["profiles"],
-                      facts["task_prompt"], facts["dataset"])
-    check_same(run, "interactions.npy", "dataset.json", dataset.fingerprint(), facts["fingerprint"], "01_prepare_data.py")
-    users, items = dataset.interactions[:, 0], dataset.interactions[:, 1]
-    if min(users.min(), items.min()) < 0 or users.max() >= len(dataset.users) or items.max() >= len(dataset.items):
-        raise UserError("interactions.npy names a user or item beyond users.json or items.json", run, f"run: python 01_prepare_data.py --run {run}")
+    dataset = Dataset(load(run, "interactions.npy"), load(run, "users.json"), load(run, "items.json"),
+                      facts["profiles"], facts["task_prompt"], facts["dataset"])
+    check_same(run, "interactions.npy", "dataset", dataset.fingerprint(), facts["fingerprint"])
     return dataset
 
 
@@ -212,82 +222,76 @@ def load_truth(run):
     """int16 (U, M) planted profiles of a demo run, for evaluation alone; None where there are none."""
     if not (Path(run) / "truth.npy").exists():
         return None
-    truth = np.array(load(run, "truth.npy"))
-    check_same(run, "truth.npy", "dataset.json", fingerprint(truth), load(run, "dataset.json").get("truth_fingerprint"), "01_prepare_data.py")
+    truth, facts = np.array(load(run, "truth.npy")), load(run, "dataset.json", ("truth_fingerprint",))
+    check_same(run, "truth.npy", "dataset", fingerprint(truth), facts["truth_fingerprint"])
     return truth
 
 
-def check_same(run, artifact, source, found, expected, remedy):
-    """Raise UserError unless an artifact's recorded fingerprint is that of what it is read with."""
-    if found != expected:
-        raise UserError(f"{artifact} was made from another {source.split('.')[0]}", run,
-                        f"run: python {remedy} --run {run}")
+# -------- long work, in pieces that survive a kill
+
+def once(path, make, *args):
+    """Write make(*args) to `path` unless it is there: one finished piece of a run that may be killed.
+
+    The file appears by a rename, so it is whole or not there: a run goes on with the missing pieces, and
+    processes can share a folder.
+    """
+    if not path.exists():
+        save_torch(path, make(*args))
 
 
-@contextlib.contextmanager
-def one_run_at_a_time(run):
-    """Hold the run directory's lock; a second process is refused with a UserError. The kernel frees it when a process dies."""
-    import fcntl
-    Path(run).mkdir(parents=True, exist_ok=True)
-    with open(Path(run) / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("another process is working on this run", run, "wait for it to end, or use another --run") from None
-        yield
+def do_all(pieces, what, unit, device):
+    """once(*piece) for all pieces (path, make, *args): this rank's share, then, from the end, what is left.
+
+    Small models work side by side, a process a core. Those beside this one only help: what they leave undone,
+    by an error too, is done here after them, and the error raised here.
+    """
+    forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe, or there is none
+    workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
+
+    def walk(worker):
+        mine = range(RANK * workers + worker, len(pieces), RANKS * workers)
+        for number in mine if worker else progress(mine, what, unit):
+            once(*pieces[number])
+
+    def help_out(worker):
+        with contextlib.suppress(BaseException):
+            walk(worker)
+
+    process = multiprocessing.get_context("fork" if workers > 1 else None).Process
+    helpers = [process(target=help_out, args=(worker,), daemon=True) for worker in range(1, workers)]
+    for helper in helpers:
+        helper.start()
+    walk(0)
+    for helper in helpers:
+        helper.join()
+    for piece in reversed(pieces):
+        once(*piece)
 
 
-class ranks:  # noqa: N801 - a namespace: the processes that torchrun starts, or one process alone
-    """torchrun's processes. Every function also works, and does nothing, in a single process."""
-
-    @staticmethod
-    def rank():
-        return int(os.environ.get("RANK", 0))
-
-    @staticmethod
-    def count():
-        return int(os.environ.get("WORLD_SIZE", 1))
-
-    @staticmethod
-    @contextlib.contextmanager
-    def joined():
-        """Join the group (gloo: a few bytes are exchanged, the work is independent); ranks may be hours apart."""
-        if ranks.count() > 1:
+def wait_for_all():
+    """Go on when all processes of torchrun got here; a process alone does not wait."""
+    if RANKS > 1:
+        if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        yield
-        if ranks.count() > 1:
-            torch.distributed.destroy_process_group()
-
-    @staticmethod
-    def share(value):
-        """Rank 0's value, on every rank; nobody goes on before rank 0 got here."""
-        box = [value]
-        if ranks.count() > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        return box[0]
-
-    @staticmethod
-    def total(value):
-        """Sum of a number over the ranks; nobody goes on before all got here."""
-        number = torch.tensor(float(value), dtype=torch.float64)
-        if ranks.count() > 1:
-            torch.distributed.all_reduce(number)
-        return float(number)
+        try:
+            torch.distributed.barrier()
+        except RuntimeError as error:
+            raise UserError("another process stopped", f"rank {RANK}", "see its message") from error
 
 
-# ---------------------------------------------------------------- seeds, devices, metrics
+# -------- seeds, devices, metrics
 
 def seeded(*seeds):
-    """Seed torch and return a numpy generator, both from the same tuple of integers."""
+    """Seed torch and return a numpy generator, both from these integers."""
     generator = np.random.default_rng(seeds)
     torch.manual_seed(int(generator.integers(2**31)))
     return generator
 
 
 def pick_device(name):
-    """torch.device for auto | cpu | cuda. Raises UserError when cuda is asked for and absent."""
+    """torch.device for auto | cpu | cuda."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is visible to PyTorch", "--device cuda", "use --device cpu or install a CUDA build of torch")
+        raise UserError("PyTorch sees no CUDA device", "--device cuda", "take --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -297,74 +301,63 @@ def auc(labels, scores):
     return float(roc_auc_score(labels, scores))
 
 
+def gauc(users, labels, scores):
+    """AUC within each user, averaged with his rows as weight, over users of both labels; None without one.
+
+    Inputs (n,). A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
+    """
+    users, level = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (users, scores))
+    rows, positive = np.bincount(users), np.bincount(users, labels)
+    ranks = scipy.stats.rankdata(users * len(scores) + level) - (np.cumsum(rows) - rows)[users]
+    pairs = positive * (rows - positive)
+    area = (np.bincount(users, labels * ranks) - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
+    return float(np.average(area[pairs > 0], weights=rows[pairs > 0])) if pairs.any() else None
+
+
 def logloss(labels, probabilities):
     return float(log_loss(labels, np.asarray(probabilities, dtype=np.float64), labels=[0, 1]))
 
 
-def mean_sd(values):
-    """(mean, sample standard deviation); the sd of a single value is 0."""
-    values = np.asarray(values, dtype=np.float64)
-    return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
-
-
-def peak_memory_mb():
-    """Largest resident memory of this process so far, in MB (Linux; 0 where it cannot be read)."""
+def peak_memory_mb(device):
+    """Largest memory so far in MB: a GPU's, or this process's (Linux; 0 where it cannot be read)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
     with contextlib.suppress(OSError, IndexError):
-        status = Path("/proc/self/status").read_text()
-        return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+        return round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
     return 0
 
 
-# ---------------------------------------------------------------- the frozen LLM
+# -------- the frozen LLM
 
 def load_language_model(name, dtype, device):
-    """(model, tokenizer) of a hub name or local folder through transformers' Auto classes, frozen and in eval mode.
-
-    dtype: torch dtype. Raises UserError in plain words for the usual failures: no network, gated repository, no disk space.
-    """
+    """(model, tokenizer) of a hub name or local folder, frozen; dtype: torch's. UserError if it cannot be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()
-    logging.disable_progress_bar() if Path(name).is_dir() else logging.enable_progress_bar()
+    if Path(name).is_dir() or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    # Note: in bf16 on a CPU the fused kernel's backward pass is slow. Both take the additive mask as it is.
+    attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention_for(dtype, device))
-    except Exception as error:
-        raise _explain_load_failure(name, error) from error
-    return freeze(fuse_activations(model).to(device)), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # network, gate, disk, a folder of something else: transformers says which
+        why = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+        raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; "
+                        "a gated model needs its licence accepted and `hf auth login`; a folder, what "
+                        "save_pretrained wrote; or take --lm gpt2 or tiny") from error
+    model = fuse_activations(model).to(device).eval().requires_grad_(False)  # only theta will be trainable
+    torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
+    return model, tokenizer
 
 
-def attention_for(dtype, device):
-    """Which of transformers' attention implementations is fastest. Both take the additive mask as it is.
-
-    Note: in bf16 on a CPU the fused kernel's backward pass is slow; spelled out, a step at the GPT-2 shape is a fifth faster.
-    """
-    return "eager" if dtype == torch.bfloat16 and torch.device(device).type == "cpu" else "sdpa"
-
-
-def _explain_load_failure(name, error):
-    """UserError for an exception of from_pretrained."""
-    chain, cause = [], error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    text = " ".join(f"{type(link).__name__} {link}" for link in chain)
-    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
-        return UserError("no disk space is left for the model", name, "free space or point HF_HOME at a larger disk")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return UserError("the model does not fit in memory", name, "use --dtype fp16 or a smaller --lm, such as gpt2 or tiny")
-    if "GatedRepo" in text or "gated repo" in text or "401" in text or "403" in text:
-        return UserError("the model is gated or private", name, "accept its licence on its page, run `hf auth login`, or take --lm gpt2")
-    if Path(name).exists():
-        return UserError(f"the folder holds no causal language model transformers can load: {str(error)[:160]}", name,
-                         "give a folder written by save_pretrained (model and tokenizer)")
-    if "RepositoryNotFound" in text or "404" in text:
-        return UserError("there is no such model", name, "check the name, or give a local folder")
-    return UserError("the model is neither a local folder nor could it be downloaded", name,
-                     "check the name and the network, put a copy of the model in a folder and give its path, or take --lm tiny")
+def count_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def fuse_activations(model):
-    """Put PyTorch's fused tanh-GELU in the place of transformers' gelu_new, the same function spelled out in seven kernels."""
+    """PyTorch's fused tanh-GELU for transformers' gelu_new: the same function in one kernel, not seven."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child).__name__ == "NewGELUActivation":
@@ -372,29 +365,19 @@ def fuse_activations(model):
     return model
 
 
-def freeze(model):
-    """Switch gradients and dropout off; theta will be the only trainable tensor."""
-    model.eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model
+def pieces_of(tokenizer, texts, anchor=" a;"):
+    """Token ids of each text as in mid-sentence (at the start sentencepiece would put a space before it)."""
+    skip = len(tokenizer.encode(anchor, add_special_tokens=False))
+    return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
 
 
-def parameter_counts(model):
-    """(trainable, frozen) numbers of parameters."""
-    counts = [0, 0]
-    for parameter in model.parameters():
-        counts[0 if parameter.requires_grad else 1] += parameter.numel()
-    return tuple(counts)
-
-
-# ---------------------------------------------------------------- fields and the DCN recommender
+# -------- fields and the DCN recommender
 
 @dataclass
 class Field:
-    """One feature field of a CTR model: `size` ids in `width` columns (several for a many-valued field, padded with id = size).
+    """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
 
-    vectors: optional float (size, d); then an id stands for its row, brought to the embedding width by a learned projection.
+    vectors: optional float (size, d); then an id stands for its row, projected to the embedding width.
     """
 
     name: str
@@ -406,52 +389,49 @@ class Field:
 class FieldEmbedding(nn.Module):
     """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
 
-    Note: rows start at N(0, .05^2). With torch's default N(0, 1) a DCN overfits at once; with a tenth of it, it does not leave
-    the saddle at zero on small data, where products of embeddings have no gradient.
+    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it does
+    not leave the saddle at zero on small data, where products of embeddings have no gradient.
     """
 
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
-        self.fields, self.dim = fields, dim
-        self.columns = sum(field.width for field in fields)
-        # One extra row a field, for padding and unseen ids.
-        starts = np.cumsum([0] + [field.size + 1 if field.vectors is None else 0 for field in fields])
-        widths = [field.width for field in fields]
-        self.register_buffer("offsets", torch.tensor(np.repeat(starts[:-1], widths)), persistent=False)
-        self.register_buffer("from_vectors", torch.tensor(np.repeat([field.vectors is not None for field in fields], widths)), persistent=False)
+        self.fields = fields
+        learned, widths = [field.vectors is None for field in fields], [field.width for field in fields]
+        starts = np.cumsum([0] + [(field.size + 1) * own for field, own in zip(fields, learned)])
+        offsets = np.repeat(starts[:-1] * learned, widths)  # 0 where nothing is learned: a row that exists
+        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
+        self.register_buffer("learned", torch.tensor(np.repeat(learned, widths)).long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        with torch.no_grad():  # the extra row stays 0: a padded value says nothing, an unseen id neither
-            self.table.weight[[start + field.size for start, field in zip(starts, fields) if field.vectors is None]] = 0
-        self.simple = all(field.width == 1 and field.vectors is None for field in fields)
-        self.projections = nn.ModuleDict({field.name: nn.Linear(field.vectors.shape[1], dim) for field in fields
-                                          if field.vectors is not None})
+        # A field's last row is 0 until unknown ids are trained; padding never counts, so there it stays 0.
+        self.table.weight.data[[end - 1 for end, own in zip(starts[1:], learned) if own]] = 0
+        self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
+                self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
+        self.plain = all(learned) and max(widths) == 1
 
     def forward(self, ids):
-        if self.simple:
-            return self.table(ids + self.offsets)  # Shape: (B, columns, D)
-        embedded = self.table((ids + self.offsets).masked_fill(self.from_vectors, 0))
+        embedded = self.table(ids * self.learned + self.offsets)  # Shape: (B, columns, D)
+        if self.plain:
+            return embedded
         parts, column = [], 0
         for field in self.fields:
+            own = slice(column, column + field.width)
+            part = embedded[:, column]
             if field.vectors is not None:
                 part = self.projections[field.name](getattr(self, f"vectors_{field.name}")[ids[:, column]])
-            else:
-                present = (ids[:, column:column + field.width] < field.size).to(embedded.dtype).unsqueeze(-1)
-                part = (embedded[:, column:column + field.width] * present).sum(1) / present.sum(1).clamp(min=1)
+            elif field.width > 1:
+                present = (ids[:, own] < field.size).to(embedded.dtype).unsqueeze(-1)
+                part = (embedded[:, own] * present).sum(1) / present.sum(1).clamp(min=1)
             parts.append(part)
             column += field.width
         return torch.stack(parts, dim=1)  # Shape: (B, F, D)
 
 
 class CrossNetwork(nn.Module):
-    """x_{l+1} = x_0 (x_l . w_l) + b_l + x_l, the cross layer of Wang et al. 2017, Eq. (3). (B, n) -> (B, n).
-
-    Every x_l is a_l x_0 + c_l, with a number a_l for each row and c_l = b_0 + ... + b_{l-1}: put it in, and a_{l+1} = a_l + a_l (x_0 . w_l)
-    + c_l . w_l. So one matrix product and a few numbers a row do what L passes over (B, n) would.
-    """
+    """The cross layers of Wang et al. 2017, section 2.2. (B, n) -> (B, n)."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -459,24 +439,22 @@ class CrossNetwork(nn.Module):
         self.bias = nn.Parameter(torch.zeros(layers, width))
 
     def forward(self, x0):
-        c = self.bias.cumsum(0)  # row l: c_{l+1}
-        constants = F.pad((c[:-1] * self.weight[1:]).sum(1), (1, 0))  # c_l . w_l, with c_0 = 0. Shape: (L,)
-        a = torch.ones_like(x0[:, :1])
-        for product, constant in zip((x0 @ self.weight.T).split(1, dim=1), constants):  # x_0 . w_l of each row, Shape: (B, 1)
-            a = torch.addcmul(a + constant, a, product)
-        return torch.addcmul(c[-1], a, x0)
+        x = x0
+        for w, b in zip(self.weight, self.bias):
+            x = x0 * (x @ w).unsqueeze(1) + b + x  # Eq. (3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l
+        return x
 
 
 def linear(width, size):
-    """Linear layer with Xavier weights and bias 0: small inputs then meet the kink of ReLU, where feature interactions begin."""
+    """Xavier weights and bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
     layer = nn.Linear(width, size)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(width, hidden, dropout):
-    """Linear + ReLU + dropout, once for each hidden width."""
+def mlp(width, hidden=(16, 16), dropout=0.2):
+    """Linear + ReLU + dropout for each hidden width. The defaults are the paper's, section 3.4."""
     layers = []
     for size in hidden:
         layers += [linear(width, size), nn.ReLU(), nn.Dropout(dropout)]
@@ -485,19 +463,16 @@ def mlp(width, hidden, dropout):
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017) with the paper's section 3.4 settings: 3 cross layers, D = 8, MLP 16-16, dropout .2.
+    """Deep & Cross Network (Wang et al. 2017), section 3.4: 3 cross layers, D = 8. ids (B, columns) -> (B,).
 
-    forward: ids (B, columns) -> logits (B,). logit: field embeddings (B, F, D) -> logits (B,), for stage 03, which appends
-    `extra_fields` embeddings of its own.
+    logit: field embeddings (B, F, D) -> logits (B,), for stage 03, which appends `extra_fields` of its own.
     """
 
-    def __init__(self, fields, dim=8, layers=3, hidden=(16, 16), dropout=0.2, extra_fields=0):
+    def __init__(self, fields, dim=8, layers=3, extra_fields=0):
         super().__init__()
         self.embed = FieldEmbedding(fields, dim)
         width = (len(fields) + extra_fields) * dim
-        self.cross = CrossNetwork(width, layers)
-        self.deep = mlp(width, hidden, dropout)
-        self.head = linear(width + hidden[-1], 1)
+        self.cross, self.deep, self.head = CrossNetwork(width, layers), mlp(width), linear(width + 16, 1)
 
     def logit(self, embedded):
         x0 = embedded.flatten(1)  # Shape: (B, F * D)
@@ -506,3 +481,177 @@ class DCN(nn.Module):
     def forward(self, ids):
         return self.logit(self.embed(ids))
 
+
+# -------- the tiny LM: not the method, skip it first
+#
+# The demo must not need a download. This small GPT-2 learns from sentences about invented people, made from
+# item metadata alone, what LLMs know from the web: which titles go with which word in a profile's slot.
+
+TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
+LIKING = 1.4     # rated: log odds of liking a title that fits all his tastes; less this where none fits
+TINY_SIZES = ({"width": 64, "vocabulary": 768, "sentences": 16000},
+              {"width": 128, "vocabulary": 2048, "sentences": 24000})  # up to 500 items, and above
+
+
+class Trait:
+    """A profile of invented people. words: its values; fits: bool (words, items), which go together."""
+
+    def __init__(self, profile, items):
+        self.name, self.prompt = profile["name"], profile["prompt"]
+        self.likes = profile.get("likes", {})  # a critic's word tells his share of likes, and fits no item
+        values = [item["attributes"].get(self.name, []) for item in items]
+        self.words = sorted(self.likes) or sorted({value for found in values for value in found})
+        self.fits = np.array([[word in found for found in values] for word in self.words])
+        if self.words:
+            share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
+            self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)  # log odds of a fit
+            frequency = self.fits.sum(1) ** 0.5 + bool(self.likes)  # Note: a root: rare words are learned too
+            self.frequency = frequency / frequency.sum()
+
+
+def make_sentences(traits, items, count, length, rng, rated):
+    """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
+
+    Half have a word for each profile, half for one only (so that x^m is understood alone, as the strict mask
+    demands); titles fit these words more often than chance. Most texts are short: the word has to tell what
+    other titles cannot; some are long: every position is learned.
+    """
+    usable = [m for m, trait in enumerate(traits) if trait.words]
+    lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
+    sentences = []
+    for number in range(count):
+        told = usable if number % 2 == 0 or len(usable) == 1 else [usable[number // 2 % len(usable)]]
+        person = {m: rng.choice(len(traits[m].words), p=traits[m].frequency) for m in told}
+        tastes = [(traits[m], value) for m, value in person.items() if not traits[m].likes]
+        fitting = (trait.contrast[value] * trait.fits[value] for trait, value in tastes)
+        weight = np.exp(sum(fitting, np.zeros(len(items))))
+        chosen = rng.choice(len(items), size=lengths[number % len(lengths)], p=weight / weight.sum())
+        words = {m: traits[m].words[value] for m, value in person.items()}
+        marks = [""] * len(chosen)
+        if rated:  # log odds of liking: the critic's own, and what fits his tastes more than what does not
+            general = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
+            odds = np.full(len(chosen), np.log(general / (1 - general)))
+            if tastes:
+                fit = np.mean([trait.fits[value][chosen] for trait, value in tastes], axis=0)
+                odds += LIKING * (2 * fit - 1)
+            marks = np.where(rng.random(len(chosen)) < 1 / (1 + np.exp(-odds)), " +", " -")
+        sentences.append((words, [f" {items[item]['title']}{mark};" for item, mark in zip(chosen, marks)]))
+    return sentences
+
+
+def encode_sentences(tokenizer, traits, task_prompt, sentences):
+    """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 does not count."""
+    *names, task = pieces_of(tokenizer, [*(trait.prompt for trait in traits), task_prompt])
+    texts = {f" {word}" for words, _ in sentences for word in words.values()}
+    texts = sorted(texts | {text for _, titles in sentences for text in titles})
+    ids_of = dict(zip(texts, pieces_of(tokenizer, texts)))
+    prompts = [[token for m, word in words.items() for token in names[m] + ids_of[f" {word}"]] + task
+               for words, _ in sentences]
+    histories = [[token for text in titles for token in ids_of[text]] for _, titles in sentences]
+
+    def pad(before, value):
+        rows = [torch.tensor(first + then) for first, then in zip(before, histories)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    return pad(prompts, 0), pad(prompts, -100), pad([[-100] * len(prompt) for prompt in prompts], -100)
+
+
+def next_token_loss(model, ids, targets):
+    """Mean nats per token that has a target."""
+    logits = model(ids).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+
+
+def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
+    """Byte-level BPE of the sentences' own words."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+    bpe = ByteLevelBPETokenizer()
+    told = ["".join(f"{traits[m].prompt} {word}" for m, word in words.items()) for words, _ in sentences]
+    lines = [words + task_prompt + "".join(titles) for words, (_, titles) in zip(told, sentences)]
+    bpe.train_from_iterator(lines, vocab_size=vocabulary, min_frequency=2, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+
+
+@torch.no_grad()
+def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
+    """{profile: nats per history token that these sentences lose under a wrong word for the profile}."""
+    def loss(variant):
+        ids, _, history = encode_sentences(tokenizer, traits, task_prompt, variant)
+        return float(next_token_loss(model, ids, history))
+
+    result = {}
+    for m, trait in enumerate(traits):
+        told = [pair for pair in sentences if m in pair[0]]
+        words = sorted({known[m] for known, _ in told})
+        if len(words) > 1:
+            wrong = [({**known, m: str(rng.choice([word for word in words if word != known[m]]))}, titles)
+                     for known, titles in told]
+            result[trait.name] = loss(wrong) - loss(told)
+    return result
+
+
+def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
+    """AdamW with a one-cycle step size over batches of sentences of like length."""
+    by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()  # hardly any padding
+    batches = by_length[len(ids) % batch:].reshape(-1, batch)
+    order = [rows for _ in range(epochs) for rows in rng.permutation(batches)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(order), pct_start=0.1)
+    for rows in progress(order, "training the tiny LM", "step"):
+        real = int(targets[rows].ne(-100).any(0).sum())  # cut the batch's common padding
+        loss = next_token_loss(model, ids[rows, :real], targets[rows, :real])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def train_tiny(dataset, folder, length, args):
+    """Train a GPT-2 on invented people with up to `length` titles, unless `folder` holds this very LM."""
+    seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items of other rows stay unknown
+    items = [{key: dataset.items[item][key] for key in ("title", "attributes")} for item in seen]
+    size = dict(TINY_SIZES[len(items) > 500])
+    size["sentences"] = args.tiny_sentences or size["sentences"]
+    settings = [args.seed, args.history, TINY_FIT, LIKING, length]
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, settings, size)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        if json.loads((folder / "tiny.json").read_text())["fingerprint"] == key:
+            return
+    traits = [Trait(profile, items) for profile in dataset.profiles]
+    if not any(trait.words for trait in traits):
+        raise UserError("no item has a value for any profile: the tiny LM has nothing to learn", "items.json",
+                        "take --lm gpt2")
+    from transformers import GPT2Config, GPT2LMHeadModel
+    rng, rated = seeded(args.seed, 2), args.history == "rated"
+    sentences = make_sentences(traits, items, size["sentences"], length, rng, rated)
+    tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, size["vocabulary"])
+    ids, targets, _ = encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
+    model = GPT2LMHeadModel(GPT2Config(
+        vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=size["width"], n_layer=2,
+        n_head=4, activation_function="gelu_pytorch_tanh", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=None, eos_token_id=None))
+    print(f"training the tiny LM of {count_parameters(model):,d} parameters on {len(ids):,d} sentences")
+    fit_tiny(model, ids, targets, rng)
+    fresh = make_sentences(traits, items, 400, length, rng, rated)
+    save_tiny(folder, model.eval(), tokenizer, {
+        "fingerprint": key, "parameters": count_parameters(model),
+        "sensitivity": sensitivity(model, tokenizer, traits, dataset.task_prompt, fresh, rng)})
+
+
+def save_tiny(folder, model, tokenizer, facts):
+    """Write aside, then move in; tiny.json, which vouches for the others, goes first and comes last."""
+    from transformers import logging
+    logging.disable_progress_bar()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lm-tiny.") as aside:
+        try:
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+        except Exception as error:  # safetensors has an error of its own for a full disk
+            raise UserError(f"the tiny LM cannot be written: {error}", folder, "free disk space") from error
+        (folder / "tiny.json").unlink(missing_ok=True)
+        for path in Path(aside).iterdir():
+            os.replace(path, folder / path.name)
+    save_json(folder / "tiny.json", facts)
