@@ -1,242 +1,456 @@
-"""Run the studies behind the README's tables, and write the tables from the artifacts.
+"""Run the studies behind the tables of docs/RESULTS.md, and write the tables.
 
-    python docs/tables.py demo demo7 nosignal --write      # run the four scripts where results are missing, then fill the README
-    python docs/tables.py demo=runs/mine                   # print the table of a run of your own
-    python docs/tables.py ml-100k ml-100k-ablations --data-dir PATH --write
-    python docs/tables.py demo-codes                       # codebook sizes, Figs. 5 and 6
+    python docs/tables.py demo demo7 --write          # run what is missing, write the tables
+    python docs/tables.py ml-100k ml-100k-cold --data-dir PATH --write
+    python docs/tables.py demo --again                # run it anew: after a change of the code
 
-A study that was interrupted goes on with what is missing; remove a row's folder under runs/ to run it again after a change of code. Each
-table stands in the README between `<!-- table NAME -->` and `<!-- end NAME -->`; the artifacts behind those of a single run are kept in
-docs/results, so that anyone can make the table again.
+A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
+codebooks, the random and shuffled codes and the recommender. In a study of folds, seed s makes the split and
+the cold users too. A study is a list of variants; where a variant's flags for a stage are None, it takes the
+first variant's artifacts of the same repetition. p: paired t-test over the repetitions; Holm: the same,
+corrected for all rows of the table that are no controls; [ ]: 95% bootstrap interval, in which users and
+repetitions are resampled together.
+
+Writes: runs/studies/NAME/VARIANT/s (run folders), docs/results/NAME.json (all that a table needs) and, with
+        --write, docs/RESULTS.md
 """
 
 import argparse
+import datetime
+import importlib
+import itertools
 import json
+import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import scipy.stats
+from sklearn.metrics import adjusted_mutual_info_score
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
-STAGES = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py")
-RESULTS, KEPT = ROOT / "docs" / "results", ("dataset.json", "profiles.json", "quantize.json", "results.json")
+sys.path.insert(0, str(ROOT))
+common = importlib.import_module("common")
+
+CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
+        "docs/controls.py")
+PAGE, KEPT = ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
+BOOTSTRAP = 400
+CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
+            "mf")  # no claims of ours
+ROWS = "none,random,shuffled,metadata,text,words,userip"
 
-DATA = {  # name: flags of stages 01 and 02
-    "demo": ("", ""), "demo7": ("--seed 7", ""), "nosignal": ("--signal 0", ""),
-    "ml-100k": ("--dataset ml-100k", "--lm tiny"),
+
+def variant(first, second, third="", controls="", fourth=""):
+    """Flags of stages 01 to 04 (None: the first variant's artifacts) and the names for docs/controls.py."""
+    return {"flags": (first, second, third, fourth), "controls": controls}
+
+
+def own(third, fourth="--ids userip"):
+    return variant(None, None, third, "", fourth)
+
+
+def demo(flags):
+    return {"default": variant(flags, "", "", "metadata text words", f"--ids {ROWS},planted")}
+
+
+ML = "--dataset ml-100k"
+ATTRIBUTES = "--fields attributes --ids none,random,shuffled,metadata,text,generosity,words,userip"
+COLD = "--fields ids+attributes --ids"
+STUDIES = {  # name: {variant: flags}
+    "demo": demo(""), "demo7": demo("--seed 7"), "nosignal": demo("--signal 0"),
+    "demo-models": {"default": variant("", "", "", "", "--models all --ids none,random,shuffled,userip")},
+    "demo-ablations": {
+        "default": variant("", "", "", "", "--ids none,random,userip,planted"),
+        "without VQ: theta through a projection (Table 3)": own("", "--ids userip --profile-input embedding"),
+        "plain k-means": own("--quantizer kmeans"), "no likelihood in the joint loss": own("--no-llm-loss"),
+        "EM, codes as soft tokens": own("--assign likelihood"),
+        "EM from the words": own("--assign likelihood --start words"),
+        "the LLM's words": own("--quantizer words"), "the paper's literal settings": own("--paper"),
+        "plain causal mask": variant(None, "--mask causal", fourth="--ids userip"),
+        "theta starts as noise": variant(None, "--init random", fourth="--ids userip"),
+        "no prior": variant(None, "--prior 0", fourth="--ids userip"),
+        "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
+        "history of all titles": variant(None, "--history all", fourth="--ids userip"),
+        "nonsense profile names": variant("--profile-words zorp,quell", "--lm {base}/lm-tiny",
+                                          fourth="--ids userip")},
+    "demo-codes": {"K = 4,3": variant("", "", "", "", "--ids none,random,userip,planted"), **{
+        f"K = {sizes}": own(f"--codes {sizes}", "--ids none,random,userip")
+        for sizes in ("2,3", "8,3", "16,3", "4,9", "4,27")}},
+    "ml-100k": {"default": variant(ML, "--lm tiny", "", "metadata text generosity words",
+                                   f"--ids {ROWS},generosity")},
+    "ml-100k-attributes": {
+        "liked titles": variant(ML, "--lm tiny", "", "metadata text generosity words", ATTRIBUTES),
+        "EM": own("--assign likelihood", "--fields attributes --ids userip"),
+        "rated titles and a critic": variant(f"{ML} --critic", "--lm tiny --history rated", "", "",
+                                             "--fields attributes --ids none,random,userip")},
+    "ml-100k-cold": {
+        "liked titles": variant(f"{ML} --cold-users 0.2", "--lm tiny", "",
+                                "metadata text generosity mf words", f"{COLD} {ROWS},generosity,mf"),
+        "EM": own("--assign likelihood", f"{COLD} userip"),
+        "rated titles and a critic": variant(f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated",
+                                             "", "words", f"{COLD} none,random,words,userip")},
 }
-ABLATIONS = {  # row: flags of stages 01 (None: as the base has it), 02 (None: likewise), 03 and 04
-    "the default": (None, None, "", ""),
-    "without VQ: theta through a projection (Table 3)": (None, None, "", "--profile-input embedding"),
-    "plain k-means": (None, None, "--quantizer kmeans", ""),
-    "no likelihood in the joint loss": (None, None, "--no-llm-loss", ""),
-    "EM, codes as soft tokens": (None, None, "--assign likelihood", ""),
-    "the paper's literal settings": (None, None, "--paper", ""),
-    "plain causal mask": (None, "--mask causal", "", ""),
-    "theta starts as noise": (None, "--init random", "", ""),
-    "no prior": (None, "--prior 0", "", ""),
-    "history of all titles": (None, "--history all", "", ""),
-    "nonsense profile names": ("--profile-words zorp,quell", "--lm {base}/lm-tiny", "", ""),
-}
-CODES = {f"K = {sizes}": (None, None, f"--codes {sizes}", "") for sizes in
-         ("2,3", "4,3", "8,3", "16,3", "32,3", "64,3", "4,9", "4,27", "4,81")}
-CONTROLS = "--ids none,random,shuffled,userip"  # rows with data or fields of their own need controls of their own
-MODELS = {"all models": (None, None, "", f"--models all {CONTROLS}")}
-ATTRIBUTES = {  # item id + attributes + profile ids, no user id
-    "liked titles, K = 4,3": (None, None, "", f"--fields attributes {CONTROLS}"),
-    "liked titles, K = 8,4": (None, None, "--codes 8,4", f"--fields attributes {CONTROLS}"),
-    "liked titles, K = 4,3, EM": (None, None, "--assign likelihood", f"--fields attributes {CONTROLS}"),
-    "liked titles, K = 4,3, EM of 8 rounds": (None, None, "--assign likelihood --epochs 8", f"--fields attributes {CONTROLS}"),
-    "50 liked titles, K = 4,3, EM of 8 rounds": (None, "--max-history 50", "--assign likelihood --epochs 8", f"--fields attributes {CONTROLS}"),
-    "rated titles and a critic, 20 titles": ("--critic", "--history rated", "", f"--fields attributes {CONTROLS}"),
-    "rated titles and a critic, 50 titles": ("--critic", "--history rated --max-history 50", "", f"--fields attributes {CONTROLS}"),
-    **{f"rated, critic, {n} rows a user": (f"--critic --max-per-user {n}", "--history rated", "", f"--fields attributes {CONTROLS}")
-       for n in (8, 15, 30)},
-    "user id too, K = 4,3": (None, None, "", f"--fields ids+attributes {CONTROLS}"),
-}
-STUDIES = {f"{data}-{name}": (data, rows) for data in ("demo", "demo7", "ml-100k") for name, rows in
-           (("ablations", ABLATIONS), ("codes", CODES), ("attributes", ATTRIBUTES), ("models", MODELS)) if data == "ml-100k" or name != "attributes"}
+FOLDS = ("ml-100k-cold",)  # studies in which a repetition is a fold of the data too
 
 
-def fail(message):
-    """One line on stderr, exit 2."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+# ---------------------------------------------------------------- run
+
+def code_fingerprint():
+    return common.fingerprint([(ROOT / name).read_text(encoding="utf-8") for name in CODE])
 
 
-def stage(number, run, flags):
-    command = [STAGES[number - 1], "--run", str(run.relative_to(ROOT)), *flags.split()]
-    print("$ python " + " ".join(command), flush=True)
-    if subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, cwd=ROOT).returncode:
-        fail(f"{STAGES[number - 1]} failed ({run}); see its message above")
+def call(script, run, flags, log):
+    """Run a script on one thread; its output goes to the log. A failure ends the study with its last line."""
+    command = [sys.executable, script, "--run", str(run), *flags.split()]
+    with open(log, "a", encoding="utf-8") as file:
+        result = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if result.returncode:
+        last = log.read_text(encoding="utf-8").strip().rsplit("\n", 1)[-1]
+        raise common.UserError(f"{script} failed: {last.removeprefix('error: ')}", run, f"see {log}")
 
 
-def run_all(name, data_dir):
-    """The four scripts for one data set, unless its results are there. Returns the run directory."""
-    run, (first, second) = ROOT / "runs" / name, DATA[name]
-    if not (run / "results.json").exists():
-        stage(1, run, first + (f" --data-dir {data_dir}" if data_dir and "--dataset" in first else ""))
-        stage(2, run, second)
-        stage(3, run, "")
-        stage(4, run, "")
-    return run
+def repeat(study, name, seed, data_dir):
+    """One repetition of one variant, unless its results are there."""
+    run = folder(study, name, seed)
+    if (run / "code.json").exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    log, variants = run / "log.txt", STUDIES[study]
+    base, flags = folder(study, next(iter(variants)), seed), variants[name]["flags"]
+    for number in (1, 2):
+        for file in MADE_BY[number] if flags[number - 1] is None else ():
+            if (base / file).is_dir():
+                shutil.copytree(base / file, run / file, dirs_exist_ok=True)
+            elif (base / file).exists():
+                shutil.copy(base / file, run / file)
+    first = next(iter(variants.values()))["flags"][0]
+    if flags[0] is not None:
+        words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
+        words += f" --data-dir {data_dir}" if data_dir and "--dataset" in words else ""
+        call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log)
+    if flags[1] is not None:
+        if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
+            shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
+        call("02_infer_profiles.py", run, flags[1].format(base=base) + f" --seed {seed}", log)
+    call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log)
+    if variants[name]["controls"]:
+        call("docs/controls.py", run, f"{variants[name]['controls']} --seed {seed}", log)
+    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log)
+    common.save_json(run / "code.json", code_fingerprint())
 
 
-def run_study(name, data_dir):
-    """Every row of a study in a run directory of its own beside the base's. Returns {row: run directory}."""
-    data, rows = STUDIES[name]
-    base, runs = run_all(data, data_dir), {}
-    for row, (first, second, third, fourth) in rows.items():
-        slug = re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
-        runs[row] = run = base.parent / f"{data}-study" / slug
-        if (run / "results.json").exists():
+def folder(study, name, seed):
+    return ROOT / "runs" / "studies" / study / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / str(seed)
+
+
+def run_study(study, seeds, jobs, data_dir, again):
+    """All repetitions of all variants, `jobs` side by side; a repetition's first variant before others."""
+    if again:
+        shutil.rmtree(ROOT / "runs" / "studies" / study, ignore_errors=True)
+    old = [path for path in (ROOT / "runs" / "studies" / study).glob("*/*/code.json")
+           if json.loads(path.read_text(encoding="utf-8")) != code_fingerprint()]
+    if old:
+        print(f"WARNING: {len(old)} runs of {study} are older than the code; --again makes them anew",
+              file=sys.stderr)
+    first, *others = STUDIES[study]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda seed: repeat(study, first, seed, data_dir), range(seeds)))
+        list(pool.map(lambda pair: repeat(study, *pair, data_dir), itertools.product(others, range(seeds))))
+
+
+# ---------------------------------------------------------------- figures
+
+def weighted_auc(ranks, labels, weights):
+    """AUC with a weight for each row; ranks: dense integer rank of each row's score, ties alike."""
+    positive, negative = np.bincount(ranks, weights * labels), np.bincount(ranks, weights * (1 - labels))
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def bootstrap(repetitions, seed=0):
+    """95% interval of the mean over repetitions of AUC(first) - AUC(second), users and repetitions resampled.
+
+    repetitions: a list of (users, labels, first, second), arrays over the evaluated rows. None where most
+    resamples hold one class alone.
+    """
+    rng, prepared, differences = np.random.default_rng(seed), [], []
+    for users, labels, first, second in repetitions:
+        ranks = [np.unique(scores, return_inverse=True)[1] for scores in (first, second)]
+        prepared.append((np.unique(users, return_inverse=True)[1], np.asarray(labels), *ranks))
+    for _ in range(BOOTSTRAP):
+        found = []
+        for at in rng.integers(len(prepared), size=len(prepared)):
+            users, labels, first, second = prepared[at]
+            count = users.max() + 1
+            weights = np.bincount(rng.integers(count, size=count), minlength=count)[users].astype(float)
+            if 0 < (weights * labels).sum() < weights.sum():
+                found.append(weighted_auc(first, labels, weights) - weighted_auc(second, labels, weights))
+        differences += [np.mean(found)] if found else []
+    return np.quantile(differences, (0.025, 0.975)).tolist() if len(differences) > BOOTSTRAP // 2 else None
+
+
+def holm(p_values):
+    """Holm's correction of a list of p values (None stays None)."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    corrected, largest = list(p_values), 0.0
+    for place, (p, at) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - place)))
+        corrected[at] = largest
+    return corrected
+
+
+def improvements(entries):
+    """Eq. (10) and (11) against the model that is best without ids: {model: {ids: {auc, logloss}}}.
+
+    entries: {(model, ids): {test_auc, test_logloss}} of means. None where no baseline beats chance.
+    """
+    baselines = {model: entry for (model, ids), entry in entries.items() if ids == "none"}
+    best = max(baselines, key=lambda model: baselines[model]["test_auc"], default=None)
+    if best is None or baselines[best]["test_auc"] <= 0.5:
+        return None
+    auc, logloss, relative = baselines[best]["test_auc"], baselines[best]["test_logloss"], {}
+    for (model, ids), entry in entries.items():
+        if ids not in ("none", "planted"):
+            relative.setdefault(model, {})[ids] = {
+                "auc": (entry["test_auc"] - 0.5) / (auc - 0.5) - 1,
+                "logloss": (logloss - entry["test_logloss"]) / entry["test_logloss"]}
+    return {"baseline": best, "test_auc": auc, "relative": relative}
+
+
+def collect(study, seeds):
+    """Everything a table needs, from the run folders: a JSON-able dict."""
+    rows, runs = [], {}
+    for name, seed in itertools.product(STUDIES[study], range(seeds)):
+        run = folder(study, name, seed)
+        runs[name, seed] = results = common.load(run, "results.json")
+        quantized, profiles = common.load(run, "quantize.json"), common.load(run, "profiles.json")
+        for row in results["rows"]:
+            rows.append({**row, "variant": name, "seed": seed})
+        if len(results["rows"]) and "userip" in {row["ids"] for row in results["rows"]}:
+            rows[-1] |= {"health": {
+                "perplexity": [profile["perplexity"] for profile in quantized["profiles"]],
+                "nmi": quantized.get("nmi_truth"), "heldout_nll": profiles["heldout_nll"]}}
+    first = next(iter(STUDIES[study]))
+    data = common.load(folder(study, first, 0), "dataset.json")
+    metric = "cold" if "cold_auc" in rows[0] else "test"
+    base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
+    return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
+            "intervals": intervals(study, rows, seeds, metric), "stability": stability(study, seeds),
+            "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
+            "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
+            "date": datetime.date.today().isoformat(),
+            "code": common.load(folder(study, first, 0), "code.json")[:12]}
+
+
+def base_rate_logloss(run, metric):
+    """Logloss of a constant, the share of likes in training, on the rows that the table evaluates."""
+    dataset = common.load_dataset(run)
+    labels = dataset.rows(common.COLD if metric == "cold" else common.TEST)[:, 2]
+    return common.logloss(labels, np.full(len(labels), dataset.rows(common.TRAIN)[:, 2].mean()))
+
+
+def references_of(rows, metric):
+    """What differences are taken to: none, and random or, for cold users, clusters of attributes."""
+    has_metadata = any(row["ids"] == "metadata" for row in rows)
+    return ("none", "metadata") if has_metadata and metric == "cold" else ("none", "random")
+
+
+def intervals(study, rows, seeds, metric):
+    """{"variant|model|ids": {control: interval}} for the rows that claim something."""
+    first, found = next(iter(STUDIES[study])), {}
+    split, ending = (common.COLD, "-cold") if metric == "cold" else (common.TEST, "")
+
+    def scores(name, model, ids, seed):
+        return np.load(folder(study, name, seed) / "predictions" / f"{model}-{ids}-0{ending}.npy")
+
+    for name, model, ids in dict.fromkeys((row["variant"], row["model"], row["ids"]) for row in rows):
+        if ids in CONTROLS:
             continue
-        run.mkdir(parents=True, exist_ok=True)
-        for number in (1, 2):
-            for file in MADE_BY[number] if (first, second)[number - 1] is None else ():
-                if (base / file).is_dir():
-                    shutil.copytree(base / file, run / file, dirs_exist_ok=True)
-                elif (base / file).exists():
-                    shutil.copy(base / file, run / file)
-        if first is not None:
-            stage(1, run, f"{DATA[data][0]} {first}" + (f" --data-dir {data_dir}" if data_dir and "--dataset" in DATA[data][0] else ""))
-        if second is not None:
-            if "--lm" not in second and (base / "lm-tiny").exists():  # the same LM where its training text is the same
-                shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
-            stage(2, run, second.format(base=base.relative_to(ROOT)) if "--lm" in second else f"{DATA[data][1]} {second}")
-        stage(3, run, third)
-        stage(4, run, fourth if "--ids" in fourth else f"--ids userip {fourth}")
-    return runs
+        for control in references_of(rows, metric):
+            repetitions = []
+            for seed in range(seeds):
+                run = folder(study, name, seed)
+                where = name if (run / "predictions" / f"{model}-{control}-0.npy").exists() else first
+                users, _, labels = common.load_dataset(run).rows(split).T
+                repetitions.append((users, labels, scores(name, model, ids, seed),
+                                    scores(where, model, control, seed)))
+            found.setdefault(f"{name}|{model}|{ids}", {})[control] = bootstrap(repetitions)
+    return found
 
 
-def study_table(name, data_dir):
-    """Markdown: a row a variant; differences are paired by seed with `none` and `random` of the base run."""
-    runs = run_study(name, data_dir)
-    if STUDIES[name][1] is MODELS:
-        return results_table(runs["all models"])
-    base = read(ROOT / "runs" / STUDIES[name][0], "results.json")
-    planted = base["summary"]["dcn"].get("planted") if STUDIES[name][1] is not ATTRIBUTES else None
-    truth = read(ROOT / "runs" / STUDIES[name][0], "quantize.json").get("nmi_truth") is not None
-    used = []
-    lines = ["| variant | test AUC | AUC - none | AUC - random |" + " planted lift |" * bool(planted) + " perplexity |" + " NMI |" * truth
-             + " NLL own / population / shuffled |", "|---" * (6 + bool(planted) + truth) + "|"]
-    for row, run in runs.items():
-        results, quantized, profiles = (read(run, f"{file}.json") for file in ("results", "quantize", "profiles"))
-        if "date" not in results:
-            fail(f"results.json is too old ({run}); remove the folder and run the study again")
-        used += [results["fields"]] * (results["fields"] not in used)
-        found = {entry["seed"]: entry["test_auc"] for entry in results["rows"] if entry["ids"] == "userip"}
-        rows = results["rows"] if "random" in results["summary"]["dcn"] else base["rows"]
-        controls = [{entry["seed"]: entry["test_auc"] for entry in rows if entry["ids"] == ids} for ids in ("none", "random")]
-        cells = [row, spread(list(found.values()))]
-        for control in controls:
-            differences = [value - control[seed] for seed, value in found.items()]
-            p = f", p {scipy.stats.ttest_1samp(differences, 0).pvalue:.2g}" if len(differences) > 1 and len(set(differences)) > 1 else ""
-            cells.append(spread(differences, True) + p)
-        if planted:
-            floor = base["summary"]["dcn"]["none"]["test_auc"]["mean"]
-            cells.append(f"{(statistics.mean(found.values()) - floor) / (planted['test_auc']['mean'] - floor):.0%}")
-        cells.append(" / ".join(f"{profile['perplexity']:.2f}" for profile in quantized["profiles"]))
-        if truth:
-            cells.append(" / ".join(f"{value:.2f}" for value in quantized["nmi_truth"]))
-        cells.append(" / ".join(f"{value:.4f}" for value in profiles["heldout_nll"].values()))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"DCN, mean ± sd of {len(found)} seeds, fields {', '.join(f'`{name}`' for name in used)}; "
-                      f"run on {results['date']} by `python docs/tables.py {name}`."])
+def stability(study, seeds):
+    """Per variant and profile: adjusted MI of two repetitions' codes, mean over pairs; None for folds."""
+    if study in FOLDS or seeds < 2:
+        return None
+    found = {}
+    for name in STUDIES[study]:
+        banks = [np.load(folder(study, name, seed) / "feature_bank.npy") for seed in range(seeds)]
+        pairs = list(itertools.combinations(banks, 2))
+        found[name] = [float(np.mean([adjusted_mutual_info_score(a[:, m], b[:, m]) for a, b in pairs]))
+                       for m in range(banks[0].shape[1])]
+    return found
 
 
-def spread(values, signed=False):
-    return figures({"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}, signed)
+# ---------------------------------------------------------------- tables
+
+def spread(values, sign=""):
+    return f"{np.mean(values):{sign}.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
 
 
-def read(run, name):
-    path = Path(run) / name
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def differences_of(cells, references, metric):
+    """{((variant, model, ids), control): AUC of the row minus its control's, a list over the repetitions}."""
+    first, found = next(iter(cells))[0], {}
+    for key, by_seed in cells.items():
+        name, model, ids = key
+        for control in references:
+            other = cells.get((name, model, control)) or cells[first, model, control]
+            if ids != control:
+                found[key, control] = [row[f"{metric}_auc"] - other[seed][f"{metric}_auc"]
+                                       for seed, row in by_seed.items()]
+    return found
 
 
-def figures(values, signed=False):
-    return f"{values['mean']:{'+' if signed else ''}.4f} ± {values['sd']:.4f}"
+def p_value(values):
+    """Of the paired t-test, whether the mean is 0; None where it says nothing."""
+    if len(values) < 2 or np.std(values) == 0:
+        return None
+    return float(scipy.stats.ttest_1samp(values, 0).pvalue)
 
 
-def difference(values):
-    """A paired difference: mean, sd over seeds, p of the paired t-test, bootstrap interval over the test rows."""
-    text = figures(values, True)
-    text += f", p {values['p']:.2g}" if values.get("p") is not None else ""
-    return text + (" [{:+.4f}, {:+.4f}]".format(*values["interval"]) if values.get("interval") else "")
+def compared(values, p, corrected, interval):
+    """A difference with all that says whether it is one."""
+    text = spread(values, "+")
+    text += f", p {p:.2g}" if p is not None else ""
+    text += f" (Holm {corrected:.2g})" if corrected is not None else ""
+    return text + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else "")
 
 
-def results_table(run):
-    """Markdown: what stages 02 to 04 of one run found, with seeds and versions."""
-    results, dataset = read(run, "results.json"), read(run, "dataset.json")
-    profiles, quantized = read(run, "profiles.json"), read(run, "quantize.json")
-    if results is None or dataset is None or "date" not in results:
-        fail(f"results.json or dataset.json is missing or too old ({run}); run the four stages with --run {run}")
-    planted = any("share_of_planted_lift" in entry for entries in results["summary"].values() for entry in entries.values())
-    lines = ["| model | ids | test AUC | logloss | AUC - none | AUC - random |" + (" planted lift regained |" if planted else ""),
-             "|---|---|---|---|---|---|" + ("---|" if planted else "")]
-    for model, entries in results["summary"].items():
-        for ids, entry in entries.items():
-            cells = [model.upper(), ids, figures(entry["test_auc"]), figures(entry["test_logloss"])]
-            cells += [difference(entry[key]) if key in entry else "" for key in ("auc_minus_none", "auc_minus_random")]
-            cells += [f"{entry['share_of_planted_lift']:.0%}"] if planted else []
-            lines.append("| " + " | ".join(cells) + " |")
-    lines.append(f"| constant | base rate | 0.5000 | {results['base_rate_logloss']:.4f} | | |" + (" |" if planted else ""))
-    notes = []
-    best = results["improvements"]
-    if best and len(results["summary"]) > 1:
-        gains = [f"{model} {entries['userip']['auc']:+.2%} (random {entries['random']['auc']:+.2%})" for model, entries in best["relative"].items()
-                 if {"userip", "random"} <= entries.keys()]
-        notes.append(f"Eq. 10 against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: " + ", ".join(gains))
-    if profiles and profiles["heldout_nll"]:
-        notes.append("validation NLL per token " + ", ".join(f"{name} {value:.4f}" for name, value in profiles["heldout_nll"].items()))
-    if quantized:
-        usage = [f"{profile['name']} {profile['active']} codes, perplexity {profile['perplexity']:.2f}" for profile in quantized["profiles"]]
-        notes.append("; ".join(usage))
-        if "nmi_truth" in quantized:
-            notes.append("NMI with the truth " + " / ".join(f"{value:.2f}" for value in quantized["nmi_truth"])
-                         + ", across profiles " + " / ".join(f"{value:.4f}" for value in quantized["nmi_across"]))
-    seeds = len({row["seed"] for row in results["rows"]})
-    notes.append(f"mean ± sd of {seeds} seeds, fields `{results['fields']}`, data seed {dataset['seed']}; run on {results['date']}; "
-                 + ", ".join(f"{name} {version}" for name, version in results["versions"].items()))
-    return "\n".join([*lines, "", ". ".join(notes) + "."])
+def table(data):
+    """Markdown from what collect() found."""
+    metric, cells = data["metric"], {}
+    for row in data["rows"]:
+        cells.setdefault((row["variant"], row["model"], row["ids"]), {})[row["seed"]] = row
+    first, many = next(iter(cells))[0], len({model for _, model, _ in cells}) > 1
+    references = references_of(data["rows"], metric)
+    differences = differences_of(cells, references, metric)
+    p_values = {key: p_value(values) for key, values in differences.items()}
+    claims = [key for key in p_values if key[0][2] not in CONTROLS]
+    corrected = dict(zip(claims, holm([p_values[key] for key in claims])))
+    shown = {f"{metric}_auc": "AUC", f"{metric}_gauc": "GAUC", f"{metric}_logloss": "logloss"}
+    shown |= {"test_auc": "warm AUC"} if metric == "cold" else {}
+    titles = ["model"] * many + ["ids", *shown.values(), *(f"AUC - {control}" for control in references)]
+    lines = [titles]
+    for key, by_seed in cells.items():
+        name, model, ids = key
+        line = [model] * many + [ids if name == first else f"{ids}: {name}"]
+        line += [spread([row[value] for row in by_seed.values()]) for value in shown]
+        for pair in ((key, control) for control in references):
+            interval = data["intervals"].get("|".join(key), {}).get(pair[1])
+            line.append(compared(differences[pair], p_values[pair], corrected.get(pair), interval)
+                        if pair in differences else "")
+        lines.append(line)
+    base_rate = f"{data['base_rate_logloss']:.4f}"
+    lines.append([""] * many + ["constant: base rate", "0.5000", "0.5000", base_rate])
+    body = ["| " + " | ".join(line + [""] * (len(titles) - len(line))) + " |" for line in lines]
+    return "\n".join([body[0], "|---" * len(titles) + "|", *body[1:], "", notes(data, cells)])
+
+
+def notes(data, cells):
+    """What stands below a table: repetitions, codes, likelihoods, versions."""
+    seeds, found, first = len({row["seed"] for row in data["rows"]}), [], data["rows"][0]["variant"]
+    means = {(model, ids): {key: np.mean([row[key] for row in by_seed.values()])
+                            for key in ("test_auc", "test_logloss")}
+             for (name, model, ids), by_seed in cells.items() if name == first}
+    if len({model for model, _ in means}) > 1 and (best := improvements(means)):
+        gains = ", ".join(f"{model} {value['userip']['auc']:+.2%} (random {value['random']['auc']:+.2%})"
+                          for model, value in best["relative"].items())
+        found.append(f"Eq. (10) against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: "
+                     + gains)
+    planted = means.get(("dcn", "planted"))
+    floor = means["dcn", "none"]["test_auc"] if planted else 0
+    if planted and planted["test_auc"] - floor > 0.01:  # a share of no lift says nothing (--signal 0)
+        shares = [f"{ids} {(value['test_auc'] - floor) / (planted['test_auc'] - floor):.0%}"
+                  for (_, ids), value in means.items() if ids not in ("none", "planted")]
+        found.append("Share of the planted lift: " + ", ".join(shares))
+    for name in dict.fromkeys(row["variant"] for row in data["rows"]):
+        health = [row["health"] for row in data["rows"] if row["variant"] == name and "health" in row]
+        if health:
+            found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
+    kind = "folds" if data["study"] in FOLDS else "repetitions"
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
+                 f"{data['user_dropout']}; `python docs/tables.py {data['study']} --seeds {seeds}` on "
+                 f"{data['date']}, {versions}")
+    return "\n".join(f"- {line}." for line in found)
+
+
+def health_of(health, stability):
+    """How codes and likelihoods of a variant look, means over its repetitions."""
+    def listed(values):
+        return " / ".join(f"{value:.2f}" for value in values)
+
+    text = "perplexity " + listed(np.mean([entry["perplexity"] for entry in health], axis=0))
+    if health[0]["nmi"]:
+        text += ", NMI with the truth " + listed(np.mean([entry["nmi"] for entry in health], axis=0))
+    if health[0]["heldout_nll"]:
+        means = {key: np.mean([entry["heldout_nll"][key] for entry in health])
+                 for key in health[0]["heldout_nll"]}
+        text += ", validation NLL " + " / ".join(f"{key} {value:.4f}" for key, value in means.items())
+    return text + (f", adjusted MI between two repetitions' codes {listed(stability)}" if stability else "")
+
+
+def markers(study):
+    """(text of the page, pattern of a study's place in it). Raises UserError where there is none."""
+    page = PAGE.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- table {re.escape(study)} -->\n).*?(<!-- end {re.escape(study)} -->)", re.S)
+    if not pattern.search(page):
+        raise common.UserError(f"no markers for {study}", PAGE,
+                               f"add <!-- table {study} --> and <!-- end {study} -->")
+    return page, pattern
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", default=["demo"], metavar="NAME",
-                        help=f"{', '.join(DATA)}, or a study ({', '.join(STUDIES)}); NAME=DIR takes a finished run")
-    parser.add_argument("--data-dir", type=lambda text: Path(text).resolve(), help="of the real data sets, for stage 01")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md instead of printing them")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--seeds", type=common.at_least(1), default=5, help="repetitions (default: 5)")
+    parser.add_argument("--jobs", type=common.at_least(1), default=os.cpu_count(),
+                        help="side by side (default: the cores)")
+    parser.add_argument("--data-dir", type=lambda text: Path(text).resolve(),
+                        help="of the real data sets, for stage 01")
+    parser.add_argument("--again", action="store_true", help="run a study anew")
+    parser.add_argument("--kept", action="store_true", help="run nothing: tables from docs/results")
+    parser.add_argument("--write", action="store_true", help="put the tables in docs/RESULTS.md, print none")
+    parser.error = lambda text: common.fail(f"error: {text} (docs/tables.py); see: docs/tables.py --help")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    for item in args.tables:
-        name, _, run = item.partition("=")
-        if name in STUDIES and run:
-            fail(f"a study runs in a folder of its own (docs/tables.py {item}); leave ={run} out")
-        if not run and name not in DATA and name not in STUDIES:
-            fail(f"no such table (docs/tables.py {name}); known: {', '.join([*DATA, *STUDIES])}")
-        pattern = re.compile(rf"(<!-- table {re.escape(name)} -->\n).*?(<!-- end {re.escape(name)} -->)", re.S)
-        if args.write and not pattern.search(text):
-            fail(f"no markers for the table {name} (README.md); add <!-- table {name} --> and <!-- end {name} -->")
-        table = study_table(name, args.data_dir) if name in STUDIES else results_table(run or run_all(name, args.data_dir))
-        if not args.write:
-            print(f"{name}\n\n{table}\n")
-            continue
-        if name in DATA:
-            (RESULTS / name).mkdir(parents=True, exist_ok=True)
-            for source in (Path(run or ROOT / "runs" / name) / file for file in KEPT):
-                if source.exists():  # a run with --ids none alone has no codes
-                    shutil.copy(source, RESULTS / name / source.name)
-        text = pattern.sub(lambda match, table=table: match[1] + table + "\n" + match[2], text)
-        README.write_text(text, encoding="utf-8")
+    for study in args.studies:  # all that can be said at once, before hours of work
+        if study not in STUDIES:
+            raise common.UserError(f"no such table: {study}", "docs/tables.py",
+                                   f"known: {', '.join(STUDIES)}")
+        if args.kept and not (KEPT / f"{study}.json").exists():
+            raise common.UserError(f"{study}.json is missing", KEPT, f"run: python docs/tables.py {study}")
+        if args.write:
+            markers(study)
+    for study in args.studies:
+        if not args.kept:
+            run_study(study, args.seeds, args.jobs, args.data_dir, args.again)
+            common.save_json(KEPT / f"{study}.json", collect(study, args.seeds))
+        text = table(common.load(KEPT, f"{study}.json"))
+        if args.write:
+            page, pattern = markers(study)
+            page = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)
+            PAGE.write_text(page, encoding="utf-8")
+        else:
+            print(f"{study}\n\n{text}\n")
 
 
 if __name__ == "__main__":
-    main()
+    common.guarded(main)

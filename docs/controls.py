@@ -1,0 +1,152 @@
+"""The controls a reviewer asks for: ids made without inference, as banks that stage 04 puts in its table.
+
+    python docs/controls.py --run runs/demo                         # all of them
+    python docs/controls.py --run runs/demo metadata generosity     # these
+    python 04_train_ctr.py --run runs/demo --ids none,random,metadata,userip
+
+metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
+text        no inference: k-means of the liked titles' mean word vector; K_1 x ... x K_M clusters, and K_1
+hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
+words       no descent: the LLM's own words by Bayes' rule (03 --quantizer words)
+generosity  one number: eight quantiles of the share of likes
+mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
+
+All read training and support rows alone; what a user has no row for gets the unknown code K.
+Reads:  what 03 reads
+Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by}
+"""
+
+import importlib
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import sklearn.cluster
+import sklearn.decomposition
+import torch
+from scipy.sparse import csr_matrix
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+common = importlib.import_module("common")
+infer = importlib.import_module("02_infer_profiles")
+quantize = importlib.import_module("03_quantize")
+
+LEVELS, FACTORS = 8, 16
+
+
+def clusters(vectors, known, size, seed):
+    """k-means over the rows of known users: int (U,), the code `size` for all others."""
+    codes = np.full(len(known), size)
+    size_found = min(size, len(np.unique(vectors[known], axis=0)))
+    found = sklearn.cluster.KMeans(size_found, n_init=10, random_state=seed)
+    codes[known] = found.fit_predict(vectors[known])
+    return codes
+
+
+def metadata(problem, sizes, device, seed):
+    """Shares of each attribute value among the liked items, a profile at a time; unknown if there is none."""
+    columns = []
+    for profile, size in zip(problem.dataset.profiles, sizes):
+        counts = [Counter() for _ in problem.dataset.users]
+        for user, item, label in problem.dataset.rows(common.SEEN).tolist():
+            if label:
+                counts[user].update(problem.dataset.items[item]["attributes"].get(profile["name"], []))
+        values = sorted({value for count in counts for value in count})
+        shares = np.array([[count[value] for value in values] for count in counts], dtype=float)
+        shares = shares.reshape(len(counts), -1)
+        known = shares.sum(1) > 0
+        shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+        columns.append((clusters(shares, known, size, seed) if values else np.full(len(counts), size), size))
+    return columns
+
+
+def text_clusters(vectors, sizes, seed):
+    """vectors (U, d), NaN where a user has no history: columns of K_1 x ... x K_M and of K_1 clusters."""
+    known = np.isfinite(vectors).all(1)
+    return [(clusters(vectors, known, size, seed), size) for size in (math.prod(sizes), sizes[0])]
+
+
+def text(problem, sizes, device, seed):
+    """The mean of the word vectors of a history."""
+    likelihood, histories, *_ = problem.open_likelihood(device)
+    words = likelihood.words.weight.float().cpu().numpy()
+    vectors = [words[ids].mean(0) if len(ids) else words[0] * np.nan for ids in histories]
+    return text_clusters(np.array(vectors), sizes, seed)
+
+
+@torch.no_grad()
+def hidden(problem, sizes, device, seed):
+    """The mean of the last hidden states over a history, behind the prompt with theta_0 for everybody."""
+    likelihood, histories, start, *_ = problem.open_likelihood(device)
+    vectors = np.full((len(histories), start.shape[1]), np.nan)
+    prompt, budget = likelihood.prompt_length, infer.token_budget_of(likelihood)
+    for users in infer.make_blocks(histories, None, budget, prompt):
+        ids, lengths = infer.pad(histories, users, device)
+        states = likelihood.hidden(start.expand(len(users), -1, -1), ids)[:, prompt:].float()
+        real = (torch.arange(ids.shape[1], device=device) < lengths[:, None])[..., None]
+        vectors[users] = ((states * real).sum(1) / lengths[:, None]).cpu().numpy()
+    return text_clusters(vectors, sizes, seed)
+
+
+def words(problem, sizes, device, seed):
+    """03 --quantizer words."""
+    codes, _ = quantize.Words(problem, sizes, SimpleNamespace(seed=seed), device).fit()
+    bank = quantize.bank_of(codes, problem.known, sizes)
+    return [(bank[:, m], size) for m, size in enumerate(sizes)]
+
+
+def generosity(problem, sizes, device, seed):
+    """Quantiles of (likes + 1) / (rows + 2): a user of one row is not yet at an end of the scale."""
+    rows, users = problem.dataset.rows(common.SEEN), len(problem.dataset.users)
+    seen = np.bincount(rows[:, 0], minlength=users)
+    liked = np.bincount(rows[:, 0], rows[:, 2], minlength=users)
+    share = (liked + 1) / (seen + 2)
+    level = np.searchsorted(np.quantile(share[seen > 0], np.arange(1, LEVELS) / LEVELS), share, side="right")
+    return [(np.where(seen > 0, level, LEVELS), LEVELS)]
+
+
+def mf(problem, sizes, device, seed):
+    """Truncated SVD of (label - mean label) over the seen rows, 0 elsewhere: U S of each user."""
+    rows, shape = problem.dataset.rows(common.SEEN), (len(problem.dataset.users), len(problem.dataset.items))
+    matrix = csr_matrix((rows[:, 2] - rows[:, 2].mean(), (rows[:, 0], rows[:, 1])), shape=shape)
+    svd = sklearn.decomposition.TruncatedSVD(min(FACTORS, min(shape) - 1), random_state=seed)
+    known, size = np.bincount(rows[:, 0], minlength=shape[0]) > 0, math.prod(sizes)
+    return [(clusters(svd.fit_transform(matrix), known, size, seed), size)]
+
+
+CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CONTROLS)} (default: all)")
+    parser.add_argument("--codes", help="sizes K_1,K_2,... (default: feature_bank.npy's, else stage 01's)")
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - CONTROLS.keys())
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
+    problem, _ = quantize.read_problem(args.run)
+    if args.codes is None and (args.run / "quantize.json").exists():
+        args.codes = ",".join(map(str, common.load(args.run, "quantize.json", ("codes",))["codes"]))
+    device = common.pick_device(args.device)
+    sizes = quantize.parse_codes(args.codes, problem.dataset.profiles)
+    for name in args.names or CONTROLS:
+        columns = CONTROLS[name](problem, sizes, device, args.seed)
+        bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
+        (args.run / f"feature_bank_{name}.json").unlink(missing_ok=True)
+        common.save_npy(args.run / f"feature_bank_{name}.npy", bank)
+        common.save_json(args.run / f"feature_bank_{name}.json", {
+            "codes": [int(size) for _, size in columns], "dataset_fingerprint": problem.dataset.fingerprint(),
+            "made_by": f"docs/controls.py {name} --seed {args.seed}"})
+        used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
+                          for m, (_, size) in enumerate(columns))
+        print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}")
+    names = ",".join(args.names or CONTROLS)
+    print(f"next: python 04_train_ctr.py --run {args.run} --ids none,random,userip,{names}")
+
+
+if __name__ == "__main__":
+    common.guarded(main)

@@ -1,0 +1,110 @@
+"""Score pairs of raw ids with a model that stage 04 trained.
+
+    python docs/score.py --run runs/demo pairs.csv                   # by ctr_dcn.pt
+    python docs/score.py --run runs/demo --model deepfm pairs.csv
+
+pairs.csv has the columns user_id,item_id; a line without both is left out and counted. An unseen user has the
+unknown codes, a cold user his own; to the recommender both are the unknown user. So is an unseen item.
+
+Reads:  ctr_<model>.json ctr_<model>.pt (04) and what 04 reads
+Writes: scores.csv, a line user_id,item_id,probability a pair
+"""
+
+import csv
+import importlib
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+common, ctr = (importlib.import_module(name) for name in ("common", "04_train_ctr"))
+
+BATCH = 2**16  # pairs in memory at once
+
+
+def open_model(args, device):
+    """(dataset, name of the ids, predict) of ctr_<model>.pt, checked to belong to this run.
+
+    predict: user and item indices (n,), (n,) -> probabilities (n,); the index U or I is an unseen one.
+    """
+    name = f"ctr_{args.model}"
+    facts = common.load(args.run, f"{name}.json", ("ids", "fields", "profile_input", "seed", "fingerprints"))
+    args.ids, args.profile_input = [facts["ids"]], facts["profile_input"]
+    dataset, inputs = ctr.read_inputs(args)
+    found = inputs.fingerprints(dataset)
+    common.check_same(args.run, f"{name}.pt", "feature bank or dataset", found, facts["fingerprints"])
+    rng = np.random.default_rng((facts["seed"], 0, 4))  # run_one's of the repetition that is kept
+    codes = ctr.codes_of(facts["ids"], inputs.banks, rng)
+    fields, lookup = ctr.build_features(dataset, facts["fields"], *codes, inputs.theta)
+    model = ctr.MODELS[args.model](fields).to(device)
+    try:
+        model.load_state_dict(common.load(args.run, f"{name}.pt"))
+    except (AttributeError, RuntimeError, TypeError) as error:
+        raise common.UserError(f"{name}.pt holds another model than {name}.json says: {error}", args.run,
+                               common.remedy(args.run, name)) from None
+    stranger = len(dataset.users)
+    cold = np.isin(np.arange(stranger + 1), dataset.rows((common.SUPPORT, common.COLD))[:, 0])
+
+    def predict(users, items):
+        ids = lookup(users, items)
+        if fields[0].name == "user":
+            ids[cold[users], 0] = stranger  # as stage 04 evaluates cold users
+        return ctr.predict(model, ids.to(device))
+
+    return dataset, facts["ids"], predict
+
+
+def read_pairs(source, path):
+    """Lists of at most BATCH (user, item) pairs of raw ids; what is not there is an empty text."""
+    reader = csv.DictReader(source)
+    if not {"user_id", "item_id"} <= set(reader.fieldnames or ()):
+        raise common.UserError("the columns user_id and item_id are missing", path,
+                               "begin the file with the line user_id,item_id")
+    pairs = (tuple((row[key] or "").strip() for key in ("user_id", "item_id")) for row in reader)
+    return iter(lambda: list(itertools.islice(pairs, BATCH)), [])
+
+
+def score(source, target, path, dataset, predict):
+    """Read pairs, write their probabilities: (pairs, unseen users, unseen items, lines left out)."""
+    items = [item["id"] for item in dataset.items]
+    known = [{str(raw): at for at, raw in enumerate(raws)} for raws in (dataset.users, items)]
+    unseen, scored, left_out, writer = [set(), set()], 0, 0, csv.writer(target, lineterminator="\n")
+    writer.writerow(["user_id", "item_id", "probability"])
+    for batch in common.progress(read_pairs(source, path), "scoring", "batch"):
+        pairs = [pair for pair in batch if all(pair)]
+        left_out += len(batch) - len(pairs)
+        if pairs:
+            columns = list(zip(*pairs))
+            for seen, index, raws in zip(unseen, known, columns):
+                seen.update(set(raws) - index.keys())
+            numbers = [np.array([index.get(raw, len(index)) for raw in raws])
+                       for index, raws in zip(known, columns)]
+            writer.writerows([*pair, f"{value:.6f}"] for pair, value in zip(pairs, predict(*numbers)))
+            scored += len(pairs)
+    return scored, len(unseen[0]), len(unseen[1]), left_out
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("pairs", type=Path, metavar="PAIRS.csv", help="the columns user_id and item_id")
+    parser.add_argument("--model", choices=ctr.MODELS, default="dcn", help="whose ctr_<model>.pt")
+    args = parser.parse_args()
+    common.announce("score", args, f"{args.pairs} ctr_{args.model}.json ctr_{args.model}.pt in {args.run}")
+    dataset, ids, predict = open_model(args, common.pick_device(args.device))
+    try:
+        with open(args.pairs, newline="", encoding="utf-8-sig") as source, \
+                common.atomic(args.run / "scores.csv") as temporary, \
+                open(temporary, "w", newline="", encoding="utf-8") as target:
+            scored, users, items, left_out = score(source, target, args.pairs, dataset, predict)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise common.UserError(f"the pairs cannot be read: {error}", args.pairs,
+                               "give a CSV file in UTF-8 with the columns user_id,item_id") from None
+    print(f"{scored} pairs scored by {args.model} with {ids} ids; unseen: {users} users, {items} items"
+          + (f"; {left_out} lines without both ids left out" if left_out else ""))
+    print(f"wrote scores.csv to {args.run}")
+
+
+if __name__ == "__main__":
+    common.guarded(main)
