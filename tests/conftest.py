@@ -8,15 +8,14 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: models this small are faster on one thread
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: small models are faster on one thread
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
-
-import common
+from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig,
+                          OPTForCausalLM, PreTrainedTokenizerFast)
 
 ROOT = Path(__file__).resolve().parent.parent
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
@@ -31,7 +30,8 @@ def pytest_ignore_collect(collection_path, config):
 
 def run_stage(script, *args, env=None, cwd=ROOT, timeout=300):
     """Run a script as a user would; returns the finished process."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=timeout,
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True,
+                          text=True, cwd=cwd, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
 
@@ -60,9 +60,13 @@ def ok(process):
 def make_tokenizer(bos=False):
     """A byte-level BPE of demo words; with bos, one that begins every text with <s>, as Llama's does."""
     bpe = ByteLevelBPETokenizer()
-    words = [word for group in (*prepare.DEMO_HOBBIES.values(), *prepare.DEMO_BACKGROUNDS.values()) for word in group]
-    text = [f"This user's hobby is music, and his background is family.\nWhat is the user's interaction history? {word};" for word in words]
-    bpe.train_from_iterator(text * 3, vocab_size=400, min_frequency=2, show_progress=False, special_tokens=["<s>"])
+    words = [word for group in (*prepare.DEMO_HOBBIES.values(), *prepare.DEMO_BACKGROUNDS.values())
+             for word in group]
+    prompt = ("This user's hobby is music, and his background is family.\n"
+              "What is the user's interaction history?")
+    text = [f"{prompt} {word};" for word in words]
+    bpe.train_from_iterator(text * 3, vocab_size=400, min_frequency=2, show_progress=False,
+                            special_tokens=["<s>"])
     if not bos:
         return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
     from tokenizers.processors import TemplateProcessing
@@ -76,17 +80,20 @@ def make_lm(kind, context=256):
     tokenizer = make_tokenizer(bos=kind == "llama")
     size = len(tokenizer)
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, n_positions=context, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
-                                           resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
+        model = GPT2LMHeadModel(GPT2Config(
+            vocab_size=size, n_positions=context, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2,
+            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=None, eos_token_id=None))
     elif kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                                             num_key_value_heads=1, max_position_embeddings=context, initializer_range=0.2,
-                                             bos_token_id=0, eos_token_id=None, pad_token_id=None))
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, max_position_embeddings=context, initializer_range=0.2, bos_token_id=0,
+            eos_token_id=None, pad_token_id=None))
     else:
-        model = OPTForCausalLM(OPTConfig(vocab_size=size, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, dropout=0,
-                                         max_position_embeddings=context, word_embed_proj_dim=32, init_std=0.2, pad_token_id=1,
-                                         bos_token_id=0, eos_token_id=0))
-    return common.freeze(model), tokenizer
+        model = OPTForCausalLM(OPTConfig(
+            vocab_size=size, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+            dropout=0, max_position_embeddings=context, word_embed_proj_dim=32, init_std=0.2, pad_token_id=1,
+            bos_token_id=0, eos_token_id=0))
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +114,10 @@ def lm(request):
 
 
 def prepare_args(**changes):
-    return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4, "positive_above": 3.0, "max_per_user": None,
-                              "subsample_users": None, "data_dir": None, "profile_words": None, "critic": False, **changes})
+    return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4,
+                              "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
+                              "cold_users": 0.0, "data_dir": None, "profile_words": None, "critic": False,
+                              **changes})
 
 
 def small_world(**changes):
@@ -124,8 +133,8 @@ def world():
 
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
-    return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict", "history": "liked",
-                              "max_history": 20, "history_sample": "recent", **changes})
+    return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict",
+                              "history": "liked", "max_history": 20, "history_sample": "recent", **changes})
 
 
 @pytest.fixture(scope="session")
@@ -168,4 +177,5 @@ def assert_bytes_equal(first, second):
 
 def random_rows(n, users, items, seed=0):
     rng = np.random.default_rng(seed)
-    return np.stack([rng.integers(users, size=n), rng.integers(items, size=n), rng.integers(2, size=n)], axis=1)
+    return np.stack([rng.integers(users, size=n), rng.integers(items, size=n), rng.integers(2, size=n)],
+                    axis=1)

@@ -3,10 +3,14 @@
 import copy
 import hashlib
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import infer, likelihood_of, make_lm, random_theta, settings, small_world
+
+import common
 
 Segment = infer.Segment
 
@@ -44,15 +48,18 @@ def test_mask_values_are_finite_and_every_row_sees_itself():
 def test_positions():
     segments = hand_made()  # name 3, theta, name 4, theta, task 2, history 3
     assert infer.build_positions(segments, "causal").tolist() == list(range(14))
-    assert infer.build_positions(segments, "strict").tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
-    assert infer.build_positions(hand_made(begin=True), "strict").tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14]
+    strict = infer.build_positions(segments, "strict")
+    assert strict.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 9, 10, 11, 12, 13]
+    strict = infer.build_positions(hand_made(begin=True), "strict")
+    assert strict.tolist() == [0, 1, 2, 3, 4, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14]
 
 
 def jacobian_between_profiles(likelihood, history):
     """d (random projection of the last hidden state at theta^2) / d theta^1, largest absolute value."""
     theta = random_theta(likelihood, 1).requires_grad_()
-    at = [index for index, segment in enumerate(likelihood.segments) for _ in segment.ids if segment.kind == "theta" and segment.profile == 1]
-    where = sum(len(segment.ids) for segment in likelihood.segments[:at[0]])
+    at = next(index for index, segment in enumerate(likelihood.segments)
+              if segment.kind == "theta" and segment.profile == 1)
+    where = sum(len(segment.ids) for segment in likelihood.segments[:at])
     state = likelihood.hidden(theta, history)[0, where]
     projected = state @ torch.randn(len(state), 8, generator=torch.Generator().manual_seed(1))
     rows = [torch.autograd.grad(value, theta, retain_graph=True)[0][0, 0] for value in projected]
@@ -76,19 +83,22 @@ def test_swapping_profile_blocks_changes_no_theta_state(lm, world):
     def theta_states(order, mask):
         swapped = infer.ProfileLikelihood(likelihood.model, begin + order + task, mask)
         states = swapped.hidden(theta, history)[0]
-        places = [place for place, segment in enumerate(s for s in swapped.segments for _ in s.ids) if segment.kind == "theta"]
-        owners = [segment.profile for segment in swapped.segments if segment.kind == "theta"]
-        return {owner: states[place] for owner, place in zip(owners, places)}, swapped(theta, history, torch.tensor([6]))
+        per_token = [segment for segment in swapped.segments for _ in segment.ids]
+        found = {segment.profile: states[place] for place, segment in enumerate(per_token)
+                 if segment.kind == "theta"}
+        return found, swapped(theta, history, torch.tensor([6]))
 
-    (one, nll_one), (two, nll_two) = theta_states(first + second, "strict"), theta_states(second + first, "strict")
-    assert all(torch.allclose(one[m], two[m], atol=1e-6) for m in (0, 1)) and torch.allclose(nll_one, nll_two, atol=1e-3)
+    one, nll_one = theta_states(first + second, "strict")
+    two, nll_two = theta_states(second + first, "strict")
+    assert all(torch.allclose(one[m], two[m], atol=1e-6) for m in (0, 1))
+    assert torch.allclose(nll_one, nll_two, atol=1e-3)
     (one, _), (two, _) = theta_states(first + second, "causal"), theta_states(second + first, "causal")
     assert not torch.allclose(one[1], two[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("mask", ["strict", "causal"])
 def test_nll_against_a_loop_over_tokens(lm, world, mask):
-    """Reference: the whole model, eager attention, one growing prefix per token, rules of the mask written out again."""
+    """Reference: the whole model, eager attention, one growing prefix per token, rules written out."""
     model, tokenizer = lm
     likelihood = likelihood_of(model, tokenizer, world[0], mask)
     theta, history = random_theta(likelihood, 1), torch.tensor([[3, 14, 15, 9, 2, 6]])
@@ -97,7 +107,8 @@ def test_nll_against_a_loop_over_tokens(lm, world, mask):
     slow.config._attn_implementation = "eager"
     rows, spans, at = [], [], 0
     for segment in likelihood.segments:
-        rows.append(theta[0, segment.profile, None] if segment.kind == "theta" else likelihood.words(torch.tensor(segment.ids)))
+        words = likelihood.words(torch.tensor(segment.ids))
+        rows.append(theta[0, segment.profile, None] if segment.kind == "theta" else words)
         spans += [(segment.kind, segment.profile)] * len(segment.ids)
     prompt = torch.cat(rows)
     total = 0.0
@@ -108,8 +119,8 @@ def test_nll_against_a_loop_over_tokens(lm, world, mask):
         floats = torch.zeros(1, 1, n, n)
         for row in range(n):
             for column in range(n):
-                blind = mask == "strict" and kinds[row][1] is not None and kinds[column][0] != "begin" and kinds[row][1] != kinds[column][1]
-                if column > row or blind:
+                other = kinds[column][0] != "begin" and kinds[row][1] != kinds[column][1]
+                if column > row or (mask == "strict" and kinds[row][1] is not None and other):
                     floats[0, 0, row, column] = torch.finfo(torch.float32).min
         starts = [row for row in range(n) if kinds[row][0] == "name" and kinds[row - 1][0] != "name"]
         positions, first = list(range(n)), starts[0]
@@ -117,8 +128,8 @@ def test_nll_against_a_loop_over_tokens(lm, world, mask):
             for row in range(n):
                 if kinds[row][1] is not None:
                     positions[row] = first + row - max(start for start in starts if start <= row)
-        logits = slow(inputs_embeds=embedded, attention_mask=floats, position_ids=torch.tensor([positions])).logits[0, -1]
-        total -= float(logits.log_softmax(0)[history[0, place]])
+        output = slow(inputs_embeds=embedded, attention_mask=floats, position_ids=torch.tensor([positions]))
+        total -= float(output.logits[0, -1].log_softmax(0)[history[0, place]])
         at += 1
     assert at == 6 and float(found) == pytest.approx(total, rel=1e-4)
 
@@ -128,7 +139,8 @@ def test_padding_and_chunking_change_nothing(lm, world):
     histories = [np.arange(4), np.arange(11), np.arange(7)]
     theta = random_theta(likelihood, 3)
     together = likelihood(theta, *infer.pad(histories, [0, 1, 2], "cpu"))
-    alone = torch.cat([likelihood(theta[user:user + 1], *infer.pad(histories, [user], "cpu")) for user in range(3)])
+    alone = torch.cat([likelihood(theta[user:user + 1], *infer.pad(histories, [user], "cpu"))
+                       for user in range(3)])
     assert torch.allclose(together, alone, rtol=1e-5)
     likelihood.chunk = 2
     assert torch.allclose(together, likelihood(theta, *infer.pad(histories, [0, 1, 2], "cpu")), rtol=1e-5)
@@ -137,8 +149,8 @@ def test_padding_and_chunking_change_nothing(lm, world):
 @pytest.mark.parametrize("chunk", [3, 100])
 def test_token_nll_and_its_gradient_against_autograd(chunk):
     torch.manual_seed(0)
-    hidden, weight, bias, targets = torch.randn(10, 6, requires_grad=True), torch.randn(17, 6), torch.randn(17), torch.randint(17, (10,))
-    upstream = torch.randn(10)
+    hidden, weight, bias = torch.randn(10, 6, requires_grad=True), torch.randn(17, 6), torch.randn(17)
+    targets, upstream = torch.randint(17, (10,)), torch.randn(10)
     nll = infer.TokenNLL.apply(hidden, weight, bias, targets, chunk)
     mine, = torch.autograd.grad((nll * upstream).sum(), hidden)
     reference = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, targets, reduction="none")
@@ -146,39 +158,60 @@ def test_token_nll_and_its_gradient_against_autograd(chunk):
     assert torch.allclose(nll, reference, atol=1e-5) and torch.allclose(mine, theirs, atol=1e-5)
 
 
-def solve(likelihood, users, seed=0, **changes):
+def problem(likelihood, init="slot", seed=0):
+    """(start, spread, histories of six users of different lengths)."""
     rng = np.random.default_rng(0)
     histories = [rng.integers(300, size=4 + user) for user in range(6)]
-    start, spread = infer.starting_point(likelihood, changes.get("init", "slot"), np.random.default_rng(seed))
-    return infer.infer_block(likelihood, start, spread, histories, users, [f"user-{user}" for user in range(6)], settings(**changes))
+    return *infer.starting_point(likelihood, init, np.random.default_rng(seed)), histories
 
 
-def test_inference_lowers_the_nll_and_leaves_the_llm_bit_identical(lm, world):
+def solve(likelihood, users, seed=0, **changes):
+    """theta (B, M, d) of these users."""
+    start, spread, histories = problem(likelihood, changes.get("init", "slot"), seed)
+    return infer.infer_block(likelihood, start, spread, histories, users, settings(**changes))["theta"]
+
+
+def test_inference_lowers_the_nll_of_each_user_and_leaves_the_llm_bit_identical(lm, world):
     likelihood = likelihood_of(*lm, world[0])
 
     def digest():
-        return hashlib.sha256(b"".join(value.numpy().tobytes() for value in likelihood.model.state_dict().values())).hexdigest()
+        state = likelihood.model.state_dict().values()
+        return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state)).hexdigest()
 
     untouched = digest()
-    _, nll = solve(likelihood, [0, 1, 2], steps=15, prior=0.0, lr=0.3)
-    assert nll.shape == (16, 3) and (nll[-1] < nll[0]).all() and digest() == untouched
+    start, spread, histories = problem(likelihood)
+    ids, lengths = infer.pad(histories, [0, 1, 2], "cpu")
+    theta, path = infer.descend(likelihood, start, spread, ids, lengths,
+                                settings(steps=15, prior=0.0, lr=0.3))
+    assert path.shape == (15, 3) and (likelihood(theta, ids, lengths) < path[0]).all()
+    assert digest() == untouched
     assert all(parameter.grad is None for parameter in likelihood.model.parameters())
+
+
+def test_a_solved_block_holds_theta_and_the_nll_of_every_step_summed_over_its_users(lm, world):
+    likelihood = likelihood_of(*lm, world[0])
+    start, spread, histories = problem(likelihood)
+    block = infer.infer_block(likelihood, start, spread, histories, [1, 4], settings(steps=5))
+    ids, lengths = infer.pad(histories, [1, 4], "cpu")
+    theta, path = infer.descend(likelihood, start, spread, ids, lengths, settings(steps=5))
+    assert torch.equal(block["theta"], theta) and theta.dtype == torch.float32 and block["tokens"] == 5 + 8
+    expected = [*path.sum(1).tolist(), float(likelihood(theta, ids, lengths).sum())]
+    assert block["nll"] == pytest.approx(expected, rel=1e-5) and block["seconds"] > 0
 
 
 def test_users_of_a_block_do_not_touch_each_other(lm, world):
     likelihood = likelihood_of(*lm, world[0])
-    together, *_ = solve(likelihood, [0, 3, 5])
-    alone, *_ = solve(likelihood, [3])
+    together, alone = solve(likelihood, [0, 3, 5]), solve(likelihood, [3])
     assert np.allclose(together[1], alone[0], atol=2e-4)
 
 
 def test_every_inference_setting_changes_theta(world):
     likelihood = likelihood_of(*make_lm("gpt2"), world[0])
-    results = {"default": solve(likelihood, [0, 1])[0]}
+    results = {"default": solve(likelihood, [0, 1])}
     for change in ({"steps": 5}, {"lr": 0.2}, {"prior": 0.0}, {"init": "vocab"}, {"init": "random"}):
-        results[str(change)] = solve(likelihood, [0, 1], **change)[0]
-    results["mask"] = solve(likelihood_of(likelihood.model, make_lm("gpt2")[1], world[0], "causal"), [0, 1])[0]
-    results["seed of init random"] = solve(likelihood, [0, 1], init="random", seed=1)[0]
+        results[str(change)] = solve(likelihood, [0, 1], **change)
+    results["mask"] = solve(likelihood_of(likelihood.model, make_lm("gpt2")[1], world[0], "causal"), [0, 1])
+    results["seed of init random"] = solve(likelihood, [0, 1], init="random", seed=1)
     names = list(results)
     for i, first in enumerate(names):
         for second in names[:i]:
@@ -188,44 +221,87 @@ def test_every_inference_setting_changes_theta(world):
 def test_a_prior_keeps_theta_near_its_start(world):
     likelihood = likelihood_of(*make_lm("gpt2"), world[0])
     start, _ = infer.starting_point(likelihood, "slot", None)
-    loose, tight = (np.linalg.norm(solve(likelihood, [0, 1], steps=20, prior=prior)[0] - start.numpy()) for prior in (0.0, 50.0))
+    loose, tight = (torch.linalg.norm(solve(likelihood, [0, 1], steps=20, prior=prior) - start)
+                    for prior in (0.0, 50.0))
     assert tight < 0.5 * loose
 
 
 def test_slot_start_is_the_expected_next_word(world):
     model, tokenizer = make_lm("gpt2")
     likelihood = likelihood_of(model, tokenizer, world[0])
-    ids = torch.tensor([infer.pieces(tokenizer, [world[0].profiles[1]["prompt"]])[0]])
+    ids = torch.tensor([common.pieces_of(tokenizer, [world[0].profiles[1]["prompt"]])[0]])
     probability = model(ids).logits[0, -1].softmax(0)
     best = probability.argsort(descending=True)[:infer.SLOT_WORDS]
-    expected = sum(probability[word] * likelihood.words.weight[word] for word in best) / probability[best].sum()
+    expected = (probability[best, None] * likelihood.words.weight[best]).sum(0) / probability[best].sum()
     start, spread = infer.starting_point(likelihood, "slot", None)
     assert torch.allclose(start[1], expected, atol=1e-5) and (spread > 0).all()
 
 
-def test_non_finite_loss_names_the_users(world):
+class Poisoned(infer.ProfileLikelihood):
+    """A likelihood that is NaN for the block's second user."""
+
+    def __call__(self, theta, history_ids, lengths):
+        nll = super().__call__(theta, history_ids, lengths)
+        return torch.where(torch.arange(len(nll)) == 1, float("nan"), nll)
+
+
+def test_a_non_finite_likelihood_is_one_line_that_names_its_users_alone(world):
     model, tokenizer = make_lm("gpt2")
-    likelihood = likelihood_of(model, tokenizer, world[0])
-    model.transformer.wte.weight[infer.pieces(tokenizer, [" Guitar"])[0][0]] = float("nan")
-    histories = [np.array([5, 6]), np.array(infer.pieces(tokenizer, [" Guitar"])[0])]
-    with pytest.raises(infer.UserError, match="not finite for users"):
-        infer.infer_block(likelihood, torch.zeros(2, 32), torch.ones(2), histories, [0, 1], ["anna", "ben"], settings())
+    likelihood = Poisoned(model, infer.prompt_segments(tokenizer, world[0]))
+    start, spread, histories = problem(likelihood)
+    with pytest.raises(common.UserError, match=r"theta is not finite for users 3 of users.json \(--lr 0.1"):
+        infer.infer_block(likelihood, start, spread, histories, [0, 3, 5], settings())
+
+
+def test_a_step_too_large_is_found_at_the_end_of_its_block(world):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    start, spread, histories = problem(likelihood)
+    with pytest.raises(common.UserError, match=r"not finite for users 0, 1, 2, 3, 4 .*--lr 1e\+30"):
+        infer.infer_block(likelihood, start, spread, histories, list(range(6)), settings(lr=1e30, prior=1e30))
 
 
 @pytest.mark.parametrize("history", ["liked", "all", "rated"])
 def test_history_is_the_recent_training_titles_in_order(world, history):
     dataset, _ = world
-    texts = infer.history_texts(dataset, 0, settings(history=history, max_history=3))
+    texts = infer.history_texts(dataset, common.TRAIN, settings(history=history, max_history=3))
     for user in range(len(dataset.users)):
-        rows = [row for row in dataset.interactions.tolist() if row[0] == user and row[3] == 0 and (history != "liked" or row[2])][-3:]
+        rows = [row for row in dataset.interactions.tolist()
+                if row[0] == user and row[3] == 0 and (history != "liked" or row[2])][-3:]
         mark = {0: " -", 1: " +"} if history == "rated" else {0: "", 1: ""}
         assert texts[user] == [f" {dataset.items[item]['title']}{mark[label]};" for _, item, label, _ in rows]
+
+
+def test_a_cold_user_is_inferred_from_his_support_rows_and_from_no_other():
+    dataset, _ = small_world(cold_users=0.3)
+    texts = infer.history_texts(dataset, common.SEEN, settings(history="all", max_history=100))
+    cold = np.unique(dataset.rows(common.SUPPORT)[:, 0])
+    assert len(cold) > 20
+    for user, found in enumerate(texts):
+        rows = dataset.interactions[dataset.interactions[:, 0] == user]
+        rows = rows[np.isin(rows[:, 3], (0, 3))]
+        assert found == [f" {dataset.items[item]['title']};" for item in rows[:, 1]]
+        assert set(rows[:, 3]) <= ({3} if user in cold else {0})
+
+
+def test_the_tiny_lm_reads_items_of_training_rows_alone(tmp_path, monkeypatch):
+    dataset, _ = small_world(cold_users=0.3)
+    only_support = next(item for item in dataset.rows(common.SUPPORT)[:, 1])
+    dataset.interactions, seen = dataset.interactions.copy(), []
+    _, items, _, splits = dataset.interactions.T
+    splits[(items == only_support) & (splits == common.TRAIN)] = common.VALIDATION
+    monkeypatch.setattr(common, "make_sentences", lambda traits, items, *_: seen.extend(items) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        common.train_tiny(dataset, tmp_path / "lm-tiny", 12,
+                          SimpleNamespace(seed=0, history="liked", tiny_sentences=64))
+    expected = {dataset.items[item]["title"] for item in dataset.rows(common.TRAIN)[:, 1]}
+    assert {item["title"] for item in seen} == expected
+    assert dataset.items[only_support]["title"] not in expected
 
 
 def test_histories_are_cut_at_whole_titles(world):
     _, tokenizer = make_lm("gpt2")
     texts = [[" Gold Guitar;", " Basic Rod;", " Mini Pan;"], []]
-    lengths = [len(ids) for ids in infer.pieces(tokenizer, texts[0])]
+    lengths = [len(ids) for ids in common.pieces_of(tokenizer, texts[0])]
     cut = infer.tokenize_histories(tokenizer, texts, lengths[1] + lengths[2] + lengths[0] - 1)
     assert tokenizer.decode(cut[0]) == " Basic Rod; Mini Pan;" and len(cut[1]) == 0
 
@@ -234,14 +310,15 @@ def test_pieces_join_to_the_text_of_the_whole():
     for kind in ("gpt2", "llama"):
         tokenizer = make_lm(kind)[1]
         parts = ["This user's hobby is", ", and his background is", " Gold Guitar;", " Naïve «Ωmega» 🎸;"]
-        assert tokenizer.decode([token for ids in infer.pieces(tokenizer, parts) for token in ids]) == "".join(parts)
+        joined = [token for ids in common.pieces_of(tokenizer, parts) for token in ids]
+        assert tokenizer.decode(joined) == "".join(parts)
 
 
 def test_blocks_hold_every_user_with_a_history_once_and_pad_little():
     rng = np.random.default_rng(0)
     histories = [np.zeros(length, dtype=np.int64) for length in rng.integers(0, 238, size=300)]
     blocks = infer.make_blocks(histories, None, 2048, 20)
-    assert sorted(user for block in blocks for user in block) == [user for user in range(300) if len(histories[user])]
+    assert sorted(np.concatenate(blocks)) == [user for user in range(300) if len(histories[user])]
     padded = sum(len(block) * max(len(histories[user]) for user in block) for block in blocks)
     assert padded < 1.05 * sum(map(len, histories))
     big = infer.make_blocks(histories, None, 100_000, 20)  # a GPU's budget: still hardly any padding
@@ -250,21 +327,56 @@ def test_blocks_hold_every_user_with_a_history_once_and_pad_little():
     assert all(len(block) <= 5 for block in infer.make_blocks(histories, 5, 2048, 20))
 
 
+@pytest.mark.parametrize("total", [16, 80])
+def test_a_gpu_s_token_budget_is_of_its_whole_memory_not_of_what_is_free_now(monkeypatch, world, total):
+    """Else a run that goes on beside another process would cut other blocks and start from the beginning."""
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    likelihood.device = SimpleNamespace(type="cuda")
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=total * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: asked.append(1))
+    width, layers, weights = 32, 2, 4 * common.count_parameters(likelihood.model)
+    expected = (total * 2**30 - weights) // 2 // (infer.ACTIVATIONS * width * layers * 4)
+    assert infer.token_budget_of(likelihood) == expected and not asked
+
+
 def test_sentences_fit_their_words_and_some_tell_one_profile_only():
     dataset, _ = small_world()
-    sentences = infer.make_sentences(dataset, dataset.items, 400, 8, np.random.default_rng(0), "liked")
+    traits = [common.Trait(profile, dataset.items) for profile in dataset.profiles]
+    sentences = common.make_sentences(traits, dataset.items, 400, 8, np.random.default_rng(0), rated=False)
     value = {f" {item['title']};": item["attributes"] for item in dataset.items}
-    fit = np.mean([value[title]["hobby"][0] == words[0] for words, titles in sentences if 0 in words for title in titles])
+    fit = np.mean([value[title]["hobby"][0] == words[0] for words, titles in sentences if 0 in words
+                   for title in titles])
     assert fit > 0.6 and {len(words) for words, _ in sentences} == {1, 2}
-    marks = [title[-3:-1] for _, titles in infer.make_sentences(dataset, dataset.items, 50, 8, np.random.default_rng(0), "rated") for title in titles]
-    assert set(marks) == {" +", " -"}
+    assert {len(titles) for _, titles in sentences} == {1, 2, 3, 5, 8}
+    rated = common.make_sentences(traits, dataset.items, 50, 8, np.random.default_rng(0), rated=True)
+    assert {title[-3:-1] for _, titles in rated for title in titles} == {" +", " -"}
+
+
+def test_a_sentence_is_its_words_the_task_and_its_titles_and_only_titles_count_as_history():
+    dataset, _ = small_world()
+    tokenizer = make_lm("gpt2")[1]
+    traits = [common.Trait(profile, dataset.items) for profile in dataset.profiles]
+    sentences = [({0: "music", 1: "family"}, [" Gold Guitar;"]),
+                 ({1: "wealthy"}, [" Mini Pan;", " Basic Rod;"])]
+    ids, targets, history = common.encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
+    for row, (words, titles) in enumerate(sentences):
+        prompt = "".join(f"{traits[m].prompt} {word}" for m, word in words.items()) + dataset.task_prompt
+        real = targets[row] >= 0
+        assert tokenizer.decode(ids[row][real]) == prompt + "".join(titles)
+        assert torch.equal(ids[row][real], targets[row][real])
+        assert tokenizer.decode(history[row][history[row] >= 0]) == "".join(titles)
 
 
 def test_long_short_history_takes_its_share_of_every_age():
-    assert infer.sample_history(30, 10, "recent") == list(range(20, 30)) and infer.sample_history(7, 10, "long-short") == list(range(7))
+    assert list(infer.sample_history(30, 10, "recent")) == list(range(20, 30))
+    assert list(infer.sample_history(7, 10, "long-short")) == list(range(7))
     places = infer.sample_history(100, 20, "long-short")
-    assert places[8:] == list(range(88, 100)) and sum(place < 44 for place in places) == 2 and sum(44 <= place < 88 for place in places) == 6
+    assert places[8:] == list(range(88, 100))
+    assert sum(place < 44 for place in places) == 2 and sum(44 <= place < 88 for place in places) == 6
     for length in range(1, 60):
         for limit in range(1, length):
             places = infer.sample_history(length, limit, "long-short")
-            assert len(places) == limit == len(set(places)) and places == sorted(places) and 0 <= places[0] and places[-1] == length - 1
+            assert len(places) == limit == len(set(places)) and places == sorted(places)
+            assert 0 <= places[0] and places[-1] == length - 1

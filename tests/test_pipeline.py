@@ -1,73 +1,158 @@
 """The four scripts together: subprocess runs, rules of evidence, determinism, bad input."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import assert_bytes_equal, call_stage, copy_run, ctr, infer, ok, prepare, quantize, run_stage
+from conftest import (assert_bytes_equal, call_stage, copy_run, ctr, infer, ok, prepare, quantize, run_stage,
+                      settings, small_world)
 
 import common
+from common import COLD, SEEN, SUPPORT, TEST, TRAIN, VALIDATION
 
 
-def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path):
+def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
-    printed = [ok(run_stage("01_prepare_data.py", "--run", run, "--subsample-users", 150)),
-               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 2000, "--steps", 8)),
+    printed = [ok(run_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
+               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 1000, "--steps", 8)),
                ok(run_stage("03_quantize.py", "--run", run, "--epochs", 1)),
                ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
     for number, process in enumerate(printed[:3], 2):
-        assert f"next: python 0{number}" in process.stdout and "Traceback" not in process.stderr
+        assert f"next: python 0{number}" in process.stdout
+    assert not any(process.stderr for process in printed), [process.stderr for process in printed]
     facts = json.loads((run / "profiles.json").read_text())
     assert facts["lm"] == "tiny" and set(facts["heldout_nll"]) == {"own", "population", "shuffled"}
     assert set(facts["lm_sensitivity"]) == {"hobby", "background"}
     steps = facts["train_nll_steps"]
-    assert len(steps) == 9 and steps[-1] < steps[0] and list(facts["train_nll"].values()) == [steps[0], steps[-1]]
-    assert not list(run.glob("*progress*")) and not list(run.glob("*partial*"))
+    assert len(steps) == 9 and steps[-1] < steps[0]
+    assert list(facts["train_nll"].values()) == [steps[0], steps[-1]]
+    assert {path.name for path in run.iterdir() if path.is_dir()} == {"lm-tiny", "predictions"}
     profiles = np.load(run / "profiles.npy")
-    assert profiles.dtype == np.float32 and profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 64)
+    assert profiles.dtype == np.float32
+    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 64)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_history"] == unknown.sum()
     if unknown.any():
         assert np.allclose(profiles[unknown], profiles[~unknown].mean(0), atol=1e-6)
-    again = run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 2000, "--steps", 8)
-    assert "training the tiny LM" not in ok(again).stderr  # cached
+    call_stage(infer, "--run", run, "--tiny-sentences", 1000, "--steps", 9)
+    trained = "training the tiny LM"
+    assert trained in printed[1].stdout and trained not in capsys.readouterr().out
 
 
-def poisoned(source, target):
-    """Every validation and test row gets another item and label; items met only there get another title."""
+# ---------------------------------------------------------------- rules of evidence
+
+def rewrite(run, interactions, items=None):
+    """Other interactions, other items, with a fingerprint to match."""
+    facts, dataset = json.loads((run / "dataset.json").read_text()), common.load_dataset(run)
+    dataset = dataclasses.replace(dataset, interactions=interactions, items=items or dataset.items)
+    np.save(run / "interactions.npy", interactions)
+    (run / "items.json").write_text(json.dumps(dataset.items))
+    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+
+
+def poisoned(source, target, splits=(VALIDATION, TEST, COLD)):
+    """Rows of these splits get another item and label; items met nowhere else another title. How many?"""
     copy_run(source, target)
-    interactions, items = np.load(source / "interactions.npy"), json.loads((source / "items.json").read_text())
-    facts = json.loads((source / "dataset.json").read_text())
-    held = interactions[:, 3] != common.TRAIN
+    interactions, items = np.load(source / "interactions.npy"), common.load(source, "items.json")
+    held = np.isin(interactions[:, 3], splits)
     rng = np.random.default_rng(9)
     interactions[held, 2] ^= 1
     interactions[held, 1] = rng.integers(len(items), size=held.sum())
-    seen = set(interactions[~held, 1].tolist())
-    hidden = [index for index in range(len(items)) if index not in seen]
+    hidden = set(range(len(items))) - set(interactions[~held, 1].tolist())
     for index in hidden:
-        items[index] |= {"title": "Poison Poison", "attributes": {"hobby": ["poison"], "background": ["poison"]}}
-    dataset = common.Dataset(interactions, json.loads((source / "users.json").read_text()), items, facts["profiles"], facts["task_prompt"])
-    np.save(target / "interactions.npy", interactions)
-    (target / "items.json").write_text(json.dumps(items))
-    (target / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+        items[index]["title"] = "Poison Poison"
+        items[index]["attributes"] = {"hobby": ["poison"], "background": ["poison"]}
+    rewrite(target, interactions, items)
     return len(hidden)
 
 
-def test_poisoned_validation_and_test_rows_change_nothing_up_to_the_bank(tmp_path):
-    clean = tmp_path / "clean"
-    call_stage(prepare, "--run", clean, "--subsample-users", 100, "--min-interactions", 1)
-    hidden = poisoned(clean, tmp_path / "poisoned")
-    assert hidden > 0
-    for run in (clean, tmp_path / "poisoned"):
+def test_poisoned_validation_test_and_cold_rows_change_nothing_up_to_the_bank(tmp_path):
+    clean, poison = tmp_path / "clean", tmp_path / "poisoned"
+    call_stage(prepare, "--run", clean, "--subsample-users", 90, "--min-interactions", 1, "--cold-users", 0.3)
+    assert poisoned(clean, poison) > 0
+    assert set(np.load(clean / "interactions.npy")[:, 3].tolist()) == {*SEEN, VALIDATION, TEST, COLD}
+    for run in (clean, poison):
         call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 2)
         call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1)
-    for name in ("profiles.npy", "feature_bank.npy", "feature_bank.csv"):
-        assert_bytes_equal(clean / name, tmp_path / "poisoned" / name)
-    one, two = (torch.load(run / "codebooks.pt", weights_only=True)["codebooks"] for run in (clean, tmp_path / "poisoned"))
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
-    facts = [json.loads((run / "profiles.json").read_text()) for run in (clean, tmp_path / "poisoned")]
+    for name in ("lm-tiny/model.safetensors", "profiles.npy", "feature_bank.npy", "feature_bank.csv"):
+        assert_bytes_equal(clean / name, poison / name)
+    books = [common.load(run, "codebooks.pt")["codebooks"] for run in (clean, poison)]
+    assert all(torch.equal(one, two) for one, two in zip(*books))
+    facts = [common.load(run, "profiles.json") for run in (clean, poison)]
     assert facts[0]["heldout_nll"] != facts[1]["heldout_nll"]  # the poison was there to be seen
+
+
+@pytest.mark.parametrize("flags", [("--quantizer", "em", "--epochs", 1), ("--quantizer", "words")])
+def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_folders, tmp_path):
+    poisoned(prepared, tmp_path / "poisoned")
+    for run in (copy_run(prepared, tmp_path / "clean"), tmp_path / "poisoned"):
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1)
+        call_stage(quantize, "--run", run, *flags)
+    assert_bytes_equal(tmp_path / "clean" / "feature_bank.npy", tmp_path / "poisoned" / "feature_bank.npy")
+
+
+def test_support_rows_change_theta_of_their_own_users_alone(lm_folders, tmp_path):
+    clean, poison = tmp_path / "clean", tmp_path / "poisoned"
+    call_stage(prepare, "--run", clean, "--subsample-users", 100, "--cold-users", 0.3)
+    poisoned(clean, poison, (SUPPORT,))
+    theta = []
+    for run in (clean, poison):
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3)
+        theta.append(np.load(run / "profiles.npy"))
+    dataset = common.load_dataset(clean)
+    cold = np.isin(np.arange(len(dataset.users)), dataset.rows(SUPPORT)[:, 0])
+    moved = np.abs(theta[0] - theta[1]).max(axis=(1, 2))
+    known = np.isin(np.arange(len(dataset.users)), common.load(clean, "profiles_users.json")["inferred"])
+    assert np.isin(common.load(poison, "profiles_users.json")["inferred"], np.flatnonzero(known | cold)).all()
+    assert (moved[cold & known] > 1e-3).mean() > 0.9 and moved[~cold & known].max() < 1e-4
+
+
+def other_support(dataset):
+    """The same data set with other items and the other label in every support row."""
+    interactions = dataset.interactions.copy()
+    support = interactions[:, 3] == SUPPORT
+    interactions[support, 1] = (interactions[support, 1] * 7 + 3) % len(dataset.items)
+    interactions[support, 2] ^= 1
+    return dataclasses.replace(dataset, interactions=interactions)
+
+
+def test_support_rows_train_neither_the_surrogate_nor_the_codebooks(monkeypatch):
+    """Given theta, by Algorithm 1 without the LLM's term, where histories of cold users have their place."""
+    made = []
+
+    class Recorded(quantize.Surrogate):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append((self, {key: value.clone() for key, value in self.state_dict().items()}))
+
+    monkeypatch.setattr(quantize, "Surrogate", Recorded)
+    args = SimpleNamespace(seed=0, paper=False, start="kmeans", llm_loss=False, epochs=2, warm_up=2,
+                           alpha=1.0, beta=0.25, lr=0.02, batch_users=32)
+    dataset, found = small_world(cold_users=0.3)[0], []
+    for each in (dataset, other_support(dataset)):
+        theta = np.random.default_rng(0).normal(size=(len(dataset.users), 2, 8)).astype(np.float32)
+        known = np.ones(len(theta), dtype=bool)
+        problem = quantize.Problem(None, each, theta, known, {"spread": [1.0, 1.0], "prior": 1.0})
+        quantizer = quantize.JointVQ(problem, [4, 3], args, torch.device("cpu"))
+        codes, _ = quantizer.fit()
+        found.append([codes, *quantizer.books, *made[-1][0].state_dict().values()])
+    assert len(found[0]) == len(found[1]) and all(np.array_equal(one, two) for one, two in zip(*found))
+    after, before = (part["dcn.embed.table.weight"] for part in (made[0][0].state_dict(), made[0][1]))
+    trained = (after != before).any(1)[:len(dataset.users)].numpy()
+    assert np.array_equal(np.flatnonzero(trained), np.unique(dataset.rows(TRAIN)[:, 0]))  # no cold user's id
+
+
+def test_support_rows_train_no_tiny_lm(tmp_path):
+    dataset, _ = small_world(cold_users=0.3)
+    args = SimpleNamespace(seed=0, history="rated", tiny_sentences=64)
+    for name, each in (("clean", dataset), ("poisoned", other_support(dataset))):
+        length = max(map(len, infer.history_texts(each, TRAIN, settings(history="rated"))))
+        common.train_tiny(each, tmp_path / name, length, args)
+    for name in ("model.safetensors", "tiny.json"):
+        assert_bytes_equal(tmp_path / "clean" / name, tmp_path / "poisoned" / name)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(inferred, lm_folders, tmp_path):
@@ -76,9 +161,38 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(inferred, lm_f
         call_stage(prepare, "--run", run, "--subsample-users", 120, "--seed", seed)
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--seed", seed)
         call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1, "--seed", seed)
-    for name in ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy", "profiles.npy", "feature_bank.npy", "feature_bank.csv"):
+    for name in ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy", "profiles.npy",
+                 "feature_bank.npy", "feature_bank.csv"):
         assert_bytes_equal(inferred / name, tmp_path / "again" / name)
-    assert (inferred / "interactions.npy").read_bytes() != (tmp_path / "other" / "interactions.npy").read_bytes()
+    for name in ("interactions.npy", "profiles.npy", "feature_bank.npy"):
+        assert (inferred / name).read_bytes() != (tmp_path / "other" / name).read_bytes()
+
+
+# ---------------------------------------------------------------- every flag matters (04: test_ctr.py)
+
+def test_every_flag_of_stage_01_changes_the_data(tmp_path):
+    def data(*args):
+        call_stage(prepare, "--run", tmp_path, "--subsample-users", 80, *args)
+        return common.load(tmp_path, "dataset.json")["fingerprint"]
+    base = data()
+    assert base == data()
+    for flags in (("--seed", 1), ("--subsample-users", 90), ("--max-per-user", 12), ("--min-interactions", 3),
+                  ("--positive-above", 4), ("--cold-users", 0.2), ("--signal", 0),
+                  ("--profile-words", "zorp,quell")):
+        assert data(*flags) != base, flags
+    assert data("--cold-users", 0.2) != data("--cold-users", 0.4) != data("--cold-users", 0.4, "--seed", 1)
+
+
+def test_cold_users_are_a_random_share_whose_rows_are_support_and_cold():
+    plain, cold = (small_world(cold_users=share)[0] for share in (0.0, 0.3))
+    old, new = plain.interactions, cold.interactions
+    assert np.array_equal(old[:, :3], new[:, :3]) and set(old[:, 3]) == {TRAIN, VALIDATION, TEST}
+    strangers = set(new[np.isin(new[:, 3], (SUPPORT, COLD)), 0].tolist())
+    assert len(strangers) == round(0.3 * len(plain.users)) and max(strangers) > 100 and min(strangers) < 20
+    own = np.isin(new[:, 0], list(strangers))
+    assert np.array_equal(old[~own, 3], new[~own, 3])  # one split, whoever is cold
+    assert np.array_equal(new[own, 3], np.where(old[own, 3] == TRAIN, SUPPORT, COLD))
+    assert np.array_equal(cold.rows(SEEN), plain.rows(TRAIN))
 
 
 def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
@@ -87,12 +201,12 @@ def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, *args)
         return np.load(run / "profiles.npy")
     base = theta()
-    for flags in (("--steps", 4), ("--lr", 0.3), ("--prior", 0), ("--init", "vocab"), ("--init", "random"), ("--mask", "causal"),
-                  ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16"),
-                  ("--max-history", 4, "--history-sample", "long-short")):
+    for flags in (("--steps", 4), ("--lr", 0.3), ("--prior", 0), ("--init", "vocab"), ("--init", "random"),
+                  ("--mask", "causal"), ("--history", "all"), ("--history", "rated"), ("--max-history", 3),
+                  ("--dtype", "bf16"), ("--max-history", 4, "--history-sample", "long-short")):
         assert not np.allclose(theta(*flags), base, atol=1e-7), flags
     assert not np.allclose(theta("--init", "random", "--seed", 1), theta("--init", "random"))
-    for flags in (("--block-size", 7), ("--logit-chunk", 50), ("--block-size", "auto")):  # how, not what: rounding aside the same
+    for flags in (("--block-size", 7, "--fresh"), ("--block-size", "auto", "--fresh")):  # how, not what
         assert np.allclose(theta(*flags), base, atol=2e-3), flags
     assert theta("--lm", lm_folders["llama"]).shape == base.shape
 
@@ -105,45 +219,45 @@ def test_sentences_and_seed_change_the_tiny_lm(prepared, tmp_path):
     assert len(set(found)) == 3
 
 
+def test_quantizers_and_starts_of_stage_03_change_the_codebooks(inferred, tmp_path):
+    run, found = copy_run(inferred, tmp_path / "run"), {}
+    for flags in ("--quantizer vq", "--quantizer kmeans", "--quantizer em", "--quantizer words",
+                  "--quantizer em --start words", "--quantizer words --codes 5,3"):
+        call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1, *flags.split())
+        facts, by_words = common.load(run, "quantize.json"), "--quantizer words" in flags
+        found[flags] = facts["codebooks_fingerprint"]
+        assert by_words == ("words" in facts["profiles"][0]) == (run / "feature_bank_words.csv").exists()
+        assert not by_words or len(facts["profiles"][0]["words"]) == facts["codes"][0]
+    assert len(set(found.values())) == len(found)
+
+
 def test_show_mask_prints_the_grid_and_writes_nothing(prepared, lm_folders, tmp_path, capsys):
     run = copy_run(prepared, tmp_path / "run")
     call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--show-mask")
     grid = [line for line in capsys.readouterr().out.splitlines() if " |" in line]
     assert sum("<theta^" in line for line in grid) == 2 and not (run / "profiles.npy").exists()
     first, second = (line.split("|")[1].split() for line in grid if "<theta^" in line)
-    assert first.count("#") + second.count("#") == grid.index(next(line for line in grid if "<theta^2>" in line)) + 1
+    last = grid.index(next(line for line in grid if "<theta^2>" in line))
+    assert first.count("#") + second.count("#") == last + 1
 
 
-def break_file(path):
-    path.write_bytes(b"\x93NUMPY" + bytes(40))
+# ---------------------------------------------------------------- bad input
+
+def break_interactions(run):
+    (run / "interactions.npy").write_bytes(b"\x93NUMPY" + bytes(40))
 
 
 def empty_training(run):
     """No user has a liked training row."""
     interactions = np.load(run / "interactions.npy")
-    interactions[interactions[:, 3] == 0, 2] = 0
+    interactions[interactions[:, 3] == TRAIN, 2] = 0
     rewrite(run, interactions)
 
 
 def one_class(run):
     """Every test row is liked."""
     interactions = np.load(run / "interactions.npy")
-    interactions[interactions[:, 3] == 2, 2] = 1
-    rewrite(run, interactions)
-
-
-def rewrite(run, interactions):
-    """Other interactions, with a fingerprint to match."""
-    facts = json.loads((run / "dataset.json").read_text())
-    dataset = common.Dataset(interactions, json.loads((run / "users.json").read_text()), json.loads((run / "items.json").read_text()),
-                             facts["profiles"], facts["task_prompt"])
-    np.save(run / "interactions.npy", interactions)
-    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
-
-
-def strange_item(run):
-    interactions = np.load(run / "interactions.npy")
-    interactions[5, 1] = 10**6
+    interactions[interactions[:, 3] == TEST, 2] = 1
     rewrite(run, interactions)
 
 
@@ -164,57 +278,83 @@ def other_dataset(run):
     call_stage(prepare, "--run", run, "--subsample-users", 110)
 
 
+def drop(name):
+    return lambda run: (run / name).unlink()
+
+
+def put(name, text):
+    return lambda run: (run / name).write_text(text)
+
+
+def scale(name, factor, shift=0):
+    return lambda run: np.save(run / name, np.load(run / name) * factor + shift)
+
+
 BAD = [  # stage, flags, what happens to the run before, words the error must hold
     (prepare, ["--profile-words", "zorp"], None, ["1 words for 2 profiles", "--profile-words"]),
-    (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["u.genre", "--data-dir"]),
+    (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["cannot read u.genre", "/nowhere"]),
     (prepare, ["--min-interactions", 100000], None, ["0 interactions are left", "lower it"]),
     (prepare, ["--min-interactions", 0], None, ["smallest is 1"]),
     (prepare, ["--dataset", "netflix"], None, ["invalid choice", "--help"]),
     (prepare, ["--nonsense"], None, ["unrecognized", "--help"]),
     (prepare, ["--positive-above", "nan"], None, ["--positive-above", "out of range"]),
+    (prepare, ["--cold-users", 1.5], None, ["--cold-users", "out of range"]),
+    (prepare, ["--cold-users", -0.1], None, ["--cold-users", "out of range"]),
     (infer, ["--steps", -3], None, ["--steps", "smallest is 1"]),
     (infer, ["--lr", 0], None, ["--lr", "out of range"]),
     (infer, ["--lr", "inf"], None, ["--lr", "out of range"]),
-    (infer, ["--lm", "/nowhere/model"], None, ["/nowhere/model", "local folder"]),
-    (infer, [], lambda run: (run / "dataset.json").unlink(), ["dataset.json is missing", "01_prepare_data.py"]),
-    (infer, [], lambda run: break_file(run / "interactions.npy"), ["interactions.npy cannot be read", "01_prepare_data.py"]),
-    (infer, [], lambda run: (run / "items.json").write_text("[]"), ["another dataset", "01_prepare_data.py"]),
-    (infer, [], lambda run: (run / "users.json").write_text("{"), ["users.json cannot be read", "01_prepare_data.py"]),
+    (infer, ["--lm", "/nowhere/model"], None, ["/nowhere/model", "save_pretrained"]),
+    (infer, [], drop("dataset.json"), ["dataset.json is missing", "01_prepare_data.py"]),
+    (infer, [], break_interactions, ["interactions.npy cannot be read", "01_prepare_data.py"]),
+    (infer, [], put("items.json", "[]"), ["another dataset", "01_prepare_data.py"]),
+    (infer, [], put("users.json", "{"), ["users.json cannot be read", "01_prepare_data.py"]),
     (infer, [], empty_training, ["no user has a training history", "--history all"]),
     (infer, ["--lm", "tiny"], empty_training, ["no user has a training history", "--history all"]),
-    (infer, ["--users", "/nowhere"], None, ["other settings", "--users"]),
-    (quantize, [], lambda run: (run / "profiles.json").write_text("{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
-    (quantize, [], lambda run: np.save(run / "truth.npy", np.load(run / "truth.npy") * 0), ["truth.npy was made from another dataset"]),
-    (ctr, [], lambda run: (run / "quantize.json").write_text("[]"), ["quantize.json lacks", "03_quantize.py"]),
-    (ctr, ["--score", "/nowhere.csv"], None, ["ctr_dcn.json is missing", "04_train_ctr.py"]),
-    (ctr, [], beyond, ["beyond its codebook", "03_quantize.py"]),
-    (ctr, ["--ids", "none"], strange_item, ["beyond users.json or items.json", "01_prepare_data.py"]),
-    (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
-    (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--assign likelihood does not go with --quantizer vq"]),
+    (infer, ["--users", "/nowhere"], None, ["other settings (steps)", "the first run"]),
+    (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
+    (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["does not go with --quantizer vq"]),
+    (quantize, ["--quantizer", "words", "--assign", "nearest"], None, ["does not go with --quantizer words"]),
+    (quantize, ["--start", "words"], None, ["--start words goes with --quantizer em"]),
+    (quantize, ["--quantizer", "kmeans", "--start", "words"], None, ["words goes with --quantizer em"]),
+    (quantize, ["--quantizer", "em", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),
+    (quantize, ["--quantizer", "words", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),
+    (quantize, ["--quantizer", "sense"], None, ["invalid choice", "--help"]),
     (quantize, ["--keep-codebooks", "--codes", "4,3"], None, ["--codes does not go with --keep-codebooks"]),
-    (quantize, ["--keep-codebooks"], other_settings, ["codebooks.pt was made with another LLM", "03_quantize.py"]),
-    (quantize, ["--keep-codebooks"], lambda run: (run / "codebooks.pt").unlink(), ["codebooks.pt is missing", "03_quantize.py"]),
-    (quantize, ["--keep-codebooks"], lambda run: (run / "codebooks.pt").write_bytes(b"x"), ["codebooks.pt cannot be read"]),
-    (quantize, [], lambda run: (run / "profiles.npy").unlink(), ["profiles.npy is missing", "02_infer_profiles.py"]),
+    (quantize, ["--keep-codebooks"], other_settings, ["made with another LLM", "03_quantize.py"]),
+    (quantize, ["--keep-codebooks"], drop("codebooks.pt"), ["codebooks.pt is missing", "03_quantize.py"]),
+    (quantize, ["--keep-codebooks"], put("codebooks.pt", "x"), ["codebooks.pt cannot be read"]),
+    (quantize, [], drop("profiles.npy"), ["profiles.npy is missing", "02_infer_profiles.py"]),
     (quantize, [], other_dataset, ["profiles.npy was made from another dataset", "02_infer_profiles.py"]),
-    (quantize, [], lambda run: np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1), ["another profiles", "02_infer_profiles.py"]),
-    (quantize, ["--codes", "4"], None, ["1 codebook sizes for 2 profiles", "hobby, background"]),
-    (quantize, ["--codes", "4,x"], None, ["not a list of integers"]),
+    (quantize, [], scale("profiles.npy", 1, 1), ["another profiles", "02_infer_profiles.py"]),
+    (quantize, ["--codes", "4"], None, ["does not give 2 codebook sizes", "hobby, background"]),
+    (quantize, ["--codes", "4,x"], None, ["does not give 2 codebook sizes"]),
     (quantize, ["--codes", "4,1"], None, ["2 to 32766"]),
     (quantize, ["--codes", "500,3"], None, ["500 codes for", "choose at most"]),
     (quantize, ["--alpha", -1], None, ["--alpha", "out of range"]),
-    (ctr, [], lambda run: (run / "feature_bank.npy").unlink(), ["feature_bank.npy is missing", "03_quantize.py"]),
-    (ctr, [], lambda run: np.save(run / "feature_bank.npy", np.load(run / "feature_bank.npy") * 0), ["another quantize", "03_quantize.py"]),
-    (ctr, [], other_dataset, ["another dataset", "02_infer_profiles.py"]),
+    (ctr, [], put("quantize.json", "[]"), ["quantize.json lacks", "03_quantize.py"]),
+    (ctr, [], beyond, ["feature_bank.npy", "codes from 0 to [4, 3]"]),
+    (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
+    (ctr, [], drop("feature_bank.npy"), ["feature_bank.npy is missing", "03_quantize.py"]),
+    (ctr, [], scale("feature_bank.npy", 0), ["another quantize", "03_quantize.py"]),
+    (ctr, [], other_dataset, ["another dataset", "03_quantize.py"]),
     (ctr, ["--models", "dcm"], None, ["unknown dcm", "known: lr, ffm"]),
-    (ctr, ["--ids", "userip,magic"], None, ["unknown magic", "shuffled"]),
-    (ctr, ["--ids", "planted"], lambda run: (run / "truth.npy").unlink(), ["no planted truth"]),
+    (ctr, ["--ids", "userip,magic"], None, ["unknown ids magic", "shuffled", "feature_bank_magic.npy"]),
+    (ctr, ["--ids", "random-magic"], None, ["unknown ids magic"]),
+    (ctr, ["--ids", "random-none"], None, ["unknown ids none"]),
+    (ctr, ["--ids", ","], None, ["--ids", "empty"]),
+    (ctr, ["--ids", "planted"], drop("truth.npy"), ["no planted truth"]),
+    (ctr, ["--ids", "shuffled-planted"], drop("truth.npy"), ["no planted truth"]),
     (ctr, ["--seeds", 0], None, ["--seeds", "smallest is 1"]),
+    (ctr, ["--user-dropout", 2], None, ["--user-dropout", "out of range"]),
+    (ctr, ["--user-dropout", 1], None, ["--user-dropout", "out of range"]),
+    (ctr, ["--weight-decay", -1], None, ["--weight-decay", "out of range"]),
     (ctr, ["--lr", 1e30, "--ids", "none", "--seeds", 1], None, ["the loss is", "lower --lr"]),
 ]
 
 
-@pytest.mark.parametrize("case", range(len(BAD)), ids=[f"{stage.__name__[:2]}-{number}" for number, (stage, *_) in enumerate(BAD)])
+@pytest.mark.parametrize("case", range(len(BAD)),
+                         ids=[f"{stage.__name__[:2]}-{number}" for number, (stage, *_) in enumerate(BAD)])
 def test_bad_input_is_one_line_exit_2_and_changes_no_artifact(case, inferred, lm_folders, tmp_path, capsys):
     stage, flags, damage, words = BAD[case]
     run = copy_run(inferred, tmp_path / "run")
@@ -226,20 +366,23 @@ def test_bad_input_is_one_line_exit_2_and_changes_no_artifact(case, inferred, lm
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         common.guarded(lambda: call_stage(stage, "--run", run, *flags))
-    lines = capsys.readouterr().err.strip().split("\n")
-    message = [line for line in lines if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(message) == 1 and lines[-1] == message[0]
-    assert all(word in message[0] for word in words) and " (" in message[0] and "); " in message[0], message[0]
-    after = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
-    assert before.keys() - {".lock"} == after.keys() and all(before[name] == after[name] for name in after)
+    message, = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and message.startswith("error: ")
+    assert all(word in message for word in words) and " (" in message and "); " in message, message
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 def test_errors_of_a_real_process_have_no_traceback(tmp_path):
     process = run_stage("03_quantize.py", "--run", tmp_path / "nothing")
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and process.stderr.startswith("error: dataset.json is missing (")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: dataset.json is missing (")
 
 
-@pytest.mark.parametrize("script", ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"])
-def test_help_describes_every_flag(script):
-    text = ok(run_stage(script, "--help")).stdout
-    assert "--run" in text and "--seed" in text and "(default:" in text
+@pytest.mark.parametrize("stage", [prepare, infer, quantize, ctr])
+def test_help_describes_every_flag(stage, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_stage(stage, "--help")
+    lines = capsys.readouterr().out.split("options:")[1].split("\n  -")[1:]
+    assert stop.value.code == 0 and len(lines) > 10
+    for line in lines:  # "-run RUN  what it is for"
+        assert len(line.split("  ", 1)[-1].split()) > 3, line

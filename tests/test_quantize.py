@@ -1,5 +1,6 @@
 """Stage 03: the VQ layer, Eq. (5)-(7), Algorithm 1, EM and the feature bank."""
 
+import csv
 import itertools
 import json
 from types import SimpleNamespace
@@ -7,25 +8,32 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, quantize, random_rows
+from conftest import (assert_bytes_equal, call_stage, copy_run, infer, likelihood_of, make_lm, ok, quantize,
+                      random_rows, run_stage)
 from torch import nn
 
 import common
 
 
+CPU = torch.device("cpu")
+
+
 def test_nearest_code_against_explicit_loops():
     torch.manual_seed(0)
     theta, quantizer = torch.randn(30, 5), quantize.VectorQuantizer(torch.randn(4, 5))
-    expected = [min(range(4), key=lambda k: sum((theta[n, j] - quantizer.codebook[k, j]).item() ** 2 for j in range(5))) for n in range(30)]
+    distances = [[sum((theta[n, j] - quantizer.codebook[k, j]).item() ** 2 for j in range(5))
+                  for k in range(4)] for n in range(30)]
+    expected = [found.index(min(found)) for found in distances]
     assert quantizer.assign(theta).tolist() == expected
 
 
 def test_straight_through_value_is_the_code_and_gradient_the_identity():
     theta, quantizer = torch.randn(6, 3, requires_grad=True), quantize.VectorQuantizer(torch.randn(2, 3))
-    quantized, codes, _, _ = quantizer(theta)
-    assert torch.allclose(quantized, quantizer.codebook[codes])
+    quantized, _, _ = quantizer(theta)
+    assert torch.allclose(quantized, quantizer.codebook[quantizer.assign(theta)])
     weight = torch.randn(6, 3)
-    to_theta, to_codebook = torch.autograd.grad((quantized * weight).sum(), [theta, quantizer.codebook], allow_unused=True)
+    to_theta, to_codebook = torch.autograd.grad((quantized * weight).sum(), [theta, quantizer.codebook],
+                                                allow_unused=True)
     assert torch.equal(to_theta, weight) and (to_codebook is None or not to_codebook.any())
 
 
@@ -36,46 +44,95 @@ class LinearSurrogate(nn.Module):
         return quantized.sum((1, 2))
 
 
-def hand_case(alpha=1.0, beta=0.5, llm=None):
-    """Two users, K = 2, d = 2: theta = (1, 0), (0, 3); codes v = (1, 1), (0, 2); rows: user 0 likes, user 1 dislikes twice."""
-    theta = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]], requires_grad=True)
+def hand_made():
+    """K = 2, d = 2: theta = (1, 0), (0, 3); codes v = (1, 1), (0, 2); user 0 likes, user 1 dislikes twice."""
+    theta = torch.tensor([[[1.0, 0.0]], [[0.0, 3.0]]])
     quantizers = nn.ModuleList([quantize.VectorQuantizer(torch.tensor([[1.0, 1.0], [0.0, 2.0]]))])
-    rows, offsets = quantize.rows_by_user(np.array([[1, 0, 0], [0, 0, 1], [1, 1, 0]]), 2)
-    loss, parts = quantize.joint_loss(theta, np.array([0, 1]), quantizers, LinearSurrogate(), torch.from_numpy(rows), offsets, llm,
-                                      SimpleNamespace(alpha=alpha, beta=beta))
+    return theta, quantizers, quantize.rows_by_user(np.array([[1, 0, 0], [0, 0, 1], [1, 1, 0]]), 2)
+
+
+def hand_case(beta):
+    theta, quantizers, rows = hand_made()
+    loss, parts = quantize.vec_loss(theta.requires_grad_(), rows, quantizers, LinearSurrogate(), beta)
     return theta, quantizers[0].codebook, loss, parts
 
 
-def test_joint_loss_of_a_hand_computed_case():
-    _, _, loss, parts = hand_case()
+def test_rows_of_each_user_stand_together_also_of_those_who_have_none():
+    rows = np.array([[3, 0, 1], [1, 5, 0], [3, 2, 0], [1, 4, 1]])
+    found = [part.tolist() for part in quantize.rows_by_user(rows, 5)]
+    assert found == [[], [[1, 5, 0], [1, 4, 1]], [], [[3, 0, 1], [3, 2, 0]], []]
+
+
+def test_loss_of_eq_5_of_a_hand_computed_case():
+    _, _, loss, parts = hand_case(beta=0.5)
     # distances: user 0 to v_0: 0 + 1 = 1; user 1 to v_1: 0 + 1 = 1. Logits: 1 + 1 = 2 and 0 + 2 = 2.
     rec = (np.log1p(np.exp(-2)) + 2 * np.log1p(np.exp(2))) / 2
     assert parts == pytest.approx({"codebook": 1.0, "commitment": 1.0, "rec": rec})
     assert float(loss.detach()) == pytest.approx(1 + 0.5 + rec)
-    _, _, loss, parts = hand_case(alpha=0.1, llm=lambda theta, users: theta.sum((1, 2)) * 2)
-    assert parts["llm"] == pytest.approx(4.0) and float(loss.detach()) == pytest.approx(0.1 * (1.5 + rec) + 4.0)
 
 
 def test_each_term_of_eq_5_reaches_the_tensors_it_should():
     theta, codebook, loss, _ = hand_case(beta=0.5)
     loss.backward()
     sigma = 1 / (1 + np.exp(-2))
-    # codebook: 2 (v - theta) / users, from the first term alone. theta: beta * 2 (theta - v) / users + d rec through the identity.
+    # codebook: 2 (v - theta) / users, from the first term alone.
+    # theta: beta * 2 (theta - v) / users + d rec through the identity.
     assert codebook.grad.tolist() == [pytest.approx([0.0, 1.0]), pytest.approx([0.0, -1.0])]
     assert theta.grad[0, 0].tolist() == pytest.approx([(sigma - 1) / 2, -0.5 + (sigma - 1) / 2])
     assert theta.grad[1, 0].tolist() == pytest.approx([2 * sigma / 2, 0.5 + 2 * sigma / 2])
 
 
-def joint(users=range(8), **changes):
+def quadratic(scale=1.0):
+    """A stand-in for the LLM's loss: the mean over users of ||theta||^2, its gradient times `scale`."""
+    def llm(theta_of, users):
+        loss = (theta_of(users) ** 2).sum() / len(users)
+        (scale * loss).backward()
+        return loss.item()
+
+    llm.scale = scale
+    return llm
+
+
+def test_the_two_terms_of_eq_7_add_up_and_alpha_weighs_the_first_alone(monkeypatch):
+    """Optimisers that do not move, but note the gradients that they are given: theta's, the codebook's."""
+    noted = []
+
+    class Recorder:
+        def __init__(self, parameters, **_):
+            self.parameters = list(parameters)
+
+        def zero_grad(self):
+            for parameter in self.parameters:
+                parameter.grad = None
+
+        def step(self):
+            noted.extend(parameter.grad.to_dense() for parameter in self.parameters)
+
+    monkeypatch.setattr(torch.optim, "SparseAdam", Recorder)
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    theta, quantizers, rows = hand_made()
+    table = nn.Embedding(2, 2, sparse=True, _weight=theta.flatten(1).clone())
+    args = SimpleNamespace(alpha=0.1, beta=0.5, lr=1.0, batch_users=2, epochs=1)
+    log = quantize.train_jointly(table, quantizers, LinearSurrogate(), rows, np.arange(2),
+                                 quadratic(scale=8.0), args, np.random.default_rng(0))
+    leaf, codebook, loss, _ = hand_case(beta=0.5)
+    (0.1 * loss + (leaf ** 2).sum() / 2).backward()
+    assert torch.allclose(noted[0].view(2, 1, 2), 8 * leaf.grad)
+    assert torch.allclose(noted[1], 8 * codebook.grad)
+    assert log[0]["llm"] == pytest.approx(5.0) and log[0]["codebook"] == pytest.approx(1.0)
+
+
+def joint(users=range(8), llm=None, **changes):
     torch.manual_seed(0)
-    args = SimpleNamespace(**{"alpha": 1.0, "beta": 0.25, "lr": 0.05, "batch_users": 3, "epochs": 2, **changes})
+    args = SimpleNamespace(**{"alpha": 1.0, "beta": 0.25, "lr": 0.05, "batch_users": 3, "epochs": 2,
+                              **changes})
     z = torch.randn(10, 2, 4)
     table = nn.Embedding(10, 8, sparse=True, _weight=z.flatten(1).clone())
     quantizers = nn.ModuleList(quantize.VectorQuantizer(torch.randn(3, 4)) for _ in range(2))
     surrogate = quantize.Surrogate(10, 12, 2, 4)
-    rows, offsets = quantize.rows_by_user(random_rows(60, 10, 12), 10)
-    llm = (lambda theta, users: (theta ** 2).sum((1, 2))) if changes.get("llm") else None
-    quantize.train_jointly(table, quantizers, surrogate, torch.from_numpy(rows), offsets, np.array(list(users)), llm, args, np.random.default_rng(0))
+    rows = quantize.rows_by_user(random_rows(60, 10, 12), 10)
+    quantize.train_jointly(table, quantizers, surrogate, rows, np.array(list(users)), llm, args,
+                           np.random.default_rng(0))
     return z, table.weight.detach().view(10, 2, 4), torch.stack([q.codebook.detach() for q in quantizers])
 
 
@@ -86,10 +143,55 @@ def test_algorithm_1_moves_present_users_only():
 
 def test_every_joint_setting_changes_the_outcome():
     base = joint()
-    for change in ({"alpha": 0.5, "llm": True}, {"beta": 1.0}, {"lr": 0.01}, {"batch_users": 8}, {"epochs": 3}, {"llm": True}):
+    for change in ({"alpha": 0.5, "llm": quadratic()}, {"beta": 1.0}, {"lr": 0.01}, {"batch_users": 8},
+                   {"epochs": 3}, {"llm": quadratic()}):
         other = joint(**change)
         assert not torch.equal(base[1], other[1]), change
     assert torch.equal(base[1], joint()[1])
+
+
+def test_a_scale_that_keeps_fp16_gradients_alive_changes_no_step():
+    for plain, scaled in zip(joint(llm=quadratic()), joint(llm=quadratic(scale=1024.0))):
+        assert torch.allclose(plain, scaled, atol=1e-4)
+
+
+def stub_problem(world, histories, prior=1.0):
+    """(what a quantizer asks of a Problem, with a random LLM and these histories; likelihood; tokenizer)."""
+    model, tokenizer = make_lm("gpt2")
+    likelihood = likelihood_of(model, tokenizer, world[0])
+    opened = likelihood, histories, *infer.starting_point(likelihood, "slot", None), tokenizer
+    theta = np.zeros((len(histories), 2, 32), dtype=np.float32)
+    return SimpleNamespace(open_likelihood=lambda _: opened, facts={"prior": prior}, theta=theta,
+                           known=np.array([len(ids) > 0 for ids in histories])), likelihood, tokenizer
+
+
+@pytest.mark.parametrize("prior, scale", [(0.0, 1.0), (2.5, 1.0), (2.5, 1024.0)])
+def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_sum(prior, scale, world,
+                                                                                   monkeypatch):
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(300, size=length) for length in (4, 9, 0, 30, 31, 9, 2)]
+    problem, likelihood, _ = stub_problem(world, histories, prior)
+    likelihood.loss_scale = scale
+    start, spread = infer.starting_point(likelihood, "slot", None)
+    monkeypatch.setattr(infer, "token_budget_of", lambda _: 120)  # of 6 users a block holds one or two
+    blocks, make_blocks = [], infer.make_blocks
+    monkeypatch.setattr(infer, "make_blocks", lambda *args: [blocks.append(block) or block
+                                                             for block in make_blocks(*args)])
+    torch.manual_seed(0)
+    centre, unit, z = torch.randn(2, 32), torch.rand(2, 1) + 0.5, torch.randn(7, 2, 32, requires_grad=True)
+    users = np.array([5, 0, 3, 6, 1, 4])
+    llm = quantize.JointVQ(problem, [4, 3], None, CPU).llm_loss(centre, unit)
+    value = llm(lambda users: z[users], users)
+    assert len(blocks) >= 3 and llm.scale == scale
+    plain = 0.0
+    for user in users:
+        theta = centre + unit * z[user]
+        ids = torch.tensor(histories[user])[None]
+        nll = likelihood(theta[None], ids, torch.tensor([ids.shape[1]])).sum()
+        plain = plain + nll + prior / 2 * sum((((theta - start)[m] / spread[m]) ** 2).sum() for m in range(2))
+    gradient, = torch.autograd.grad(plain / len(users), z)
+    assert value == pytest.approx(plain.item() / len(users), rel=1e-5)
+    assert torch.allclose(z.grad, scale * gradient, rtol=1e-3, atol=scale * 1e-4) and not z.grad[2].any()
 
 
 def test_first_codebooks_find_groups_and_refuse_more_codes_than_theta():
@@ -102,39 +204,141 @@ def test_first_codebooks_find_groups_and_refuse_more_codes_than_theta():
         quantize.first_codebooks(np.repeat(np.eye(2)[:, None], 3, 0), [5], "kmeans", 0)
 
 
-def test_em_e_step_against_enumeration_and_its_coordinate_form(world, monkeypatch):
-    model, tokenizer = make_lm("gpt2")
-    likelihood = likelihood_of(model, tokenizer, world[0])
-    torch.manual_seed(0)
-    books, weights = [torch.randn(3, 32), torch.randn(2, 32)], [torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.6, 0.4]).log()]
-    histories = [np.arange(5), np.arange(3, 12)]
-    mixture = quantize.CodeMixture(likelihood, books, weights, histories)
-    _, share, evidence, best = mixture.responsibilities([0, 1], torch.zeros(2, 2, dtype=torch.long))
-    for user in (0, 1):
+def brute_force(likelihood, histories, books, log_weights):
+    """Per user {combination of codes: log pi_c + log P(y_u | c)}, a user and a combination at a time."""
+    found = []
+    for ids in histories:
         joint_ = {}
-        for a, b in itertools.product(range(3), range(2)):
-            theta = torch.stack([books[0][a], books[1][b]])[None]
-            nll = likelihood(theta, torch.from_numpy(histories[user])[None], torch.tensor([len(histories[user])]))
-            joint_[a, b] = float(weights[0][a] + weights[1][b] - nll)
-        total = np.logaddexp.reduce(list(joint_.values()))
-        assert float(evidence[user]) == pytest.approx(total, abs=1e-3)
-        assert share[user].tolist() == pytest.approx([np.exp(value - total) for value in joint_.values()], abs=1e-3)
-        assert tuple(best[user].tolist()) == max(joint_, key=joint_.get)
-    monkeypatch.setattr(quantize, "COMBINATIONS", 1)
-    coordinate = quantize.CodeMixture(likelihood, books, weights, histories)
-    codes = best
-    *_, again = coordinate.responsibilities([0, 1], codes)  # the best combination is a fixed point of the coordinate updates
-    assert torch.equal(again, best)
+        for codes in itertools.product(*(range(len(book)) for book in books)):
+            theta = torch.stack([book[code] for book, code in zip(books, codes)])[None]
+            nll = likelihood(theta, torch.tensor(ids)[None], torch.tensor([len(ids)]))
+            joint_[codes] = float(sum(weight[code] for weight, code in zip(log_weights, codes)) - nll)
+        found.append(joint_)
+    return found
+
+
+HISTORIES = [np.arange(5), np.arange(0), np.arange(3, 12), np.arange(40, 44)]
+
+
+def test_em_e_step_against_enumeration(world):
+    problem, likelihood, _ = stub_problem(world, HISTORIES)
+    quantizer = quantize.SoftCodeEM(problem, [3, 2], None, CPU)
+    quantizer.open()
+    torch.manual_seed(0)
+    quantizer.books = [torch.randn(3, 32), torch.randn(2, 32)]
+    quantizer.log_weights = [torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.6, 0.4]).log()]
+    evidence, codes, drawn, usage = quantizer.e_step(np.full((4, 2), 1))
+    histories = [HISTORIES[user] for user in (0, 2, 3)]
+    expected = brute_force(likelihood, histories, quantizer.books, quantizer.log_weights)
+    totals = [np.logaddexp.reduce(list(joint_.values())) for joint_ in expected]
+    assert evidence == pytest.approx(np.mean(totals), abs=1e-3)
+    assert [tuple(codes[user]) for user in (0, 2, 3)] == [max(joint_, key=joint_.get) for joint_ in expected]
+    assert codes[1].tolist() == drawn[1].tolist() == [1, 1]  # without a history a user keeps the codes he had
+    for m, size in enumerate((3, 2)):
+        counts = [sum(np.exp(value - total) for joint_, total in zip(expected, totals)
+                      for codes, value in joint_.items() if codes[m] == code) for code in range(size)]
+        assert usage[m].tolist() == pytest.approx(counts, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", ["em", "words"])
+def test_more_combinations_than_em_can_try_are_one_line_that_says_so(name, world):
+    problem, *_ = stub_problem(world, HISTORIES)
+    words = r"102 combinations .* \(--codes.*\); .* product is at most 100"
+    with pytest.raises(common.UserError, match=words):
+        quantize.QUANTIZERS[name](problem, [17, 6], None, CPU).open()
+    quantize.QUANTIZERS[name](problem, [20, 5], None, CPU).open()
+
+
+def test_words_are_the_likeliest_explanation_of_a_history_among_the_llm_s_own_words(world):
+    problem, likelihood, tokenizer = stub_problem(world, HISTORIES)
+    quantizer = quantize.Words(problem, [4, 3], None, CPU)
+    codes, log = quantizer.fit()
+    slots = [likelihood.next_word(m).sort(descending=True) for m in range(2)]
+    books = [likelihood.words.weight[slot.indices[:size]] for slot, size in zip(slots, (4, 3))]
+    weights = [slot.values[:size].log() for slot, size in zip(slots, (4, 3))]
+    expected = brute_force(likelihood, [HISTORIES[user] for user in (0, 2, 3)], books, weights)
+    assert [tuple(codes[user]) for user in (0, 2, 3)] == [max(joint_, key=joint_.get) for joint_ in expected]
+    assert quantizer.words == [[tokenizer.decode([token]).strip() for token in slot.indices[:size].tolist()]
+                               for slot, size in zip(slots, (4, 3))]
+    total = sum(float((slot.values[:size].sum()).log()) for slot, size in zip(slots, (4, 3)))
+    evidence = np.mean([np.logaddexp.reduce(list(joint_.values())) for joint_ in expected]) - total
+    assert log == [{"epoch": 0, "log_likelihood": pytest.approx(evidence, abs=1e-3)}]
+    assert np.array_equal(quantizer.assign(), codes)
+
+
+def test_em_from_words_begins_where_words_ends_and_its_codes_then_lose_their_names(inferred):
+    problem = problem_of(inferred)
+    words = quantize.Words(problem, [4, 3], None, CPU)
+    codes, log = words.fit()
+    args = SimpleNamespace(seed=0, start="words", epochs=0, lr=0.05)
+    quantizer = quantize.SoftCodeEM(problem, [4, 3], args, CPU)
+    again, first = quantizer.fit()
+    assert np.array_equal(again[problem.known], codes[problem.known]) and quantizer.words is None
+    assert first[0]["log_likelihood"] == pytest.approx(log[0]["log_likelihood"])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(quantizer.books, words.books))
+
+
+def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    owners = json.loads((run / "profiles_users.json").read_text())
+    owners["inferred"].remove(7)  # as if he had no history
+    (run / "profiles_users.json").write_text(json.dumps(owners))
+    call_stage(quantize, "--run", run, "--quantizer", "words")
+    facts, bank = json.loads((run / "quantize.json").read_text()), np.load(run / "feature_bank.npy")
+    words = [profile["words"] for profile in facts["profiles"]]
+    assert [len(found) for found in words] == facts["codes"] == [4, 3]
+    assert words[0][0] in capsys.readouterr().out
+    assert torch.load(run / "codebooks.pt")["words"] == words
+    users, header = json.loads((run / "users.json").read_text()), ["user_id", "hobby", "background"]
+    with open(run / "feature_bank_words.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))
+    named = [[[*names, "unknown"][code] for names, code in zip(words, row)] for row in bank.tolist()]
+    assert lines == [header, *([user, *row] for user, row in zip(users, named))]
+    assert bank[7].tolist() == [4, 3] and lines[8][1:] == ["unknown", "unknown"]
+    call_stage(quantize, "--run", run, "--keep-codebooks")  # names stay with their codebooks
+    assert np.array_equal(np.load(run / "feature_bank.npy"), bank)
+    facts = json.loads((run / "quantize.json").read_text())
+    assert [profile["words"] for profile in facts["profiles"]] == words
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")  # names of another run's codes would mislead
+    assert not (run / "feature_bank_words.csv").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--start", "words"], "--start words goes with --quantizer em"), (["--codes", "4"], "2 codebook sizes"),
+    (["--quantizer", "words", "--assign", "nearest"], "--assign nearest does not go with --quantizer words"),
+    (["--assign", "likelihood", "--codes", "40,3"], "120 combinations"),
+    (["--keep-codebooks", "--codes", "4,3"], "--codes does not go with --keep-codebooks")])
+def test_flags_that_do_not_go_together_are_one_line(flags, words, inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(lambda: call_stage(quantize, "--run", run, *flags))
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and words in text and text.startswith("error: ") and text.count("\n") == 1
+    assert_bytes_equal(run / "quantize.json", inferred / "quantize.json")
+
+
+def test_agreement_does_not_depend_on_the_numbers_of_codes_and_compares_profiles_with_each_other():
+    truth = np.array([[a, b] for a in range(4) for b in range(3)] * 5)
+    renamed = np.stack([(truth[:, 0] + 1) % 4, 2 - truth[:, 1]], axis=1)
+    found = quantize.agreement(renamed, truth)
+    assert found["ami_truth"] == pytest.approx([1, 1]) and found["nmi_truth"] == pytest.approx([1, 1])
+    assert found["nmi_across"] == pytest.approx([0], abs=1e-9)
+    same = quantize.agreement(truth[:, [0, 0]], truth)
+    assert same["nmi_across"] == pytest.approx([1]) and same["ami_truth"][1] < 0.01
 
 
 def test_health_figures_and_collapse_warning(capsys):
     codes = np.array([[0, 1]] * 50 + [[1, 1]] * 50)
-    theta = np.array([[[0.0, 0.0], [1.0, 0.0]], [[3.0, 0.0], [1.0, 0.0]]], dtype=np.float32).repeat(50, axis=0)
-    books = [torch.tensor([[0.0, 1.0], [3.0, 0.0], [9.0, 9.0], [9.0, 9.0]]), torch.tensor([[5.0, 0.0], [0.0, 0.0], [3.0, 0.0]])]
+    theta = np.array([[[0.0, 0.0], [1.0, 0.0]], [[3.0, 0.0], [1.0, 0.0]]], dtype=np.float32)
+    theta = theta.repeat(50, axis=0)
+    books = [torch.tensor([[0.0, 1.0], [3.0, 0.0], [9.0, 9.0], [9.0, 9.0]]),
+             torch.tensor([[5.0, 0.0], [0.0, 0.0], [3.0, 0.0]])]
     report = quantize.health(codes, theta, books, ["a", "b"])
-    assert report[0]["active"] == 2 and report[0]["perplexity"] == pytest.approx(2.0) and report[0]["max_share"] == 0.5
+    assert report[0]["active"] == 2 and report[0]["max_share"] == 0.5
+    assert report[0]["perplexity"] == pytest.approx(2.0)
     assert report[1]["counts"] == [0, 100, 0] and report[1]["perplexity"] == pytest.approx(1.0)
-    assert report[0]["distance_ratio"] == pytest.approx((1 / 3 + 0) / 2) and report[1]["distance_ratio"] == pytest.approx(0.5)
+    assert report[0]["distance_ratio"] == pytest.approx((1 / 3 + 0) / 2)
+    assert report[1]["distance_ratio"] == pytest.approx(0.5)
     quantize.show(report, None)
     assert capsys.readouterr().out.count("WARNING") == 1
 
@@ -144,15 +348,24 @@ def test_bank_is_eq_6_over_all_users_and_the_csv_agrees(inferred):
     stored = torch.load(inferred / "codebooks.pt", weights_only=True)
     users = json.loads((inferred / "users.json").read_text())
     lines = (inferred / "feature_bank.csv").read_text().splitlines()
-    assert bank.dtype == np.int16 and bank.shape == (len(users), 2) and [len(book) for book in stored["codebooks"]] == facts["codes"] == [4, 3]
-    assert lines[0] == "user_id,hobby,background" and lines[1:] == [f"{user},{a},{b}" for user, (a, b) in zip(users, bank.tolist())]
-    lines = (inferred / "feature_bank.user").read_text().splitlines()
-    assert lines[0] == "user_id:token\thobby:token\tbackground:token"
-    assert lines[1:] == [f"{user}\t{a}\t{b}" for user, (a, b) in zip(users, bank.tolist())]
+    assert bank.dtype == np.int16 and bank.shape == (len(users), 2)
+    assert [len(book) for book in stored["codebooks"]] == facts["codes"] == [4, 3]
+    assert lines[0] == "user_id,hobby,background"
+    assert lines[1:] == [f"{user},{a},{b}" for user, (a, b) in zip(users, bank.tolist())]
     interactions = np.load(inferred / "interactions.npy")
     liked = set(interactions[(interactions[:, 3] == 0) & (interactions[:, 2] == 1), 0].tolist())
     for user, codes in enumerate(bank.tolist()):
         assert (codes == [4, 3]) == (user not in liked)
+
+
+def test_another_process_writes_the_same_bytes_and_nothing_but_its_report(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    process = ok(run_stage("03_quantize.py", "--run", run, "--epochs", 1, "--warm-up", 1))
+    assert process.stderr == "" and "\r" not in process.stdout  # no bar, no warning: a log stays a log
+    assert_bytes_equal(run / "feature_bank.npy", inferred / "feature_bank.npy")
+    facts = [json.loads((path / "quantize.json").read_text()) for path in (run, inferred)]
+    for key in ("codebooks_fingerprint", "loss"):
+        assert facts[0][key] == facts[1][key]
 
 
 def test_plain_k_means_is_eq_6_on_theta_and_the_start_of_algorithm_1(inferred, tmp_path):
@@ -174,7 +387,7 @@ def problem_of(run):
 
 def test_assignment_is_a_pure_function_of_theta_and_codebooks(inferred):
     problem, order = problem_of(inferred), np.random.default_rng(0).permutation(120)
-    quantizer = quantize.QUANTIZERS["kmeans"](problem, [4, 3], SimpleNamespace(seed=0), torch.device("cpu"))
+    quantizer = quantize.KMeans(problem, [4, 3], SimpleNamespace(seed=0), CPU)
     codes, _ = quantizer.fit()
     theta = problem.theta.copy()
     assert np.array_equal(quantizer.assign(), codes) and np.array_equal(problem.theta, theta)
@@ -185,7 +398,7 @@ def test_assignment_is_a_pure_function_of_theta_and_codebooks(inferred):
 def test_em_assigns_by_the_history_alone_and_its_likelihood_rises(inferred):
     problem = problem_of(inferred)
     args = SimpleNamespace(seed=0, start="kmeans", epochs=2, lr=0.05)
-    quantizer = quantize.QUANTIZERS["em"](problem, [4, 3], args, torch.device("cpu"))
+    quantizer = quantize.SoftCodeEM(problem, [4, 3], args, CPU)
     codes, log = quantizer.fit()
     evidence = [entry["log_likelihood"] for entry in log]
     assert evidence[0] < evidence[1] < evidence[2]
@@ -208,25 +421,37 @@ def test_collapse_is_reported_when_it_is_forced(inferred, tmp_path, capsys):
 def test_paper_sets_defaults_that_a_flag_overrides(monkeypatch):
     monkeypatch.setattr("sys.argv", ["03_quantize.py", "--paper", "--beta", "0.5"])
     args = quantize.parse_arguments()
-    assert (args.alpha, args.beta, args.lr, args.batch_users, args.start, args.warm_up) == (1e-3, 0.5, 1e-3, 128, "random", 0)
+    assert (args.alpha, args.beta, args.lr, args.batch_users) == (1e-3, 0.5, 1e-3, 128)
+    assert (args.start, args.warm_up, args.llm_loss) == ("random", 0, True)
 
 
 def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
     def numbers(*args):
         run = copy_run(inferred, tmp_path / "run")
-        call_stage(quantize, "--run", run, "--epochs", 2, "--warm-up", 1, "--batch-users", 40, *args)
-        return json.dumps({key: value for key, value in json.loads((run / "quantize.json").read_text()).items()
-                           if key in ("loss", "profiles", "fingerprint")})
+        call_stage(quantize, "--run", run, "--epochs", 2, "--warm-up", 1, "--batch-users", 40,
+                   "--no-llm-loss", *args)  # which costs most of the time
+        facts = json.loads((run / "quantize.json").read_text())
+        return json.dumps([facts[key] for key in ("loss", "profiles", "fingerprint")])
+
     base = numbers()
     assert base == numbers()
-    for flags in (("--alpha", 3), ("--beta", 2), ("--no-llm-loss",), ("--assign", "likelihood"), ("--quantizer", "kmeans"), ("--start", "random"),
-                  ("--epochs", 3), ("--warm-up", 2), ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
+    for flags in (("--alpha", 3), ("--beta", 2), ("--llm-loss",), ("--quantizer", "kmeans"),
+                  ("--quantizer", "words"), ("--start", "random"), ("--epochs", 3), ("--warm-up", 2),
+                  ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
         assert numbers(*flags) != base, flags
+    em = ("--assign", "likelihood", "--codes", "2,2", "--epochs", 1)
+    base = numbers(*em)
+    for flags in (("--start", "words"), ("--start", "random"), ("--lr", 0.2), ("--epochs", 2)):
+        assert numbers(*em, *flags) != base, flags
 
 
 def test_likelihood_of_stage_03_is_that_of_stage_02(inferred):
     facts = json.loads((inferred / "profiles.json").read_text())
-    likelihood, histories, start, spread, _ = problem_of(inferred).open_likelihood(torch.device("cpu"))
+    likelihood, histories, start, spread, _ = problem_of(inferred).open_likelihood(CPU)
     assert spread.tolist() == pytest.approx(facts["spread"])
-    theta, users = np.load(inferred / "profiles.npy"), [user for user, ids in enumerate(histories) if len(ids)]
-    assert infer.mean_nll(likelihood, lambda block: theta[block], histories, users, 2000) == pytest.approx(facts["train_nll"]["after"], abs=1e-4)
+    theta, nll, tokens = np.load(inferred / "profiles.npy"), 0.0, 0
+    for block in infer.make_blocks(histories, 16, None, likelihood.prompt_length):
+        ids, lengths = infer.pad(histories, block, CPU)
+        nll += float(likelihood(torch.tensor(theta[block]), ids, lengths).sum())
+        tokens += int(lengths.sum())
+    assert nll / tokens == pytest.approx(facts["train_nll"]["after"], abs=1e-4)

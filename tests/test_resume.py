@@ -1,216 +1,568 @@
-"""Stage 02 loses no work: kills, other settings, locks, ranks, full disks, precision."""
+"""No work is lost and nothing is half-written: kills, interrupts, other settings, ranks, full disks."""
 
-import errno
-import fcntl
 import json
+import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, infer, likelihood_of, make_lm, ok, prepare, quantize, random_theta,
-                      run_stage, settings)
+from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, infer, likelihood_of, make_lm, ok,
+                      prepare, quantize, random_theta, run_stage, settings)
 
 import common
 
-MANY_BLOCKS = ["--block-size", 4, "--steps", 25]
+MANY_BLOCKS = ["--block-size", 4, "--steps", 10]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
 
 
-@pytest.fixture(scope="module")
-def unbroken(prepared, lm_folders, tmp_path_factory):
-    """A run of about 30 blocks that nobody interrupted, with one thread."""
-    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "unbroken")
-    process = ok(run_stage("02_infer_profiles.py", "--run", run, "--lm", lm_folders["gpt2"], *MANY_BLOCKS))
-    (run / "blocks.txt").write_text(str(blocks_inferred(process)))
-    return run
+# ---------------------------------------------------------------- processes to kill
+
+def start(work, log):
+    """work() as a stage's main(), in a process group of its own. Forked: torch need not be imported again."""
+    def target():
+        os.setpgrp()
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stdout, sys.stderr = open(os.devnull, "w"), os.fdopen(2, "w", closefd=False)
+        common.guarded(work)
+
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
 
 
-def blocks_inferred(process):
-    """How many blocks a process that has ended worked on, from its progress bar."""
-    return int(process.stderr.split("inferring: 100%")[-1].split("/")[1].split()[0])
+def stage(module, run, *flags):
+    """A function that runs a stage."""
+    return lambda: call_stage(module, "--run", run, *flags)
 
 
-def start_stage_02(run, lm, *more, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "02_infer_profiles.py"), "--run", str(run), "--lm", str(lm),
-                             *map(str, MANY_BLOCKS), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
+def run_forked(work, log):
+    """(exit status, stderr) of work() in a process of its own; a status below 0: what signal killed it."""
+    process = start(work, log)
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    return process.exitcode, log.read_text()
+
+
+def killed_at(owner, name, work, number=1, only=lambda *_: True):
+    """work() that is killed (-9) at its `number`-th call of owner.name with arguments that fit `only`."""
+    def wrapped():
+        original, calls = getattr(owner, name), count(1)
+
+        def call(*args, **kwargs):
+            if only(*args) and next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, call)  # for good: this process is a fork
+        work()
+    return wrapped
+
+
+def limited(work, size):
+    """work() on a disk that takes no file above `size` bytes."""
+    def wrapped():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        work()
+    return wrapped
+
+
+def is_one_line(text):
+    return text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n")
+
+
+def one_line(capsys, work):
+    """The line in which work() ends, with exit 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(work)
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and is_one_line(text), text
+    return text
+
+
+class Interrupted:
+    """A function that works until its `number`-th call, which Ctrl-C breaks; counts the calls."""
+
+    def __init__(self, function, number=10**9):
+        self.function, self.number, self.calls = function, number, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls == self.number:
+            raise KeyboardInterrupt
+        return self.function(*args)
+
+
+def call_counted(monkeypatch, module, name, number, *flags):
+    """Calls of module.name that a stage makes, interrupted at the `number`-th where it gets there."""
+    counter = Interrupted(getattr(module, name), number)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, counter)
+        if number < 10**9:
+            with pytest.raises(KeyboardInterrupt):
+                call_stage(module, *flags)
+        else:
+            call_stage(module, *flags)
+    return counter.calls
+
+
+def call_02(monkeypatch, run, *flags, number=10**9):
+    """Blocks that stage 02 infers."""
+    return call_counted(monkeypatch, infer, "infer_block", number, "--run", run, *flags)
+
+
+def call_04(monkeypatch, run, *flags, number=10**9):
+    """Rows of the table that stage 04 trains."""
+    return call_counted(monkeypatch, ctr, "run_one", number, "--run", run, *flags)
 
 
 def blocks_done(run):
-    return len(infer.Progress(run, 0).read()[1])
+    return len(list(run.glob("blocks-*/*.pt")))
 
 
-def wait_for_blocks(run, process, count, seconds=90):
+def leftovers(run):
+    """Unfinished runs and temporary files."""
+    return [path for path in run.rglob("*") if path.name.startswith((".", "blocks-", "rows-"))]
+
+
+def wait_for_blocks(run, running, number, seconds=90):
     end = time.time() + seconds
-    while process.poll() is None and blocks_done(run) < count and time.time() < end:
-        time.sleep(0.01)
+    while running() and blocks_done(run) < number and time.time() < end:
+        time.sleep(0.005)
 
 
-def test_killed_five_times_at_random_points_and_resumed_gives_the_same_bytes(prepared, unbroken, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
-    chance, reached = random.Random(0), 0
-    for _ in range(5):
-        process = start_stage_02(run, lm_folders["gpt2"])
-        wait_for_blocks(run, process, reached + chance.randint(1, 4))
-        time.sleep(chance.random() * 0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert blocks_done(run) >= reached and not (run / "profiles.npy").exists()  # what was done stays done
-        reached = blocks_done(run)
-    assert reached >= 5
-    process = ok(run_stage("02_infer_profiles.py", "--run", run, "--lm", lm_folders["gpt2"], *MANY_BLOCKS))
+@pytest.fixture
+def run(prepared, tmp_path):
+    return copy_run(prepared, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def flags(lm_folders):
+    """Of a run of about 30 blocks."""
+    return ["--lm", lm_folders["gpt2"], *MANY_BLOCKS]
+
+
+@pytest.fixture(scope="module")
+def unbroken(prepared, flags, tmp_path_factory):
+    """What nobody interrupted, with the number of its blocks in blocks.txt."""
+    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "unbroken")
+    with pytest.MonkeyPatch.context() as patch:
+        blocks = call_02(patch, run, *flags)
+    (run / "blocks.txt").write_text(str(blocks))
+    assert blocks > 20 and not leftovers(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def solved(prepared, unbroken, flags, lm_folders, tmp_path_factory):
+    """A finished run of two steps, and all blocks of `unbroken`, killed before they are gathered."""
+    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "solved")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2)
+    work = stage(infer, run, *flags)
+    status, _ = run_forked(killed_at(infer, "gather", work), run / "stderr")
+    assert status == -signal.SIGKILL and blocks_done(run) == blocks_of(unbroken)
+    return run
+
+
+def blocks_of(unbroken):
+    return int((unbroken / "blocks.txt").read_text())
+
+
+def assert_same_run(run, unbroken):
     assert_bytes_equal(run / "profiles.npy", unbroken / "profiles.npy")
+    assert_bytes_equal(run / "profiles_users.json", unbroken / "profiles_users.json")
     first, second = (json.loads((path / "profiles.json").read_text()) for path in (run, unbroken))
-    assert first["train_nll"] == second["train_nll"] and first["heldout_nll"] == second["heldout_nll"]
-    assert blocks_inferred(process) == int((unbroken / "blocks.txt").read_text()) - reached  # only the blocks that were missing were done
+    for key in ("train_nll", "train_nll_steps", "heldout_nll", "fingerprint"):
+        assert first[key] == second[key]
+    quantize.read_problem(run)  # the files vouch for each other
+    assert not leftovers(run)
 
 
-def test_interrupt_exits_130_and_the_same_command_goes_on(prepared, unbroken, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
-    process = start_stage_02(run, lm_folders["gpt2"])
-    wait_for_blocks(run, process, 3)
-    os.killpg(process.pid, signal.SIGINT)
+# ---------------------------------------------------------------- stage 02, killed
+
+def test_killed_five_times_at_random_points_it_ends_in_the_same_bytes(run, flags, unbroken, monkeypatch):
+    chance, reached = random.Random(0), 0
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "THREADS", 2 * torch.get_num_threads())  # with a helper, which dies too
+        for _ in range(5):
+            process = start(stage(infer, run, *flags), run / "stderr")
+            wait_for_blocks(run, process.is_alive, reached + chance.randint(1, 4))
+            time.sleep(chance.random() * 0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            assert blocks_done(run) >= reached  # what is done stays done
+            assert not (run / "profiles.npy").exists()
+            reached = blocks_done(run)
+    assert 5 <= reached < blocks_of(unbroken)
+    assert call_02(monkeypatch, run, *flags) == blocks_of(unbroken) - reached  # only what was missing
+    assert_same_run(run, unbroken)
+
+
+@pytest.mark.parametrize("owner, name, number, only", [
+    (infer, "load", 1, lambda _, name: name == "000007.pt"),  # half of the rows are written
+    (infer, "heldout_nll", 1, lambda *_: True), (infer, "save_json", 1, lambda *_: True),
+    (infer, "save_json", 2, lambda *_: True)], ids=["gather", "finish", "users", "facts"])
+def test_killed_in_the_gathering_it_gathers_again(owner, name, number, only, solved, unbroken, flags,
+                                                  tmp_path, monkeypatch):
+    run = shutil.copytree(solved, tmp_path / "run")
+    before = (run / "profiles.npy").read_bytes()
+    killed = killed_at(owner, name, stage(infer, run, *flags), number, only)
+    status, _ = run_forked(killed, tmp_path / "stderr")
+    assert status == -signal.SIGKILL and (run / "profiles.npy").read_bytes() == before
+    quantize.read_problem(run)  # the older run is still whole
+    assert call_02(monkeypatch, run, *flags) == 0
+    assert_same_run(run, unbroken)
+
+
+PUBLISHED = ("profiles.npy", "profiles_users.json", "profiles.json")
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_killed_between_its_renames_the_same_command_publishes_the_rest(moved, solved, unbroken, flags,
+                                                                        tmp_path, monkeypatch, capsys):
+    run, work = shutil.copytree(solved, tmp_path / "run"), stage(infer, tmp_path / "run", *flags)
+    before = [(run / name).stat().st_ino for name in PUBLISHED]
+    if moved < 3:
+        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).parent == run)
+    else:
+        killed = killed_at(shutil, "rmtree", work)
+    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    is_new = [(run / name).stat().st_ino != inode for name, inode in zip(PUBLISHED, before)]
+    assert is_new == [at < moved for at in range(3)]
+    if moved in (1, 2):  # old and new files side by side: nobody takes them for one run
+        with pytest.raises(common.UserError, match="profiles.npy was made from another profiles.json"):
+            quantize.read_problem(run)
+    assert call_02(monkeypatch, run, *flags) == 0 and "nothing to do" in capsys.readouterr().out
+    assert_same_run(run, unbroken)
+
+
+def open_02(run, flags, threads, *launcher):
+    """The script itself, as a user starts it, in a process group of its own."""
+    command = [sys.executable, *launcher, ROOT / "02_infer_profiles.py", "--run", run, *flags]
+    return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                            start_new_session=True)
+
+
+def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken):
+    process = open_02(run, flags, 2)
+    wait_for_blocks(run, lambda: process.poll() is None, 3)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the helper on the second thread gets it too
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and b"interrupted" in errors and b"Traceback" not in errors and blocks_done(run) >= 3
-    refused = run_stage("02_infer_profiles.py", "--run", run, "--lm", lm_folders["gpt2"], *MANY_BLOCKS, "--prior", 3)
-    assert refused.returncode == 2 and "unfinished run has other settings (prior)" in refused.stderr and "--fresh" in refused.stderr
-    ok(run_stage("02_infer_profiles.py", "--run", run, "--lm", lm_folders["gpt2"], *MANY_BLOCKS))
+    assert process.returncode == 130 and blocks_done(run) >= 3
+    assert errors == "interrupted: what is finished is kept; the same command goes on\n"
+    process = ok(run_stage("02_infer_profiles.py", "--run", run, *flags))
+    # Where stderr is no terminal there is no progress bar, no warning, nothing.
+    assert process.stderr == "" and "\r" not in process.stdout
+    assert_same_run(run, unbroken)  # which was made in another process
+
+
+def test_other_settings_in_between_lose_nothing(run, flags, unbroken, monkeypatch, capsys):
+    total, other = blocks_of(unbroken), [*flags, "--prior", 3]
+    call_02(monkeypatch, run, *flags, number=6)
+    call_02(monkeypatch, run, *other, number=4)
+    assert blocks_done(run) == 5 + 3
+    unfinished = [path.name for path in run.glob("blocks-*")]
+    capsys.readouterr()
+    assert call_02(monkeypatch, run, *flags) == total - 5
+    printed = capsys.readouterr().out
+    assert len(unfinished) == 2 and all(name in printed for name in unfinished) and "--fresh" in printed
     assert_bytes_equal(run / "profiles.npy", unbroken / "profiles.npy")
+    assert call_02(monkeypatch, run, *other) == total - 3 and not leftovers(run)
+    assert json.loads((run / "profiles.json").read_text())["prior"] == 3
+    assert call_02(monkeypatch, run, *flags) == total  # one folder holds one finished run
+    assert_same_run(run, unbroken)
 
 
-def test_killed_between_its_last_two_files_the_run_finishes(prepared, unbroken, lm_folders, tmp_path, monkeypatch):
-    run = copy_run(prepared, tmp_path / "run")
-    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2]
-    monkeypatch.setattr(infer, "save_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        call_stage(infer, *flags)
-    assert (run / "profiles.npy").exists() and not (run / "profiles.json").exists()
-    monkeypatch.undo()
-    content = (run / "profiles.npy").read_bytes()
-    call_stage(infer, *flags)
-    assert (run / "profiles.npy").read_bytes() == content and (run / "profiles.json").exists() and not list(run.glob("profiles.p*.0"))
-
-
-def test_a_torn_last_line_is_done_again(tmp_path):
-    progress = infer.Progress(tmp_path, 0)
-    progress.begin({"a": 1}, (4, 1, 2), False)
-    progress.open({"a": 1})
-    progress.record(0, [0, 1], np.ones((2, 1, 2), np.float32), np.ones((2, 2)), 7)
-    with open(progress.path, "ab") as file:
-        file.write(b'{"block": 1, "bef')
-    again = infer.Progress(tmp_path, 0)
-    assert set(again.read()[1]) == {0}
-    again.begin({"a": 1}, (4, 1, 2), False)
-    again.open({"a": 1})
-    assert np.load(again.where())[:2].tolist() == [[[1, 1]]] * 2
-    again.record(1, [2], np.ones((1, 1, 2), np.float32), np.ones((2, 1)), 3)
-    assert set(again.read()[1]) == {0, 1}
-
-
-def test_fresh_forgets_and_finished_work_is_not_redone(prepared, lm_folders, tmp_path, capsys):
-    run = copy_run(prepared, tmp_path / "run")
-    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2]
-    call_stage(infer, *flags)
+def test_a_finished_run_is_not_redone_and_fresh_forgets_all_unfinished_ones(run, lm_folders, monkeypatch,
+                                                                            capsys):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
+    total = call_02(monkeypatch, run, *flags)
     stamp = (run / "profiles.npy").stat().st_mtime_ns
-    call_stage(infer, *flags)
+    assert call_02(monkeypatch, run, *flags, "--block-size", 8) == 0  # another machine may cut other blocks
     assert "nothing to do" in capsys.readouterr().out and (run / "profiles.npy").stat().st_mtime_ns == stamp
-    call_stage(infer, *flags, "--fresh")
+    content = (run / "profiles.npy").read_bytes()
+    for prior in (5, 6):
+        call_02(monkeypatch, run, *flags, "--prior", prior, number=3)
+    assert call_02(monkeypatch, run, *flags) == 0 and (run / "profiles.npy").read_bytes() == content
+    assert blocks_done(run) == 4
+    assert call_02(monkeypatch, run, *flags, "--fresh") == total and not leftovers(run)
     assert (run / "profiles.npy").stat().st_mtime_ns > stamp
+    assert call_02(monkeypatch, run, *flags, "--prior", 5) == total
 
 
-def test_finished_settings_are_not_mixed_with_an_interrupted_run_of_others(prepared, lm_folders, tmp_path, monkeypatch):
-    run = copy_run(prepared, tmp_path / "run")
-    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
-    call_stage(infer, *flags)
-    content, calls, solve_block = (run / "profiles.npy").read_bytes(), [], infer.infer_block
-
-    def stop_at_the_second(*args):
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return solve_block(*args)
-
-    monkeypatch.setattr(infer, "infer_block", stop_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        call_stage(infer, *flags, "--prior", 50)
-    monkeypatch.undo()
-    call_stage(infer, *flags)
-    assert (run / "profiles.npy").read_bytes() == content
+def test_two_processes_at_once_end_well_or_in_one_line_and_leave_one_run(run, flags, unbroken, tmp_path,
+                                                                         monkeypatch):
+    logs = [tmp_path / name for name in ("first", "second")]
+    processes = [start(stage(infer, run, *flags), log) for log in logs]
+    for process, log in zip(processes, logs):
+        process.join(120)
+        text = log.read_text()
+        assert (process.exitcode, text) == (0, "") or (process.exitcode == 2 and is_one_line(text)), text
+    call_02(monkeypatch, run, *flags)
+    assert_same_run(run, unbroken)
 
 
-def test_stage_04_goes_on_after_an_interrupt(inferred, tmp_path, monkeypatch):
-    flags = ["--seeds", 2, "--epochs", 2, "--ids", "none,userip"]
-    whole, run = copy_run(inferred, tmp_path / "whole"), copy_run(inferred, tmp_path / "run")
-    call_stage(ctr, "--run", whole, *flags)
-    calls, run_one = [], ctr.run_one
-
-    def stop_at_the_third(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return run_one(*args)
-
-    monkeypatch.setattr(ctr, "run_one", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        call_stage(ctr, "--run", run, *flags)
-    call_stage(ctr, "--run", run, *flags)
-    assert len(calls) == 3 + 2 and not (run / "results.partial.json").exists()
-    rows = [[(row["ids"], row["seed"], row["test_auc"]) for row in json.loads((path / "results.json").read_text())["rows"]] for path in (whole, run)]
-    assert rows[0] == rows[1]
+def as_rank(rank, ranks, port, work):
+    """work() as one of several ranks, as torchrun starts them."""
+    def wrapped():
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": port}
+        common.RANKS, common.RANK, infer.RANK = ranks, rank, rank
+        work()
+    return wrapped
 
 
-def test_a_second_process_on_the_run_is_refused(prepared, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
-    with open(run / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(common.UserError, match="another process is working"):
-            call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"])
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
 
 
-@pytest.mark.parametrize("number, words", [(errno.ENOSPC, "free some disk space"), (errno.EROFS, "choose a writable folder")])
-def test_full_disk_and_read_only_folder_are_one_line(prepared, lm_folders, tmp_path, monkeypatch, capsys, number, words):
-    run = copy_run(prepared, tmp_path / "run")
-
-    def refuse(*_):
-        raise OSError(number, os.strerror(number), "profiles.partial.npy")
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    with pytest.raises(SystemExit) as stop:
-        common.guarded(lambda: call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"]))
-    line = capsys.readouterr().err.strip().split("\n")[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and words in line and not list(run.glob("*profiles.p*"))
-
-
-def test_a_real_file_size_limit_is_one_line_and_leaves_nothing(prepared, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
-    process = subprocess.run([sys.executable, str(ROOT / "02_infer_profiles.py"), "--run", str(run), "--lm", str(lm_folders["gpt2"])],
-                             capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
-    assert process.returncode == 2 and "Traceback" not in process.stderr and process.stderr.strip().split("\n")[-1].startswith("error: ")
-    assert not list(run.glob("*profiles.p*"))
-
-
-def test_two_ranks_one_killed_and_resumed_equal_one_process(prepared, unbroken, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-    process = start_stage_02(run, lm_folders["gpt2"], launcher=launcher)
-    wait_for_blocks(run, process, 4)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+def test_one_of_two_ranks_killed_and_resumed_by_any_number_of_ranks_gives_the_same_bytes(
+        run, flags, unbroken, tmp_path, monkeypatch):
+    call_02(monkeypatch, run, *flags, number=3)  # by one process
+    process = open_02(run, flags, 1, *TORCHRUN)
+    wait_for_blocks(run, lambda: process.poll() is None, 6)
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
     process.communicate(timeout=90)
-    assert process.returncode != 0 and not (run / "profiles.npy").exists() and blocks_done(run) >= 4
-    assert len(list(run.glob("profiles.progress.*"))) == 2  # both ranks had begun
-    process = start_stage_02(run, lm_folders["gpt2"], launcher=launcher)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-2000:]
-    assert_bytes_equal(run / "profiles.npy", unbroken / "profiles.npy")
-    assert json.loads((run / "profiles.json").read_text())["ranks"] == 2
+    reached = blocks_done(run)
+    assert process.returncode != 0 and not (run / "profiles.npy").exists() and reached >= 6
+    copies = {ranks: shutil.copytree(run, tmp_path / str(ranks)) for ranks in (1, 2, 3)}
+    assert call_02(monkeypatch, copies[1], *flags) == blocks_of(unbroken) - reached
+    assert_same_run(copies[1], unbroken)
+    for ranks in (2, 3):
+        port, work = free_port(), stage(infer, copies[ranks], *flags)
+        logs = [tmp_path / f"stderr-{ranks}-{rank}" for rank in range(ranks)]
+        started = [start(as_rank(rank, ranks, port, work), log) for rank, log in enumerate(logs)]
+        for process, log in zip(started, logs):
+            process.join(120)
+            assert process.exitcode == 0 and log.read_text() == "", log.read_text()
+        assert_same_run(copies[ranks], unbroken)
 
+
+# ---------------------------------------------------------------- helpers and ranks
+
+def pieces_in(folder, make, number=8):
+    return [(folder / f"{at}.pt", make, at) for at in range(number)]
+
+
+def all_of(folder):
+    return {int(path.stem): torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    monkeypatch.setattr(common, "THREADS", 2 * torch.get_num_threads())
+
+
+def test_pieces_of_work_are_done_side_by_side(two_workers, tmp_path):
+    common.do_all(pieces_in(tmp_path, lambda at: [at, os.getpid()]), "working", "piece", torch.device("cpu"))
+    found = all_of(tmp_path)
+    assert {at: found[at][0] for at in found} == {at: at for at in range(8)}
+    assert len({pid for _, pid in found.values()}) == 2 and os.getpid() in {pid for _, pid in found.values()}
+
+
+@pytest.mark.parametrize("end", ["error", "kill"])
+def test_what_a_helper_leaves_undone_is_done_by_its_parent(end, two_workers, tmp_path, capfd):
+    parent = os.getpid()
+
+    def make(at):
+        if os.getpid() != parent:
+            if end == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise RuntimeError("only in the helper")
+        return [at, os.getpid()]
+
+    common.do_all(pieces_in(tmp_path, make), "working", "piece", torch.device("cpu"))
+    assert all_of(tmp_path) == {at: [at, parent] for at in range(8)} and capfd.readouterr().err == ""
+
+
+def test_an_error_that_every_process_meets_is_raised_and_the_rest_is_kept(two_workers, tmp_path):
+    def make(at):
+        if at == 3:  # of the helper's share
+            raise RuntimeError("a bug")
+        return at
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        common.do_all(pieces_in(tmp_path, make), "working", "piece", torch.device("cpu"))
+    assert set(all_of(tmp_path)) == set(range(8)) - {3}
+
+
+def test_a_helper_changes_no_byte_of_stage_02(two_workers, run, flags, unbroken, monkeypatch):
+    assert 0 < call_02(monkeypatch, run, *flags) < blocks_of(unbroken)  # here; the helper did the others
+    assert_same_run(run, unbroken)
+
+
+def test_a_bug_is_raised_with_its_traceback_in_every_rank():
+    def main():
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        common.guarded(main)
+    code = "import common\ndef main():\n    raise RuntimeError('shapes do not fit')\ncommon.guarded(main)"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                             env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"})
+    assert process.returncode == 1 and "Traceback" in process.stderr
+    assert process.stderr.endswith("RuntimeError: shapes do not fit\n")
+
+
+def test_a_rank_whose_neighbour_stopped_says_so(monkeypatch, capsys):
+    def closed():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "barrier", closed)
+    assert "another process stopped (rank 0)" in one_line(capsys, common.wait_for_all)
+
+
+# ---------------------------------------------------------------- full disks and folders that are none
+
+@pytest.mark.parametrize("size, place", [(1500, "a block"), (10_000, "the gathering")])
+def test_a_full_disk_in_stage_02_is_one_line_and_the_same_command_goes_on(size, place, run, flags, unbroken,
+                                                                           tmp_path, monkeypatch):
+    status, text = run_forked(limited(stage(infer, run, *flags), size), tmp_path / "stderr")
+    assert status == 2 and is_one_line(text) and "free disk space" in text
+    done = blocks_done(run)
+    assert done == (0 if place == "a block" else blocks_of(unbroken))
+    assert not [path for path in run.rglob("*") if path.name.startswith((".", "profiles"))]
+    assert call_02(monkeypatch, run, *flags) == blocks_of(unbroken) - done
+    assert_same_run(run, unbroken)
+
+
+def test_a_full_disk_under_the_tiny_lm_is_one_line_and_the_same_command_goes_on(run, tmp_path):
+    work = stage(infer, run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
+    status, text = run_forked(limited(work, 150_000), tmp_path / "stderr")
+    assert status == 2 and is_one_line(text) and "the tiny LM cannot be written" in text
+    assert "disk space" in text and not [path for path in run.glob("*lm-tiny*/*")]
+    work()
+    assert (run / "lm-tiny" / "tiny.json").exists() and (run / "profiles.json").exists()
+    assert not leftovers(run)
+
+
+def test_a_full_disk_in_stage_03_is_one_line_and_the_same_command_goes_on(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    old = {path.name: path.read_bytes() for path in run.iterdir()}
+    work = stage(quantize, run, "--quantizer", "kmeans", "--seed", 1)
+    status, text = run_forked(limited(work, 1500), tmp_path / "stderr")
+    assert status == 2 and is_one_line(text) and "free disk space" in text
+    found = {path.name: path.read_bytes() for path in run.iterdir()}
+    del old["quantize.json"]  # it vouches for the others, so it goes first and comes last
+    assert found == old
+    work()
+    assert (run / "quantize.json").exists() and (run / "codebooks.pt").read_bytes() != old["codebooks.pt"]
+
+
+FEW_ROWS = ["--seeds", 2, "--epochs", 2, "--ids", "none,userip"]
+
+
+@pytest.mark.parametrize("place", ["rows", "ctr"])
+def test_a_full_disk_in_stage_04_is_one_line_and_the_same_command_goes_on(place, inferred, tmp_path,
+                                                                          monkeypatch):
+    run = copy_run(inferred, tmp_path / "run")
+    if place == "ctr":  # all rows are done, nothing of them is written
+        call_counted(monkeypatch, ctr, "save", 1, "--run", run, *FEW_ROWS)
+    status, text = run_forked(limited(stage(ctr, run, *FEW_ROWS), 3000), tmp_path / "stderr")
+    assert status == 2 and is_one_line(text) and "free disk space" in text
+    assert {path.suffix for path in run.glob("rows-*/*")} == ({".pt"} if place == "ctr" else set())
+    assert not (run / "results.json").exists() and not list(run.glob("ctr_*"))
+    assert call_04(monkeypatch, run, *FEW_ROWS) == (0 if place == "ctr" else 4)
+    assert torch.load(run / "ctr_dcn.pt", weights_only=True) and not leftovers(run)
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
+    """Tests may run as root, who may write everywhere: this is the folder nobody can write to."""
+    (tmp_path / "run").write_text("not a folder")
+    for run in (tmp_path / "run", tmp_path / "run" / "demo"):
+        text = one_line(capsys, stage(prepare, run))
+        assert str(tmp_path / "run") in text and "path" in text and "rights" in text
+    assert (tmp_path / "run").read_text() == "not a folder"
+
+
+def folder_of_blocks(run, monkeypatch, flags):
+    call_02(monkeypatch, run, *flags, number=2)
+    return next(run.glob("blocks-*"))
+
+
+def folder_of_rows(run, monkeypatch, flags):
+    call_04(monkeypatch, run, *flags, number=2)
+    return next(run.glob("rows-*"))
+
+
+@pytest.mark.parametrize("module, flags, blocked", [
+    (infer, ["--lm", "tiny", "--tiny-sentences", 64, "--steps", 1], lambda run, *_: run / "lm-tiny"),
+    (infer, None, folder_of_blocks), (ctr, FEW_ROWS, folder_of_rows),
+    (ctr, FEW_ROWS, lambda run, *_: run / "predictions")], ids=["lm-tiny", "blocks", "rows", "predictions"])
+def test_a_folder_that_cannot_be_made_is_one_line_and_the_same_command_goes_on(
+        module, flags, blocked, inferred, lm_folders, tmp_path, monkeypatch, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    flags = flags or ["--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
+    folder = blocked(run, monkeypatch, flags)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.write_text("not a folder")
+    text = one_line(capsys, stage(module, run, *flags))
+    assert folder.name in text and "path" in text and "rights" in text
+    folder.unlink()
+    call_stage(module, "--run", run, *flags)
+    assert not leftovers(run)
+
+
+def test_a_folder_in_a_file_s_place_is_one_line_and_stage_03_goes_on(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    (run / "codebooks.pt").unlink()
+    (run / "codebooks.pt").mkdir()
+    text = one_line(capsys, stage(quantize, run, "--quantizer", "kmeans"))
+    assert "codebooks.pt" in text and not [path for path in run.iterdir() if path.name.startswith(".")]
+    (run / "codebooks.pt").rmdir()
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(error, run, lm_folders, monkeypatch, capsys):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(infer, "descend", full)
+    text = one_line(capsys, stage(infer, run, "--lm", lm_folders["gpt2"], "--block-size", 8))
+    assert "out of memory" in text and "--block-size" in text
+
+
+# ---------------------------------------------------------------- stage 04
+
+def test_stage_04_goes_on_after_an_interrupt_and_after_other_settings(inferred, tmp_path, monkeypatch):
+    whole, run = copy_run(inferred, tmp_path / "whole"), copy_run(inferred, tmp_path / "run")
+    call_stage(ctr, "--run", whole, *FEW_ROWS)
+    assert call_04(monkeypatch, run, *FEW_ROWS, number=3) == 3
+    call_04(monkeypatch, run, *FEW_ROWS, "--lr", 0.01, number=2)
+    cells = {path.name for path in run.glob("rows-*/*")}
+    assert len(list(run.glob("rows-*/*"))) == 3 and cells == {"dcn-none-0.pt", "dcn-userip-0.pt"}
+    assert not (run / "results.json").exists()
+    more = [*FEW_ROWS[:-1], "none,random,userip"]  # more rows of the same settings reuse those that are done
+    assert call_04(monkeypatch, run, *more) == 6 - 2
+    expected, found = ([{**row, "train_samples_per_second": 0}
+                        for row in json.loads((path / "results.json").read_text())["rows"]
+                        if row["ids"] != "random"] for path in (whole, run))
+    assert expected == found and len(found) == 4
+    assert call_04(monkeypatch, run, *FEW_ROWS, "--lr", 0.01) == 3 and not leftovers(run)
+    assert call_04(monkeypatch, run, *FEW_ROWS) == 4  # rows of a finished table are not kept for the next
+
+
+# ---------------------------------------------------------------- LLMs
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -222,7 +574,8 @@ def test_low_precision_gradients_point_where_fp32_ones_do(kind, dtype, world):
         likelihood = likelihood_of(model.to(device, dtype), tokenizer, world[0])
         histories = [np.arange(5, 5 + length) for length in (6, 40, 25)]
         theta = (0.2 * random_theta(likelihood, 3)).to(device).requires_grad_()
-        likelihood(theta, *infer.pad(histories, [0, 1, 2], device)).sum().backward()
+        nll = likelihood(theta, *infer.pad(histories, [0, 1, 2], device))
+        (likelihood.loss_scale * nll.sum()).backward()
         assert theta.grad.dtype == torch.float32
         return theta.grad.flatten(1).cpu()
 
@@ -230,8 +583,8 @@ def test_low_precision_gradients_point_where_fp32_ones_do(kind, dtype, world):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
-def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(kind, prepared, lm_folders, tmp_path):
-    run = copy_run(prepared, tmp_path / "run")
+def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(kind, run, lm_folders,
+                                                                               tmp_path):
     call_stage(infer, "--run", run, "--lm", lm_folders[kind], "--steps", 2, "--history", "all")
     facts = json.loads((run / "profiles.json").read_text())
     assert facts["train_nll"]["after"] < facts["train_nll"]["before"] and facts["lm_sensitivity"] is None
@@ -241,51 +594,69 @@ def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(k
     call_stage(infer, "--run", run, "--lm", tmp_path / "short", "--steps", 1, "--history", "all")
     dataset = common.load_dataset(run)
     likelihood = likelihood_of(model, tokenizer, dataset)
-    texts = infer.history_texts(dataset, 0, settings(history="all"))
-    cut = infer.tokenize_histories(tokenizer, texts, infer.room_for_history(likelihood))
+    texts = infer.history_texts(dataset, common.SEEN, settings(history="all"))
+    cut = infer.tokenize_histories(tokenizer, texts, likelihood.room)
     assert max(map(len, cut)) + likelihood.prompt_length <= 60
     user = max(range(len(cut)), key=lambda user: len(texts[user]))
-    assert "".join(texts[user]).endswith(tokenizer.decode(cut[user])) and tokenizer.decode(cut[user]) != "".join(texts[user])
+    kept, whole = tokenizer.decode(cut[user]), "".join(texts[user])
+    assert whole.endswith(kept) and kept != whole
 
 
-def test_out_of_memory_names_a_block_size_to_try(prepared, lm_folders, tmp_path, monkeypatch):
-    run = copy_run(prepared, tmp_path / "run")
-    monkeypatch.setattr(infer, "descend", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
-    with pytest.raises(common.UserError, match=r"out of memory with a block of ([2-8]) users .*; add --fresh and --block-size [1-4] or"):
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--block-size", 8)
+def load_some_model():
+    return common.load_language_model("some/model", torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError("401 Client Error. Cannot access gated repo for url"), "gated or private"),
-    (OSError(errno.ENOSPC, "No space left on device"), "disk space"), (torch.OutOfMemoryError("x"), "does not fit in memory"),
-    (OSError("We couldn't connect to the hub"), "neither a local folder nor could it be downloaded"),
-    (OSError("404 Client Error: RepositoryNotFound"), "no such model")])
-def test_load_failures_are_explained(error, words, monkeypatch):
+@pytest.mark.parametrize("reason", [
+    "401 Client Error. Cannot access gated repo for url", "[Errno 28] No space left on device",
+    "We couldn't connect to the hub", "404 Client Error: RepositoryNotFound", ""])
+def test_a_model_that_cannot_be_loaded_ends_in_transformers_own_reason_and_what_to_do(reason, monkeypatch,
+                                                                                      capsys):
     import transformers
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(error))
-    with pytest.raises(common.UserError, match=words):
-        common.load_language_model("some/model", torch.float32, torch.device("cpu"))
+
+    def refuse(*_, **__):
+        raise OSError(f"\n{reason}\nand many more lines")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    text = one_line(capsys, load_some_model)
+    assert (reason or "and many more lines") in text and "(some/model)" in text
+    assert all(word in text for word in ("network", "disk", "licence", "--lm gpt2"))
 
 
-def test_llm_auto_takes_gpt2_on_a_cpu_and_says_so(prepared, tmp_path, monkeypatch, capsys):
-    run = tmp_path / "run"
-    call_stage(prepare, "--run", run, "--subsample-users", 100)
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("x")])
+def test_a_model_too_large_for_the_machine_is_out_of_memory(error, monkeypatch, capsys):
+    import transformers
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
+    assert "out of memory" in one_line(capsys, load_some_model)
+
+
+def test_llm_auto_takes_gpt2_on_a_cpu_and_says_so(run, monkeypatch, capsys):
     facts = json.loads((run / "dataset.json").read_text())
     (run / "dataset.json").write_text(json.dumps(facts | {"dataset": "other"}))
-    monkeypatch.setattr(infer, "load_language_model", lambda name, *_: (_ for _ in ()).throw(common.UserError(f"asked for {name}", "x", "y")))
+
+    def refuse(name, *_):
+        raise common.UserError(f"asked for {name}", "x", "y")
+
+    monkeypatch.setattr(infer, "load_language_model", refuse)
     with pytest.raises(common.UserError, match="asked for gpt2"):
         call_stage(infer, "--run", run, "--device", "cpu")
     printed = capsys.readouterr().out
     assert "chose gpt2" in printed and "0.5 GB" in printed and "override" in printed
 
 
-def test_new_users_get_rows_and_everybody_else_keeps_his_bytes(lm_folders, tmp_path, capsys):
+# ---------------------------------------------------------------- new users
+
+def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, tmp_path, monkeypatch):
     run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
     call_stage(infer, "--run", run, *flags)
     call_stage(quantize, "--run", run)
-    old_ids, books = np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt", weights_only=True)["codebooks"]
+    old_ids, books = np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt")["codebooks"]
     old, old_users = np.load(run / "profiles.npy"), json.loads((run / "users.json").read_text())
+    old_rows = json.loads((run / "profiles_users.json").read_text())["inferred"]
     call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
     users = json.loads((run / "users.json").read_text())
     added = [raw for raw in users if raw not in old_users]
@@ -293,17 +664,35 @@ def test_new_users_get_rows_and_everybody_else_keeps_his_bytes(lm_folders, tmp_p
     (run / "new.txt").write_text("\n".join([*added[:15], old_users[0]]) + "\n")
     with pytest.raises(common.UserError, match="other settings \\(steps\\)"):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--users", run / "new.txt")
-    call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+    flags += ["--users", run / "new.txt", "--block-size", 4]
+    call_02(monkeypatch, run, *flags, number=2)  # an interrupt leaves the old run as it was
+    assert np.array_equal(np.load(run / "profiles.npy"), old)
+    call_stage(infer, "--run", run, *flags)
     new, facts = np.load(run / "profiles.npy"), json.loads((run / "profiles.json").read_text())
-    for row, raw in enumerate(old_users):
-        assert old[row].tobytes() == new[users.index(raw)].tobytes()
-    inferred = set(json.loads((run / "profiles_users.json").read_text())["inferred"])
-    fresh_rows = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
-    assert facts["added_users"] and len(fresh_rows) >= 12 and len(np.unique(new[fresh_rows, 0], axis=0)) == len(fresh_rows)
+    for row in old_rows:
+        assert old[row].tobytes() == new[users.index(old_users[row])].tobytes()
+    inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
+    fresh = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
+    assert facts["rows_kept"] == len(old_rows) and len(fresh) >= 12
+    assert len(np.unique(new[fresh, 0], axis=0)) == len(fresh) and len(inferred) == len(old_rows) + len(fresh)
+    others = np.setdiff1d(range(len(users)), inferred)  # the five not asked for, and who has no history
+    assert len(others) >= 5 and np.allclose(new[others], new[inferred].mean(0), atol=1e-6)
     call_stage(quantize, "--run", run, "--keep-codebooks")
     ids = np.load(run / "feature_bank.npy")
     assert [ids[users.index(raw)].tolist() for raw in old_users] == old_ids.tolist()
-    assert ids[fresh_rows].tolist() == [[int(((new[row, m] - books[m].numpy()) ** 2).sum(1).argmin()) for m in range(2)] for row in fresh_rows]
+    for row in fresh:
+        distances = [((new[row, m] - book.numpy()) ** 2).sum(1) for m, book in enumerate(books)]
+        assert ids[row].tolist() == [int(found.argmin()) for found in distances]
+
+
+def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    content = (run / "profiles.npy").read_bytes()
+    owners = json.loads((run / "profiles_users.json").read_text())
+    (run / "new.txt").write_text(owners["users"][owners["inferred"][0]] + "\n")
+    call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+    assert (run / "profiles.npy").read_bytes() == content
     (run / "new.txt").write_text("nobody\n")
     with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):
         call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
