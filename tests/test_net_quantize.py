@@ -1,0 +1,422 @@
+"""Stage 03, second net: what the first tests let pass.
+
+Adapters first: what a rewrite changes is changed there alone.
+"""
+
+import csv
+import dataclasses
+import functools
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize
+from sklearn.metrics import adjusted_mutual_info_score
+
+import common
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- adapters
+
+def problem_of(run):
+    return quantize.read_problem(run)[0]
+
+
+def fit(name, problem, **changes):
+    """What a quantizer makes of a problem: theta (moved by vq), books, log weights, codes and the log."""
+    args = SimpleNamespace(**{
+        "seed": 0, "start": "kmeans", "epochs": 1, "lr": 0.02, "batch_users": 128, "alpha": 1.0, "beta": 0.25,
+        "llm_loss": False, "warm_up": 0, "paper": False, "quantizer": name, **changes})
+    problem = dataclasses.replace(problem, theta=problem.theta.copy())
+    quantizer = quantize.QUANTIZERS[name](problem, [4, 3], args, CPU)
+    codes, log = quantizer.fit()
+    return SimpleNamespace(theta=problem.theta, books=[book.numpy() for book in quantizer.books],
+                           log_weights=quantizer.log_weights, words=quantizer.words, codes=codes, log=log)
+
+
+def e_step(likelihood, books, log_weights, histories):
+    """(mean log-likelihood, codes drawn from the responsibilities (U, M), M expected counts (K_m,))."""
+    opened = likelihood, histories, torch.zeros(len(books), 32), torch.ones(len(books)), None
+    problem = SimpleNamespace(open_likelihood=lambda device: opened)
+    mixture = quantize.SoftCodeEM(problem, list(map(len, books)), None, CPU)
+    mixture.open()
+    mixture.books, mixture.log_weights = books, log_weights
+    torch.manual_seed(0)
+    evidence, _, drawn, usage = mixture.e_step(np.zeros((len(histories), len(books)), dtype=np.int64))
+    return evidence, drawn.numpy(), [count.numpy() for count in usage]
+
+
+# ---------------------------------------------------------------- worlds
+
+@pytest.fixture(scope="module")
+def sparse(lm_folders, tmp_path_factory):
+    """A run of stages 01 to 03 in which some users have no history."""
+    run = tmp_path_factory.mktemp("run") / "sparse"
+    call_stage(prepare, "--run", run, "--subsample-users", 100, "--max-per-user", 5, "--min-interactions", 1,
+               "--positive-above", 4)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+    return run
+
+
+def all_nll(problem, books):
+    """(users with a history, (n, K_1 K_2) -log P(y | v_a, v_b) of every pair of codes, row by row)."""
+    likelihood, histories, *_ = problem.open_likelihood(CPU)
+    users = [user for user, ids in enumerate(histories) if len(ids)]
+    ids, lengths = infer.pad(histories, users, CPU)
+    columns = []
+    for a, b in itertools.product(range(4), range(3)):
+        theta = torch.stack([torch.as_tensor(books[0][a]), torch.as_tensor(books[1][b])])
+        with torch.no_grad():
+            columns.append(likelihood(theta.expand(len(users), -1, -1), ids, lengths).double().numpy())
+    return users, np.stack(columns, axis=1)
+
+
+# ---------------------------------------------------------------- the start
+
+@pytest.mark.parametrize("name", ["kmeans", "vq", "em"])
+def test_codebooks_start_from_users_with_a_history_alone(inferred, name):
+    problem = problem_of(inferred)
+    known = np.arange(len(problem.theta)) % 2 == 0
+    far = problem.theta.copy()
+    far[~known] += 100 * np.random.default_rng(0).normal(size=far[~known].shape).astype(np.float32)
+    found = fit(name, dataclasses.replace(problem, known=known, theta=far), epochs=0)
+    bound = np.abs(problem.theta[known]).max()
+    assert all(np.abs(book).max() <= bound + 1e-4 for book in found.books)
+
+
+def test_a_random_start_is_uniform_noise_of_width_1_over_k(inferred):
+    theta = problem_of(inferred).theta
+    one, two = (quantize.first_codebooks(theta, [8, 4], "random", seed) for seed in (0, 1))
+    for m, size in enumerate((8, 4)):
+        assert one[m].shape == (size, 32) and 0.9 / size < one[m].abs().max() <= 1 / size
+        assert abs(float(one[m].mean())) < 0.2 / size and not torch.equal(one[m], two[m])
+    assert not torch.equal(one[0][:4] * 8, one[1] * 4)
+
+
+def test_paper_works_on_theta_as_it_is(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(quantize, "--run", run, "--paper", "--epochs", 0)
+    for book, size in zip(common.load(run, "codebooks.pt")["codebooks"], (4, 3)):
+        assert 0.9 / size < float(book.abs().max()) <= 1 / size + 1e-6  # neither centred nor in another unit
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+@pytest.mark.parametrize("prior", [0.0, 30.0])
+def test_the_joint_loss_moves_theta_down_the_gradient_of_eq_4_and_its_prior(inferred, prior):
+    """With alpha = 0 the first step of Adam is the sign of l_llm's gradient, coordinate by coordinate."""
+    problem = problem_of(inferred)
+    problem.facts["prior"] = prior
+    moved = fit("vq", problem, alpha=0.0, lr=1e-3, batch_users=1000, llm_loss=True).theta - problem.theta
+    likelihood, histories, start, spread, _ = problem.open_likelihood(CPU)
+    theta = torch.tensor(problem.theta, requires_grad=True)
+    nll = likelihood(theta, *infer.pad(histories, range(len(histories)), CPU))
+    distance = ((theta - start) / spread[:, None]) ** 2
+    gradient, = torch.autograd.grad(nll.sum() + prior / 2 * distance.sum(), theta)
+    clear = gradient.abs().numpy() > 0.05 * float(gradient.abs().mean())
+    assert clear.mean() > 0.8 and np.mean(np.sign(moved)[clear] == -np.sign(gradient.numpy())[clear]) > 0.995
+    size = np.abs(moved) / (1e-3 * spread[:, None].numpy())  # --lr is in units of the slot's spread
+    assert np.mean(np.abs(size - 1) < 0.05) > 0.95
+
+
+def test_a_warmed_up_surrogate_knows_the_labels(inferred):
+    problem = problem_of(inferred)
+    cold, warm = (fit("vq", problem, lr=1e-9, warm_up=epochs).log[0] for epochs in (0, 30))
+    assert warm["rec"] < 0.97 * cold["rec"]
+
+
+def test_the_surrogate_sees_training_rows_alone(inferred):
+    """Held-out rows, and those of cold users: their support rows made theta, and train no recommender."""
+    problem = problem_of(inferred)
+    rows = np.array(problem.dataset.interactions)
+    cold = rows[:, 0] % 4 == 0
+    rows[cold, 3] = np.where(rows[cold, 3] == common.TRAIN, common.SUPPORT, common.COLD)
+
+    def with_rows(rows):
+        return dataclasses.replace(problem, dataset=dataclasses.replace(problem.dataset, interactions=rows))
+
+    poison, held = rows.copy(), rows[:, 3] != common.TRAIN
+    poison[held, 2] ^= 1
+    poison[held, 1] = 0
+    one, two = (fit("vq", with_rows(found), warm_up=2) for found in (rows, poison))
+    assert np.array_equal(one.theta, two.theta) and np.array_equal(one.codes, two.codes)
+    assert one.log == two.log
+    gap = np.abs(one.theta - problem.theta).max(axis=(1, 2))
+    assert gap[::4].min() > 1e-5  # commitment moves who has no row, too
+    poison[~held, 2] ^= 1
+    assert fit("vq", with_rows(poison), warm_up=2).log != one.log
+
+
+class Recorded(torch.optim.SparseAdam):
+    """It notes the gradient of theta at each step."""
+
+    steps = []
+
+    def step(self, closure=None):
+        table, = self.param_groups[0]["params"]
+        Recorded.steps.append(table.grad.to_dense().clone())
+        return super().step(closure)
+
+
+@pytest.fixture
+def gradient(monkeypatch):
+    """gradient(problem, scale, **changes) -> (the log, theta's gradient (U, M * d) in the first step)."""
+    monkeypatch.setattr(torch.optim, "SparseAdam", Recorded)
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
+    original = quantize.Problem.open_likelihood
+
+    def of(problem, scale=1.0, **changes):
+        def opened(self, device):
+            found = original(self, device)
+            found[0].loss_scale = scale
+            return found
+
+        Recorded.steps.clear()
+        monkeypatch.setattr(quantize.Problem, "open_likelihood", opened)
+        log = fit("vq", problem, batch_users=1000, **changes).log
+        return log, Recorded.steps[0]
+    return of
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_the_gradients_of_eq_7_add_up(inferred, gradient, scale):
+    """L = l_llm + alpha l_vec; fp16's scale is on both terms, or the balance is lost."""
+    problem = problem_of(inferred)
+    problem.facts["prior"] = 3.0
+    _, vec = gradient(problem, alpha=1.0)
+    log, llm = gradient(problem, alpha=0.0, llm_loss=True)
+    _, both = gradient(problem, scale, alpha=0.3, llm_loss=True)
+    assert min(float(llm.norm()), float(vec.norm())) > 0.01
+    assert float((both / scale - llm - 0.3 * vec).norm()) < 1e-3 * min(float(llm.norm()), float(vec.norm()))
+    likelihood, histories, start, spread, _ = problem.open_likelihood(CPU)
+    theta = torch.tensor(problem.theta, requires_grad=True)
+    nll = likelihood(theta, *infer.pad(histories, range(len(histories)), CPU))
+    loss = (nll + 3.0 / 2 * (((theta - start) / spread[:, None]) ** 2).sum((1, 2))).mean()
+    assert log[0]["llm"] == pytest.approx(loss.item(), rel=1e-4)
+    wanted = torch.autograd.grad(loss, theta)[0] * spread[:, None]  # theta moves in units of the spread
+    assert float((llm - wanted.flatten(1)).norm()) < 1e-3 * float(llm.norm())
+
+
+def test_each_profile_reaches_the_surrogate_through_its_own_projection():
+    torch.manual_seed(0)
+    surrogate, ids = quantize.Surrogate(5, 6, 3, 4).eval(), torch.tensor([[1, 2], [3, 4]])
+    quantized = torch.randn(2, 3, 4, requires_grad=True)
+    for silent in range(3):
+        kept = surrogate.projections[silent].weight.detach().clone()
+        surrogate.projections[silent].weight.data.zero_()
+        gradient, = torch.autograd.grad(surrogate(ids, quantized).sum(), quantized)
+        surrogate.projections[silent].weight.data.copy_(kept)
+        assert gradient.abs().sum((0, 2)).gt(0).tolist() == [m != silent for m in range(3)]
+    other = surrogate(torch.tensor([[1, 2], [2, 4]]), quantized)
+    assert surrogate(ids, quantized)[0] == other[0] and surrogate(ids, quantized)[1] != other[1]
+
+
+# ---------------------------------------------------------------- EM
+
+def test_em_s_weights_follow_the_expected_counts(sparse):
+    """A step size near 0 leaves the codes alone: what remains is EM for the weights, by enumeration."""
+    problem = problem_of(sparse)
+    found = fit("em", problem, epochs=2, lr=1e-12)
+    _, nll = all_nll(problem, found.books)
+    pairs = np.array(list(itertools.product(range(4), range(3))))
+    weights, evidence, history = [np.full(4, 1 / 4), np.full(3, 1 / 3)], [], []
+    for _ in range(3):
+        joint = np.log(weights[0][pairs[:, 0]]) + np.log(weights[1][pairs[:, 1]]) - nll
+        total = np.logaddexp.reduce(joint, axis=1)
+        share = np.exp(joint - total[:, None])
+        evidence.append(total.mean())
+        history.append(weights)
+        counts = [
+            np.array([share[:, pairs[:, m] == k].sum() + 1 for k in range(size)])
+            for m, size in ((0, 4), (1, 3))
+        ]
+        weights = [count / count.sum() for count in counts]
+    assert [entry["log_likelihood"] for entry in found.log] == pytest.approx(evidence, abs=2e-3)
+    best = history[int(np.argmax(evidence))]
+    assert np.argmax(evidence) > 0 and max(np.abs(best[0] - 1 / 4)) > 0.02
+    for log_weight, weight in zip(found.log_weights, best):
+        assert log_weight.exp().tolist() == pytest.approx(weight.tolist(), abs=5e-3)
+
+
+def test_em_keeps_the_likeliest_round(sparse, monkeypatch):
+    problem = problem_of(sparse)
+    monkeypatch.setattr(
+        torch.optim, "AdamW", functools.partial(torch.optim.AdamW, maximize=True)
+    )  # it gets worse
+    found = fit("em", problem, epochs=1, lr=1.0)
+    evidence = [entry["log_likelihood"] for entry in found.log]
+    assert max(evidence) - evidence[-1] > 0.2
+    users, nll = all_nll(problem, found.books)
+    pairs = np.array(list(itertools.product(range(4), range(3))))
+    prior = sum(weight.numpy()[pairs[:, m]] for m, weight in enumerate(found.log_weights))
+    joint = prior - nll
+    assert np.logaddexp.reduce(joint, axis=1).mean() == pytest.approx(max(evidence), abs=2e-3)
+    assert np.mean(found.codes[users] == pairs[joint.argmax(1)]) > 0.99
+
+
+def test_em_draws_codes_from_their_responsibilities(world):
+    """Where all codes read alike the responsibilities are the weights, and counts are their multiples."""
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    weights = [torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.25, 0.75])]
+    books = [torch.randn(1, 32).repeat(3, 1), torch.randn(1, 32).repeat(2, 1)]
+    histories = [np.arange(4, 8)] * 400 + [np.arange(0)]
+    _, drawn, usage = e_step(likelihood, books, [weight.log() for weight in weights], histories)
+    for m, weight in enumerate(weights):
+        assert usage[m].tolist() == pytest.approx((400 * weight).tolist(), rel=1e-3)
+        share = np.bincount(drawn[:400, m], minlength=len(weight)) / 400
+        assert share.tolist() == pytest.approx(weight.tolist(), abs=0.09)
+
+
+# ---------------------------------------------------------------- words as codes
+
+def likeliest_words(problem):
+    """Per profile: (K_m indices, their probabilities) of the LM's likeliest words after x^m alone."""
+    model, tokenizer = make_lm("gpt2")
+    found = []
+    for profile, size in zip(problem.dataset.profiles, (4, 3)):
+        logits = model(torch.tensor([tokenizer(profile["prompt"])["input_ids"]])).logits[0, -1]
+        share = logits.double().softmax(0).tolist()
+        best = sorted(range(len(share)), key=lambda word: -share[word])[:size]
+        found.append((best, [share[word] for word in best]))
+    return model, tokenizer, found
+
+
+@pytest.mark.parametrize("name, changes", [("words", {}), ("em", {"start": "words", "epochs": 0})])
+def test_words_are_the_lm_s_likeliest_and_weigh_what_it_gives_them(sparse, name, changes):
+    """c = argmax_c P(y | words c) prod_m P(word c_m | x^m), every combination enumerated."""
+    problem = problem_of(sparse)
+    found, (model, tokenizer, best) = fit(name, problem, **changes), likeliest_words(problem)
+    for m, (index, share) in enumerate(best):
+        assert np.allclose(found.books[m], model.get_input_embeddings().weight[index].numpy(), atol=1e-6)
+        weights = [value / sum(share) for value in share]
+        assert found.log_weights[m].exp().tolist() == pytest.approx(weights, rel=1e-4)
+        assert max(weights) > 1.2 * min(weights)
+    users, nll = all_nll(problem, found.books)
+    joint = np.array([sum(math.log(share[c] / sum(share)) for c, (_, share) in zip(pair, best))
+                      for pair in itertools.product(range(4), range(3))]) - nll
+    pairs = np.array(list(itertools.product(range(4), range(3))))
+    assert np.mean(found.codes[users] == pairs[joint.argmax(1)]) > 0.99
+    assert found.log[0]["log_likelihood"] == pytest.approx(np.logaddexp.reduce(joint, 1).mean(), abs=2e-3)
+    names = [[tokenizer.decode([token]).strip() for token in index] for index, _ in best]
+    assert found.words == (names if name == "words" else None)  # EM moves its codes: no names
+
+
+def test_em_from_the_words_moves_from_them_and_gets_no_worse(sparse):
+    problem = problem_of(sparse)
+    words = fit("words", problem)
+    found = fit("em", problem, start="words", epochs=2, lr=0.05)
+    evidence = [entry["log_likelihood"] for entry in found.log]
+    assert evidence[0] == pytest.approx(words.log[0]["log_likelihood"], abs=2e-3) and len(evidence) == 3
+    assert max(evidence) > evidence[0] + 0.01
+    assert all(0 < np.abs(book - old).max() < 1 for book, old in zip(found.books, words.books))
+
+
+def test_the_bank_of_words_says_them_and_another_bank_does_not_keep_them(sparse, tmp_path):
+    run = copy_run(sparse, tmp_path / "run")
+    call_stage(quantize, "--run", run, "--quantizer", "words")
+    bank, facts = np.load(run / "feature_bank.npy"), common.load(run, "quantize.json")
+    words = [[*profile["words"], "unknown"] for profile in facts["profiles"]]
+    with open(run / "feature_bank_words.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))[1:]
+    assert [user for user, *_ in lines] == common.load(run, "users.json")
+    assert ["unknown", "unknown"] in [line[1:] for line in lines]
+    assert [line[1:] for line in lines] == [[words[m][code] for m, code in enumerate(row)] for row in bank]
+    assert common.load(run, "codebooks.pt")["words"] == [names[:-1] for names in words]
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+    assert not (run / "feature_bank_words.csv").exists()
+    assert "words" not in common.load(run, "quantize.json")["profiles"][0]
+
+
+# ---------------------------------------------------------------- the bank
+
+def test_users_without_a_history_get_the_unknown_code(sparse):
+    bank, theta = np.load(sparse / "feature_bank.npy"), np.load(sparse / "profiles.npy")
+    rows = np.load(sparse / "interactions.npy")
+    liked = set(rows[(rows[:, 3] == 0) & (rows[:, 2] == 1), 0].tolist())
+    unknown = [user for user in range(len(bank)) if user not in liked]
+    assert len(unknown) >= 2 and bank.dtype == np.int16 and bank[unknown].tolist() == [[4, 3]] * len(unknown)
+    books = common.load(sparse, "codebooks.pt")["codebooks"]
+    for user in liked:
+        nearest = [min(range(len(book)), key=lambda k: float(((theta[user, m] - book[k].numpy()) ** 2).sum()))
+                   for m, book in enumerate(books)]
+        assert bank[user].tolist() == nearest
+    with open(sparse / "feature_bank.csv", newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))[1:]
+    assert [list(map(int, codes)) for _, *codes in lines] == bank.tolist()
+    assert [user for user, *_ in lines] == common.load(sparse, "users.json")
+
+
+def test_a_cold_user_s_code_is_that_of_his_support_rows(lm_folders, tmp_path):
+    call_stage(prepare, "--run", tmp_path, "--subsample-users", 50, "--min-interactions", 1,
+               "--cold-users", 0.3)
+    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 1)
+    call_stage(quantize, "--run", tmp_path, "--quantizer", "words")
+    dataset, bank = common.load_dataset(tmp_path), np.load(tmp_path / "feature_bank.npy")
+    saved, (model, tokenizer) = common.load(tmp_path, "codebooks.pt"), make_lm("gpt2")
+    likelihood, texts = likelihood_of(model, tokenizer, dataset), {}
+    for user, item, label in dataset.rows(common.SUPPORT).tolist():
+        texts[user] = texts.get(user, "") + f" {dataset.items[item]['title']};" * label
+    liked = sorted(user for user, text in texts.items() if text)
+    assert len(liked) > 10
+    for user in liked:
+        ids, scores = torch.tensor([tokenizer.encode(texts[user])]), {}
+        for a, b in itertools.product(range(4), range(3)):
+            theta = torch.stack([saved["codebooks"][0][a], saved["codebooks"][1][b]])[None]
+            with torch.no_grad():
+                nll = float(likelihood(theta, ids, torch.tensor([ids.shape[1]])))
+            scores[a, b] = float(saved["log_weights"][0][a] + saved["log_weights"][1][b]) - nll
+        assert max(scores.values()) - scores[tuple(bank[user].tolist())] < 1e-2
+
+
+def test_agreement_with_the_truth_is_of_known_users(sparse):
+    bank, truth, facts = (
+        np.load(sparse / "feature_bank.npy"),
+        np.load(sparse / "truth.npy"),
+        common.load(sparse, "quantize.json"),
+    )
+    known = bank[:, 0] < 4
+    assert 0 < (~known).sum() < len(bank)
+    expected = [adjusted_mutual_info_score(truth[known, m], bank[known, m]) for m in range(2)]
+    assert facts["ami_truth"] == pytest.approx(expected)
+    assert [profile["counts"] for profile in facts["profiles"]] == [
+        np.bincount(bank[known, m]).tolist() for m in range(2)
+    ]
+
+
+def test_theta_or_labels_that_somebody_changed_are_refused(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "theta")
+    np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1)
+    with pytest.raises(common.UserError, match="profiles.npy was made from another"):
+        call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+    run = copy_run(inferred, tmp_path / "labels")
+    call_stage(prepare, "--run", run, "--subsample-users", 120, "--positive-above", 4)
+    with pytest.raises(common.UserError, match="profiles.npy was made from another dataset"):
+        call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+
+
+def test_users_without_a_history_do_not_move(sparse):
+    problem = problem_of(sparse)
+    gap = np.abs(fit("vq", problem, lr=0.05).theta - problem.theta).max(axis=(1, 2))
+    assert (
+        (~problem.known).sum() >= 2 and gap[~problem.known].max() < 1e-5 and gap[problem.known].min() > 1e-4
+    )
+
+
+def test_kept_codebooks_leave_old_users_their_codes(sparse, tmp_path):
+    """Also a code that would not be found again; who is not in the file gets the nearest."""
+    run = copy_run(sparse, tmp_path / "run")
+    before, lines = np.load(run / "feature_bank.npy"), (run / "feature_bank.csv").read_text().splitlines()
+    old, new = np.flatnonzero(before[:, 0] < 4)[:2]
+    lines[1 + old] = f"{lines[1 + old].split(',')[0]},{(before[old, 0] + 1) % 4},{before[old, 1]}"
+    del lines[1 + new]
+    (run / "feature_bank.csv").write_text("\n".join(lines) + "\n")
+    call_stage(quantize, "--run", run, "--keep-codebooks")
+    after = np.load(run / "feature_bank.npy")
+    assert after[old].tolist() == [(before[old, 0] + 1) % 4, before[old, 1]]
+    assert np.array_equal(np.delete(after, old, axis=0), np.delete(before, old, axis=0))
