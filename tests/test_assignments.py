@@ -1,5 +1,6 @@
-"""The assignments are red as the student finds them, and green with the teacher's solution."""
+"""The assignments are red as the student finds them and with wrong solutions, green with the teacher's."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -8,17 +9,27 @@ import sys
 import pytest
 from conftest import ROOT
 
-TASKS, HUNTS = ("a1", "a2", "a3", "a4", "a5", "a6", "b1", "b2"), ("b1_wrong_order", "b2_leak")
+TASKS = ("a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8", "b1", "b2", "b3")
+WRONG = ("a3", "a7", "a8", "b3")  # have wrong solutions in assignments/wrong.py
+HUNTS = ("b1_wrong_order", "b2_leak", "b3_random_control")
 
 
 @pytest.fixture(scope="module")
 def printed():
-    """What four processes print, side by side: pytest over all tasks on the stubs and on the reference, and the two bug hunts."""
-    tests = ["-m", "pytest", "-m", " or ".join(TASKS), "--tb=no", "-rA", "-p", "no:cacheprovider", "tests/assignments"]
-    commands = {"stubs": (tests, {}), "reference": (tests, {"REFERENCE": "1"})} | {name: ([f"tests/assignments/{name}.py"], {}) for name in HUNTS}
-    running = {name: subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
-                                      env={**os.environ, "OMP_NUM_THREADS": "1", **env}) for name, (command, env) in commands.items()}
-    return {name: process.communicate(timeout=200)[0] for name, process in running.items()}
+    """What six processes print, side by side: pytest on stubs, reference and wrong.py, and the bug hunts."""
+    def tests(tasks):
+        return ["-m", "pytest", "-m", " or ".join(tasks), "--tb=no", "-rA", "-p", "no:cacheprovider",
+                "tests/assignments"]
+
+    commands = {"stubs": (tests(TASKS), {}), "reference": (tests(TASKS), {"REFERENCE": "1"}),
+                "wrong": (tests(WRONG), {"WRONG": "1"})}
+    commands |= {name: ([f"tests/assignments/{name}.py"], {}) for name in HUNTS}
+    running = {}
+    for name, (command, extra) in commands.items():
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+        running[name] = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,
+                                         stderr=subprocess.DEVNULL, cwd=ROOT, env=env)
+    return {name: process.communicate(timeout=600)[0] for name, process in running.items()}
 
 
 def outcomes(text):
@@ -30,7 +41,7 @@ def outcomes(text):
 def test_the_stubs_are_red(printed):
     for task, found in outcomes(printed["stubs"]).items():
         if task[0] == "a":
-            assert found == {"FAILED"}, f"{task}: every test fails until the stub is written (have you solved it?)"
+            assert found == {"FAILED"}, f"{task}: every test fails until it is written (have you solved it?)"
         else:
             assert "FAILED" in found, f"{task}: the planted bug shows (have you mended it?)"
 
@@ -39,10 +50,19 @@ def test_the_reference_is_green(printed):
     assert outcomes(printed["reference"]) == dict.fromkeys(TASKS, {"PASSED"})
 
 
+def test_each_wrong_solution_is_caught(printed):
+    wrong = importlib.import_module("assignments.wrong")
+    for task in WRONG:
+        names = list(getattr(wrong, task))
+        failed = re.findall(rf"^FAILED \S*::test_{task}_\w+\[(.+?)\]", printed["wrong"], re.M)
+        missed = [name for name in names if not any(name in test for test in failed)]
+        assert len(names) >= 3 and not missed, f"{task}: not caught: {missed}"
+
+
 @pytest.mark.parametrize("name", HUNTS)
 def test_the_bug_hunts_print_the_symptom_that_they_quote(name, printed):
-    text = (ROOT / "tests" / "assignments" / f"{name}.py").read_text()
-    quoted = [line.strip() for line in text.split('"""')[1].split("\n") if line.startswith("    ") and "python" not in line]
+    text = (ROOT / "tests" / "assignments" / f"{name}.py").read_text().split('"""')[1]
+    quoted = [line.strip() for line in text.split("\n") if line.startswith("    ") and "python" not in line]
     found = printed[name].split("\n")[:-1]
     assert len(quoted) == len(found) >= 2
 
@@ -50,4 +70,5 @@ def test_the_bug_hunts_print_the_symptom_that_they_quote(name, printed):
         return [float(number) for number in re.findall(r"\d+\.\d+", line)]
 
     for said, shown in zip(quoted, found):
-        assert re.sub(r"[\d.]+", "", said) == re.sub(r"[\d.]+", "", shown) and numbers(said) == pytest.approx(numbers(shown), abs=0.02)
+        assert re.sub(r"[\d.]+", "", said) == re.sub(r"[\d.]+", "", shown)
+        assert numbers(said) == pytest.approx(numbers(shown), abs=0.02)

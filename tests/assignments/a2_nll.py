@@ -1,27 +1,30 @@
 """Assignment 2: the likelihood of a history, Eq. (4).                              pytest -m a2
 
-The LLM has read the prompt (P tokens) and a user's history (H tokens). Its last hidden states are (B, P + H, d), one row a user.
-A hidden state times the output layer's weight (V, d) gives the logits of the token that comes NEXT. Write the negative log-likelihood
-of each user's history,
+The LLM has read the prompt (P tokens) and a user's history (H tokens). Its last hidden states are (B, P + H,
+d), one row a user. A hidden state times the output layer's weight (V, d) gives the logits of the token that
+comes NEXT. Write the negative log-likelihood of each user's history,
 
     l_llm(u) = - sum_t log P(y_t | prompt, y_1 ... y_(t-1)),
 
 in nats, one number a user. Four things go wrong in practice, and a test watches each:
 
-  * off by one: which hidden state predicts the first history token? Which hidden state predicts nothing of interest?
-  * padding: user u has lengths[u] tokens; what stands to the right of them is filler and must not count, whatever it holds;
-  * sums, not averages: the prior and the recommender's loss are sums over a user's evidence too (and theta of a user with 3 titles
-    must not be pulled as hard as that of a user with 30);
+  * off by one: which hidden state predicts the first history token? Which predicts nothing of interest?
+  * padding: user u has lengths[u] tokens; what stands to their right is filler and must not count, whatever
+    it holds;
+  * sums, not averages: the prior and the recommender's loss are sums over a user's evidence too (and theta of
+    a user with 3 titles must not be pulled as hard as that of a user with 30);
   * overflow: exp of a logit of 1,000 is infinity, its log-likelihood is not.
 
-The vocabulary projection is a quarter of the work of a GPT-2. Count: how many of the (P + H) B rows do you need to project? Stage 02's
-`TokenNLL` goes one step further and never holds all of their logits at once; read it after you have passed.
+The vocabulary projection is a quarter of the work of a GPT-2. Count: how many of the (P + H) B rows do you
+need to project? Stage 02's `TokenNLL` goes one step further and never holds all of their logits at once; read
+it after you have passed.
 """
 
 
 def history_nll(hidden, weight, prompt_length, history_ids, lengths):
     """float (B,): nats of each user's history.
 
-    hidden: float (B, P + H, d); weight: float (V, d); prompt_length: P; history_ids: long (B, H), right-padded; lengths: long (B,).
+    hidden: float (B, P + H, d); weight: float (V, d); prompt_length: P; history_ids: long (B, H),
+    right-padded; lengths: long (B,).
     """
     raise NotImplementedError("a2: return one number a user")

@@ -1,8 +1,9 @@
 """Assignment 3: a quantizer that lets gradients through, Eq. (5).                  pytest -m a3
 
-A codebook holds K vectors v_k. A soft token theta is replaced by the nearest of them, v_c. Replacing is a step function: its
-derivative is zero almost everywhere, and the recommender behind it would teach theta nothing. Van den Oord et al. (2017) copy the
-gradient of the output onto the input as if the quantizer were the identity. With sg[.] the stop-gradient (`.detach()`), write
+A codebook holds K vectors v_k. A soft token theta is replaced by the nearest of them, v_c. Replacing is a
+step function: its derivative is zero almost everywhere, and the recommender behind it would teach theta
+nothing. Van den Oord et al. (2017) copy the gradient of the output onto the input as if the quantizer were
+the identity. With sg[.] the stop-gradient (`.detach()`), write
 
     quantized      value v_c, gradient of the identity with respect to theta
     codebook term  ||sg[theta] - v_c||^2    moves the code towards its users, and nothing else
@@ -10,14 +11,16 @@ gradient of the output onto the input as if the quantizer were the identity. Wit
 
 Norms are sums over d, one number for each row of theta.
 
-The tests look at values and then at gradients, term by term: what reaches theta, what reaches the codebook, and what must not. In the
-second of them a loss on `quantized` must leave the codebook alone: the recommender speaks to theta, theta speaks to the codebook.
+The tests look at values (codes against brute force) and then at gradients, term by term: what reaches theta,
+what reaches the codebook, and what must not. In the second of them a loss on `quantized` must leave the
+codebook alone: the recommender speaks to theta, theta speaks to the codebook.
 
-Then, on paper: with alpha = beta = .001 and one learning rate for all (the paper's section 3.4), how far does each term move things under
-Adam, whose step does not depend on the size of a gradient? `python 03_quantize.py --paper` shows what becomes of it.
+Then, on paper: with alpha = beta = .001 and one learning rate for all (the paper's section 3.4), how far does
+each term move things under Adam, whose step does not depend on the size of a gradient?
+`python 03_quantize.py --paper` shows what becomes of it.
 """
 
 
 def quantize(theta, codebook):
-    """(quantized (B, d), codes long (B,), codebook term (B,), commitment (B,)) for theta (B, d) and codebook (K, d)."""
+    """(quantized (B, d), codes (B,), codebook term (B,), commitment (B,)). theta (B, d), codebook (K, d)."""
     raise NotImplementedError("a3: find the nearest code, then think about what each .detach() cuts off")

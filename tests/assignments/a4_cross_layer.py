@@ -4,16 +4,19 @@ Wang et al. (2017), Eq. (3): with x_0 the embeddings of all fields of a row, sid
 
     x_(l+1) = x_0 (x_l . w_l) + b_l + x_l
 
-where x_l . w_l is one number a row. Each layer raises the degree of the polynomial in x_0 by one, at the price of 2 n parameters.
+where x_l . w_l is one number a row. Each layer raises the degree of the polynomial in x_0 by one, at the
+price of 2 n parameters.
 
-Write it for a batch, first as it stands. Then look closer: every x_l is a number times x_0 plus a vector that is the same for all
-rows. Find the recursion for that number and that vector and you need a single matrix product for all layers; the project's own
-`CrossNetwork` does this (for one layer or more). Either way of writing it passes.
+Write it for a batch, first as it stands. Then look closer: every x_l is a number times x_0 plus a vector that
+is the same for all rows. Find the recursion for that number and that vector and you need a single matrix
+product for all layers. The project's own `CrossNetwork` is the plain loop; `FoldedDCN` in
+tests/bench_serving.py is built on the recursion. Either way of writing it passes.
 
-The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, and that zero layers are the identity.
+The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, and
+that zero layers are the identity.
 
-Then, on paper: why can a DCN with weights of zero not leave this point where a second-order term is all that matters? (See the note in
-`FieldEmbedding` on what happens when embeddings start too small.)
+Then, on paper: why can a DCN with weights of zero not leave this point where a second-order term is all that
+matters? (See the note in `FieldEmbedding` on what happens when embeddings start too small.)
 """
 
 

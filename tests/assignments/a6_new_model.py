@@ -1,16 +1,18 @@
 """Assignment 6: a recommender of your own.                                         pytest -m a6
 
-Stage 04 knows a model by one line in `MODELS`: a class that takes the list of fields and maps ids (B, columns) to logits (B,). Add
-the ancestor of half of them, the factorization machine (Rendle 2010):
+Stage 04 knows a model by one line in `MODELS`: a class that takes the list of fields and maps ids (B,
+columns) to logits (B,). Add the ancestor of half of them, the factorization machine (Rendle 2010):
 
     logit = b + sum_i w_i + sum_{i<j} <e_i, e_j>
 
-w_i is a number and e_i a vector of width 8 for the id in field i. The base class `Recommender` gives you both: `self.first_order(ids)` is the
-first two terms, (B,), and `self.embed(ids)` the vectors, (B, F, 8), with F fields.
+w_i is a number and e_i a vector of width 8 for the id in field i. The base class `Recommender` gives you
+both: `self.first_order(ids)` is the first two terms, (B,), and `self.embed(ids)` the vectors, (B, F, 8), with
+F fields.
 
-The sum over pairs costs F (F - 1) / 2 inner products as written; find the identity that needs F. The tests compare with explicit loops,
-count on a model that is fast with 400 fields, and train it, through stage 04's own loop, on a world where every user likes exactly one
-of two kinds of items and no first-order term helps: logistic regression stays at chance there.
+The sum over pairs costs F (F - 1) / 2 inner products as written; find the identity that needs F. The tests
+compare with explicit loops, count on a model that is fast with 400 fields, and train it, through stage 04's
+own loop, on a world where every user likes exactly one of two kinds of items and no first-order term helps:
+logistic regression stays at chance there.
 
 When you have passed, register it for real (`MODELS["fm"] = FM` in 04_train_ctr.py) and try
 `python 04_train_ctr.py --models fm,deepfm --ids none,random,userip`. What does the deep half of DeepFM add?

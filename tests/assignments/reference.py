@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from assignments import b1_wrong_order, b2_leak
+from assignments import a8_gauc, b1_wrong_order, b2_leak, b3_random_control
+from conftest import load_script
 
-common, infer, quantize, ctr = (importlib.import_module(name) for name in ("common", "02_infer_profiles", "03_quantize", "04_train_ctr"))
+common, infer, quantize, ctr = (importlib.import_module(name) for name in (
+    "common", "02_infer_profiles", "03_quantize", "04_train_ctr"))
+controls = load_script("controls")
 
 
 def history_nll(hidden, weight, prompt_length, history_ids, lengths):
@@ -20,13 +23,12 @@ def history_nll(hidden, weight, prompt_length, history_ids, lengths):
 
 def quantize_one(theta, codebook):
     quantizer = quantize.VectorQuantizer(codebook)
-    quantizer.__dict__["_parameters"]["codebook"] = codebook  # the test's own leaf, so that it sees the gradients
-    return quantizer(theta)
+    quantizer.__dict__["_parameters"]["codebook"] = codebook  # the test's own leaf: it wants the gradients
+    quantized, codebook_term, commitment = quantizer(theta)
+    return quantized, quantizer.assign(theta), codebook_term, commitment
 
 
 def cross(x0, weights, biases):
-    if len(weights) == 0:  # the project's network has at least one layer
-        return x0
     network = common.CrossNetwork(x0.shape[1], len(weights))
     network.load_state_dict({"weight": weights, "bias": biases})
     return network(x0)
@@ -44,15 +46,39 @@ class FM(ctr.Recommender):
 
 class PromptedLM(b1_wrong_order.PromptedLM):
     def visibility(self, history_length):
-        segments = [segment for m, name in enumerate(self.names) for segment in (infer.Segment("name", name, m), infer.Segment("theta", [0], m))]
-        return infer.build_visibility([*segments, infer.Segment("task", self.task), infer.Segment("history", [0] * history_length)], "strict")
+        segments = []
+        for m, name in enumerate(self.names):
+            segments += [infer.Segment("name", name, m), infer.Segment("theta", [0], m)]
+        segments += [infer.Segment("task", self.task), infer.Segment("history", [0] * history_length)]
+        return infer.build_visibility(segments, "strict")
 
 
 def profile_codes(interactions):
-    everybody = np.unique(interactions[:, 0])
     train = interactions[interactions[:, 3] == common.TRAIN]
-    assert np.array_equal(np.unique(train[:, 0]), everybody)  # the worlds of this task have no user without a training row
+    everybody = np.unique(interactions[:, 0])
+    assert np.array_equal(np.unique(train[:, 0]), everybody)  # else somebody would get no code
     return b2_leak.profile_codes(train)
+
+
+def make_bank(dataset):
+    """Two of docs/controls.py's banks side by side: the share of likes, and clusters of liked attributes."""
+    sizes = [profile["codes"] for profile in dataset.profiles]
+    problem, device = SimpleNamespace(dataset=dataset), torch.device("cpu")
+    columns = [column for control in (controls.generosity, controls.metadata)
+               for column in control(problem, sizes, device, 0)]
+    return np.stack([codes for codes, _ in columns], axis=1), [int(size) for _, size in columns]
+
+
+def write_bank(run, name):
+    dataset = common.load_dataset(run)
+    codes, sizes = make_bank(dataset)
+    common.save_npy(run / f"feature_bank_{name}.npy", codes.astype(np.int16))
+    common.save_json(run / f"feature_bank_{name}.json", {
+        "codes": sizes, "dataset_fingerprint": dataset.fingerprint(), "made_by": "assignment 7"})
+
+
+def random_codes(codes, sizes, rng):
+    return ctr.codes_of("random", {"userip": (codes, sizes)}, rng)[0]
 
 
 a1 = SimpleNamespace(build_visibility=functools.partial(infer.build_visibility, mask="strict"))
@@ -61,5 +87,9 @@ a3 = SimpleNamespace(quantize=quantize_one)
 a4 = SimpleNamespace(cross=cross)
 a5 = SimpleNamespace(feature_bank=feature_bank, perplexity=quantize.perplexity)
 a6 = SimpleNamespace(FM=FM)
+a7 = SimpleNamespace(make_bank=make_bank, write_bank=write_bank)
+a8 = SimpleNamespace(gauc=common.gauc, make_world=a8_gauc.make_world,
+                     ANSWER={"AUC prefers": "A", "GAUC prefers": "B", "GAUC of A": 0.5})
 b1 = SimpleNamespace(PromptedLM=PromptedLM, influence=b1_wrong_order.influence)
 b2 = SimpleNamespace(**{**vars(b2_leak), "profile_codes": profile_codes})
+b3 = SimpleNamespace(**{**vars(b3_random_control), "random_codes": random_codes})

@@ -1,7 +1,11 @@
-"""The assignments' own tests: pytest -m a1 checks your a1_mask.py, and so on. REFERENCE=1 puts the teacher's solution in the stub's place."""
+"""The assignments' own tests: pytest -m a1 checks your a1_mask.py, and so on.
+
+REFERENCE=1 puts the teacher's solution in the stub's place, WRONG=1 each of the wrong ones in wrong.py.
+"""
 
 import importlib
 import itertools
+import json
 import math
 import os
 from types import SimpleNamespace
@@ -9,26 +13,46 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import likelihood_of, make_lm, random_theta, small_world
+from conftest import call_stage, copy_run, likelihood_of, make_lm, prepare, random_theta, small_world
+from sklearn.metrics import adjusted_mutual_info_score, roc_auc_score
+from torch.nn.functional import cross_entropy, one_hot
 
-common, infer, ctr = (importlib.import_module(name) for name in ("common", "02_infer_profiles", "04_train_ctr"))
-STUBS = {"a1": "a1_mask", "a2": "a2_nll", "a3": "a3_straight_through", "a4": "a4_cross_layer", "a5": "a5_code_assignment", "a6": "a6_new_model",
-         "b1": "b1_wrong_order", "b2": "b2_leak"}
+common, infer, ctr = (importlib.import_module(name) for name in (
+    "common", "02_infer_profiles", "04_train_ctr"))
+STUBS = {"a1": "a1_mask", "a2": "a2_nll", "a3": "a3_straight_through", "a4": "a4_cross_layer",
+         "a5": "a5_code_assignment", "a6": "a6_new_model", "a7": "a7_own_ids", "a8": "a8_gauc",
+         "b1": "b1_wrong_order", "b2": "b2_leak", "b3": "b3_random_control"}
+
+
+def task_of(marks):
+    return next(mark.name for mark in marks if mark.name in STUBS)
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for somebody's work gets the student's, the reference, or all wrong ones by name."""
+    if "work" in metafunc.fixturenames:
+        whose = ["reference" if os.environ.get("REFERENCE") else "yours"]
+        if os.environ.get("WRONG"):
+            task = task_of(metafunc.definition.iter_markers())
+            whose = list(getattr(importlib.import_module("assignments.wrong"), task, {}))
+        metafunc.parametrize("work", whose, indirect=True)
 
 
 @pytest.fixture
 def work(request):
-    """The student's module for the task that the test is marked with, or the reference."""
-    task = next(mark.name for mark in request.node.iter_markers() if mark.name in STUBS)
-    if os.environ.get("REFERENCE"):
+    """What the task that the test is marked with asks for: a module or a namespace."""
+    task = task_of(request.node.iter_markers())
+    if request.param == "reference":
         return getattr(importlib.import_module("assignments.reference"), task)
-    return importlib.import_module(f"assignments.{STUBS[task]}")
+    if request.param == "yours":
+        return importlib.import_module(f"assignments.{STUBS[task]}")
+    return getattr(importlib.import_module("assignments.wrong"), task)[request.param]
 
 
 def segments_of(text):
-    """'n1 n1 t1 n2 t2 k h h' -> segments: begin b, name n, theta t, task k, history h; the number says whose."""
+    """'n1 n1 t1 n2 t2 k h h' -> segments: begin b, name n, theta t, task k, history h; the number: whose."""
     kinds = {"b": "begin", "n": "name", "t": "theta", "k": "task", "h": "history"}
-    return [infer.Segment(kinds[word[0]], list(range(len(list(group)))), int(word[1:]) - 1 if word[1:] else None)
+    return [infer.Segment(kinds[word[0]], [*range(len([*group]))], int(word[1:]) - 1 if word[1:] else None)
             for word, group in itertools.groupby(text.split())]
 
 
@@ -44,7 +68,8 @@ GRIDS = {
 @pytest.mark.parametrize("prompt", GRIDS)
 def test_a1_grid(work, prompt):
     found = work.build_visibility(segments_of(prompt))
-    assert found.dtype == torch.bool and ["".join(".#"[cell] for cell in row) for row in found.tolist()] == GRIDS[prompt].split()
+    assert found.dtype == torch.bool
+    assert ["".join(".#"[cell] for cell in row) for row in found.tolist()] == GRIDS[prompt].split()
 
 
 @pytest.mark.a1
@@ -54,20 +79,25 @@ def test_a1_profiles_do_not_feel_each_other_and_the_history_feels_both(work, mon
     theta = random_theta(likelihood, 1).requires_grad_()
     states = likelihood.hidden(theta, torch.arange(10, 16)[None])[0]
     ends = np.cumsum([len(segment.ids) for segment in likelihood.segments])
-    first, second = (int(end) - 1 for end, segment in zip(ends, likelihood.segments) if segment.kind == "theta")
+    first, second = (int(end) - 1 for end, segment in zip(ends, likelihood.segments)
+                     if segment.kind == "theta")
     projection = torch.randn(states.shape[1], generator=torch.Generator().manual_seed(0))
 
     def gradient(at):
-        return torch.autograd.grad(states[at] @ projection, theta, retain_graph=True)[0][0].abs().amax(1).tolist()
+        found, = torch.autograd.grad(states[at] @ projection, theta, retain_graph=True)
+        return found[0].abs().amax(1).tolist()
 
-    assert gradient(first)[1] == 0 and gradient(second)[0] == 0 and gradient(first)[0] > 0 and gradient(second)[1] > 0
+    assert gradient(first)[1] == 0 and gradient(second)[0] == 0
+    assert gradient(first)[0] > 0 and gradient(second)[1] > 0
     assert min(gradient(-1)) > 0
 
 
 def nll_case(scale=1.0, users=3, prompt=4, length=5, d=6, words=11):
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(users, prompt + length, d, generator=generator) * scale, torch.randn(words, d, generator=generator)
-    return hidden, weight, prompt, torch.randint(words, (users, length), generator=generator), torch.tensor([5, 2, 1])[:users]
+    hidden = torch.randn(users, prompt + length, d, generator=generator) * scale
+    weight = torch.randn(words, d, generator=generator)
+    ids = torch.randint(words, (users, length), generator=generator)
+    return hidden, weight, prompt, ids, torch.tensor([5, 2, 1])[:users]
 
 
 @pytest.mark.a2
@@ -91,7 +121,8 @@ def test_a2_padding_changes_nothing(work):
     for user, length in enumerate(lengths):
         other[user, length:] = 7
         states[user, prompt + length:] = 1e6
-    first, second = work.history_nll(hidden, weight, prompt, ids, lengths), work.history_nll(states, weight, prompt, other, lengths)
+    first = work.history_nll(hidden, weight, prompt, ids, lengths)
+    second = work.history_nll(states, weight, prompt, other, lengths)
     assert torch.allclose(first, second)
 
 
@@ -99,9 +130,10 @@ def test_a2_padding_changes_nothing(work):
 def test_a2_stays_finite(work):
     hidden, weight, prompt, ids, lengths = nll_case(scale=1000.0)
     logits = hidden[:, prompt - 1:-1] @ weight.T
-    expected = [float(torch.nn.functional.cross_entropy(logits[user, :length], ids[user, :length], reduction="sum"))
+    expected = [float(cross_entropy(logits[user, :length], ids[user, :length], reduction="sum"))
                 for user, length in enumerate(lengths)]
-    assert work.history_nll(hidden, weight, prompt, ids, lengths).tolist() == pytest.approx(expected, rel=1e-4)
+    found = work.history_nll(hidden, weight, prompt, ids, lengths)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.a2
@@ -110,10 +142,11 @@ def test_a2_has_the_gradient_of_the_loss(work):
     hidden.requires_grad_()
     work.history_nll(hidden, weight, prompt, ids, lengths).sum().backward()
     picked = hidden.grad.abs().sum(2) > 0
-    assert [row.nonzero().flatten().tolist() for row in picked] == [list(range(prompt - 1, prompt - 1 + length)) for length in lengths]
+    wanted = [list(range(prompt - 1, prompt - 1 + length)) for length in lengths]
+    assert [row.nonzero().flatten().tolist() for row in picked] == wanted
     t = prompt + 1  # softmax minus one-hot, times the weight
-    expected = ((weight @ hidden[0, t]).softmax(0) - torch.nn.functional.one_hot(ids[0, 2], len(weight))).detach() @ weight
-    assert torch.allclose(hidden.grad[0, t], expected, atol=1e-5)
+    error = (weight @ hidden[0, t]).softmax(0) - one_hot(ids[0, 2], len(weight))
+    assert torch.allclose(hidden.grad[0, t], error.detach() @ weight, atol=1e-5)
 
 
 def vq_case():
@@ -122,28 +155,47 @@ def vq_case():
     return theta, codebook
 
 
+def gradients(output, *inputs):
+    """Gradient of the sum of output with respect to each input, zeros where there is no path."""
+    found = torch.autograd.grad(output.sum(), inputs, allow_unused=True)
+    return [torch.zeros_like(wanted) if part is None else part for part, wanted in zip(found, inputs)]
+
+
 @pytest.mark.a3
 def test_a3_values(work):
     quantized, codes, codebook_term, commitment = work.quantize(*vq_case())
-    assert codes.tolist() == [0, 1, 0] and torch.allclose(quantized, torch.tensor([[1.0, 0.0], [-2.0, 2.0], [1.0, 0.0]]))
-    assert codebook_term.tolist() == pytest.approx([0.05, 2.0, 0.9]) and commitment.tolist() == pytest.approx([0.05, 2.0, 0.9])
+    assert codes.tolist() == [0, 1, 0]
+    assert torch.allclose(quantized, torch.tensor([[1.0, 0.0], [-2.0, 2.0], [1.0, 0.0]]))
+    for term in (codebook_term, commitment):
+        assert term.tolist() == pytest.approx([0.05, 2.0, 0.9])
+
+
+@pytest.mark.a3
+def test_a3_the_nearest_of_many_by_brute_force(work):
+    generator = torch.Generator().manual_seed(0)
+    theta, codebook = torch.randn(60, 3, generator=generator), torch.randn(9, 3, generator=generator)
+    quantized, codes, *_ = work.quantize(theta, codebook)
+    for row, found, value in zip(theta.tolist(), codes.tolist(), quantized):
+        distances = [sum((a - b) ** 2 for a, b in zip(row, code)) for code in codebook.tolist()]
+        assert found == distances.index(min(distances)) and torch.allclose(value, codebook[found], atol=1e-6)
 
 
 @pytest.mark.a3
 def test_a3_straight_through_is_the_identity(work):
     theta, codebook = vq_case()
     upstream = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
-    gradient, untouched = torch.autograd.grad((work.quantize(theta, codebook)[0] * upstream).sum(), (theta, codebook), allow_unused=True)
-    assert torch.equal(gradient, upstream) and (untouched is None or not untouched.any())
+    gradient, untouched = gradients(work.quantize(theta, codebook)[0] * upstream, theta, codebook)
+    assert torch.equal(gradient, upstream) and not untouched.any()
 
 
 @pytest.mark.a3
 def test_a3_each_term_moves_its_own(work):
     theta, codebook = vq_case()
-    by_theta, by_code = torch.autograd.grad(work.quantize(theta, codebook)[2].sum(), (theta, codebook), allow_unused=True)
-    assert (by_theta is None or not by_theta.any()) and torch.allclose(by_code, torch.tensor([[2.0, -1.0], [2.0, 2.0]]))
-    by_theta, by_code = torch.autograd.grad(work.quantize(theta, codebook)[3].sum(), (theta, codebook), allow_unused=True)
-    assert torch.allclose(by_theta, torch.tensor([[-0.2, 0.4], [-2.0, -2.0], [-1.8, 0.6]])) and (by_code is None or not by_code.any())
+    by_theta, by_code = gradients(work.quantize(theta, codebook)[2], theta, codebook)
+    assert not by_theta.any() and torch.allclose(by_code, torch.tensor([[2.0, -1.0], [2.0, 2.0]]))
+    by_theta, by_code = gradients(work.quantize(theta, codebook)[3], theta, codebook)
+    assert torch.allclose(by_theta, torch.tensor([[-0.2, 0.4], [-2.0, -2.0], [-1.8, 0.6]]))
+    assert not by_code.any()
 
 
 @pytest.mark.a4
@@ -172,7 +224,8 @@ def test_a4_degree_and_identity(work):
 
 def bank_case():
     rng = np.random.default_rng(0)
-    return rng.normal(size=(30, 2, 4)).astype(np.float32), [rng.normal(size=(size, 4)).astype(np.float32) for size in (5, 3)], rng.random(30) < 0.8
+    theta = rng.normal(size=(30, 2, 4)).astype(np.float32)
+    return theta, [rng.normal(size=(size, 4)).astype(np.float32) for size in (5, 3)], rng.random(30) < 0.8
 
 
 @pytest.mark.a5
@@ -181,14 +234,16 @@ def test_a5_against_brute_force(work):
     bank = work.feature_bank(theta, books, known)
     assert bank.dtype == np.int16 and bank.shape == (30, 2)
     for user, m in itertools.product(range(30), range(2)):
-        distances = [sum((float(a) - float(b)) ** 2 for a, b in zip(theta[user, m], code)) for code in books[m]]
+        distances = [sum((float(a) - float(b)) ** 2 for a, b in zip(theta[user, m], code))
+                     for code in books[m]]
         assert bank[user, m] == (distances.index(min(distances)) if known[user] else len(books[m]))
 
 
 @pytest.mark.a5
 def test_a5_depends_on_the_user_alone_and_ties_go_to_the_lowest(work):
     theta, books, known = bank_case()
-    assert np.array_equal(work.feature_bank(theta, books, known)[7:9], work.feature_bank(theta[7:9], books, known[7:9]))
+    some = work.feature_bank(theta[7:9], books, known[7:9])
+    assert np.array_equal(work.feature_bank(theta, books, known)[7:9], some)
     twins = [np.array([[1.0, 0], [-1, 0], [1, 0]], np.float32)]
     assert work.feature_bank(np.zeros((1, 1, 2), np.float32), twins, np.ones(1, bool)).tolist() == [[0]]
 
@@ -196,7 +251,8 @@ def test_a5_depends_on_the_user_alone_and_ties_go_to_the_lowest(work):
 @pytest.mark.a5
 def test_a5_perplexity(work):
     assert work.perplexity(np.zeros(9, int), 4) == pytest.approx(1)
-    assert work.perplexity(np.arange(40) % 4, 4) == pytest.approx(4) and work.perplexity(np.arange(40) % 4, 64) == pytest.approx(4)
+    for size in (4, 64):
+        assert work.perplexity(np.arange(40) % 4, size) == pytest.approx(4)
     assert work.perplexity(np.array([0, 0, 0, 1]), 2) == pytest.approx((4 / 3) ** 0.75 * 4 ** 0.25)
 
 
@@ -207,14 +263,17 @@ def test_a6_against_loops(work):
     torch.nn.init.normal_(model.bias)
     ids = torch.tensor([[0, 4, 2], [3, 1, 0]])
     e, w, b = model.embed(ids).tolist(), model.weights(ids).tolist(), model.bias.item()
-    expected = [b + sum(w[row][i][0] for i in range(3)) + sum(x * y for i in range(3) for j in range(i) for x, y in zip(e[row][i], e[row][j]))
-                for row in range(2)]
+    expected = []
+    for row in range(2):
+        pairs = itertools.combinations(e[row], 2)
+        expected.append(b + sum(w[row][i][0] for i in range(3))
+                        + sum(x * y for first, second in pairs for x, y in zip(first, second)))
     assert model(ids).tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.a6
 def test_a6_linear_in_the_number_of_fields(work):
-    """Neither a tensor of the size of all pairs nor a loop over them."""
+    """No tensor of the size of all pairs nor a loop over them. A loop over the fields is linear too."""
     sizes = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -226,7 +285,7 @@ def test_a6_linear_in_the_number_of_fields(work):
     model = work.FM([common.Field(f"field{i}", 2) for i in range(400)])
     with Watch():
         model(torch.ones(4, 400, dtype=torch.long))
-    assert max(sizes) <= 4 * 400 * 8 and len(sizes) < 100
+    assert max(sizes) <= 4 * 400 * 8 and sum(sizes) <= 50 * 4 * 400 * 8 and len(sizes) < 20 * 400
 
 
 @pytest.mark.a6
@@ -234,12 +293,152 @@ def test_a6_learns_what_no_first_order_term_can(work, monkeypatch):
     rng = np.random.default_rng(0)
     users, items = np.divmod(np.arange(80 * 80), 80)
     label = (users + items) % 2  # even users like odd items, odd users even ones
-    interactions = np.stack([users, items, label, rng.choice([0, 0, 0, 1, 2], size=6400)], axis=1).astype(np.int32)
-    dataset = common.Dataset(interactions, list(range(80)), [{"id": i, "title": "", "attributes": {}} for i in range(80)], [], "")
-    args = SimpleNamespace(seed=0, fields="ids", lr=0.02, weight_decay=0.0, epochs=15, patience=5, batch_size=256)
+    split = rng.choice([0, 0, 0, 1, 2], size=6400)
+    interactions = np.stack([users, items, label, split], axis=1).astype(np.int32)
+    described = [{"id": item, "title": "", "attributes": {}} for item in range(80)]
+    dataset = common.Dataset(interactions, list(range(80)), described, [], "")
+    args = SimpleNamespace(seed=0, fields="ids", lr=0.02, weight_decay=0.0, epochs=15, patience=5,
+                           batch_size=256, user_dropout=0.0)
     monkeypatch.setitem(ctr.MODELS, "fm", work.FM)
-    found = {name: ctr.run_one(dataset, name, "none", 0, ctr.Inputs(), args, torch.device("cpu"))[0]["test_auc"] for name in ("lr", "fm")}
-    assert found["fm"] > 0.95 and found["lr"] < 0.6
+    found = {name: ctr.run_one(dataset, name, "none", 0, ctr.Inputs({}), args, torch.device("cpu"))["row"]
+             for name in ("lr", "fm")}
+    assert found["fm"]["test_auc"] > 0.95 and found["lr"]["test_auc"] < 0.6
+
+
+@pytest.fixture(scope="module")
+def bank_world():
+    """A demo of 120 users, a fifth of them cold; the first user has test rows alone, the second cold rows."""
+    dataset, _ = small_world(cold_users=0.2)
+    interactions = dataset.interactions.copy()
+    for user, split in ((0, common.TEST), (1, common.COLD)):
+        interactions[interactions[:, 0] == user, 3] = split
+    return common.Dataset(interactions, *list(vars(dataset).values())[1:])
+
+
+def changed(dataset, splits, seed=0):
+    """The same data set with other items and turned labels in the rows of these splits."""
+    interactions = dataset.interactions.copy()
+    chosen = np.isin(interactions[:, 3], splits)
+    interactions[chosen, 1] = np.random.default_rng(seed).integers(len(dataset.items), size=chosen.sum())
+    interactions[chosen, 2] ^= 1
+    return common.Dataset(interactions, *list(vars(dataset).values())[1:])
+
+
+def seen(dataset, splits):
+    """bool (U,): who has a row in one of these splits."""
+    return np.isin(np.arange(len(dataset.users)), dataset.rows(splits)[:, 0])
+
+
+@pytest.mark.a7
+def test_a7_codes_are_small_integers_and_strangers_are_unknown(work, bank_world):
+    codes, sizes = work.make_bank(bank_world)
+    assert codes.shape == (len(bank_world.users), len(sizes)) and codes.dtype.kind in "iu"
+    assert len(sizes) >= 1 and all(2 <= size <= 32766 and size == int(size) for size in sizes)
+    assert (codes >= 0).all() and (codes <= sizes).all()
+    strangers = ~seen(bank_world, common.SEEN)
+    assert strangers[:2].all() and (codes[strangers] == sizes).all()
+    assert (codes[~strangers] < sizes).any(1).mean() > 0.5  # something is known of most
+
+
+@pytest.mark.a7
+def test_a7_no_other_row_changes_a_code(work, bank_world):
+    codes, sizes = work.make_bank(bank_world)
+    hidden = (common.VALIDATION, common.TEST, common.COLD)
+    poisoned, its_sizes = work.make_bank(changed(bank_world, hidden))
+    assert np.array_equal(codes, poisoned) and list(sizes) == list(its_sizes)
+
+
+@pytest.mark.a7
+def test_a7_training_and_support_rows_do(work, bank_world):
+    codes, sizes = work.make_bank(bank_world)
+    for split in (common.TRAIN, common.SUPPORT):
+        own = seen(bank_world, split)
+        assert (codes[own] < sizes).any(), "nobody who has such rows is known"
+        other, _ = work.make_bank(changed(bank_world, split))
+        assert (codes[own] != other[own]).any(), "other rows, the same codes"
+
+
+@pytest.mark.a7
+def test_a7_stage_04_takes_the_bank_and_its_card(work, tmp_path_factory):
+    run = tmp_path_factory.mktemp("a7") / "run"
+    call_stage(prepare, "--run", run, "--subsample-users", 120)
+    dataset, before = common.load_dataset(run), {path.name for path in run.iterdir()}
+    work.write_bank(run, "mine")
+    written = {path.name for path in run.iterdir()} - before
+    assert written == {"feature_bank_mine.npy", "feature_bank_mine.json"}
+    card = json.loads((run / "feature_bank_mine.json").read_text())
+    bank, (codes, sizes) = np.load(run / "feature_bank_mine.npy"), work.make_bank(dataset)
+    assert bank.dtype == np.int16 and np.array_equal(bank, codes)
+    assert card["codes"] == list(sizes) and card["made_by"]
+    assert card["dataset_fingerprint"] == dataset.fingerprint()
+    call_stage(ctr, "--run", run, "--ids", "none,random-mine,mine", "--seeds", 1, "--epochs", 1)
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert [row["ids"] for row in rows] == ["none", "random-mine", "mine"]
+    other = copy_run(run, run.with_name("other"))
+    call_stage(prepare, "--run", other, "--subsample-users", 120, "--seed", 1)
+    with pytest.raises(common.UserError, match="made from another dataset"):
+        call_stage(ctr, "--run", other, "--ids", "none,mine", "--seeds", 1, "--epochs", 1)
+
+
+def gauc_by_loops(users, labels, scores):
+    total = weight = 0
+    for user in set(users.tolist()):
+        own = users == user
+        if len(set(labels[own].tolist())) == 2:
+            total += own.sum() * roc_auc_score(labels[own], scores[own])
+            weight += own.sum()
+    return total / weight if weight else None
+
+
+def gauc_case(seed, levels):
+    """Users of 1 to 40 rows, a third of them of one label; scores of a few levels, so that there are ties."""
+    rng = np.random.default_rng(seed)
+    users = np.repeat(rng.permutation(10**6)[:60], rng.integers(1, 41, size=60))
+    order = rng.permutation(len(users))
+    labels, scores = rng.integers(2, size=len(users)), rng.integers(levels, size=len(users)) / levels
+    labels[np.isin(users, np.unique(users)[::3])] = seed % 2
+    return users[order], labels[order], scores[order] + 0.25 * labels[order]
+
+
+@pytest.mark.a8
+@pytest.mark.parametrize("seed, levels", [(0, 3), (1, 3), (2, 10**6)])
+def test_a8_against_an_explicit_loop(work, seed, levels):
+    case = gauc_case(seed, levels)
+    assert work.gauc(*case) == pytest.approx(gauc_by_loops(*case), abs=1e-9)
+
+
+@pytest.mark.a8
+def test_a8_by_hand(work):
+    users = np.array([7, 7, 7, 7, -3, -3, 5, 5, 5, 5, 5])
+    labels = np.array([1, 1, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    scores = np.array([.9, .5, .5, .1, .8, .2, .1, .2, .3, .4, .5])
+    # 7 has a tie among his four pairs, -3 one pair in the wrong order, 5 has no pair
+    assert work.gauc(users, labels, scores) == pytest.approx((4 * 3.5 / 4 + 2 * 0) / 6)
+    assert work.gauc(users[6:], labels[6:], scores[6:]) is None
+    assert work.gauc(users[:6], labels[:6], np.zeros(6)) == pytest.approx(0.5)
+
+
+@pytest.mark.a8
+def test_a8_what_must_not_matter(work):
+    users, labels, scores = gauc_case(0, 4)  # sums of quarters are exact
+    expected, order = work.gauc(users, labels, scores), np.random.default_rng(1).permutation(len(users))
+    assert expected is not None and 0.5 < expected < 1
+    assert work.gauc(users[order], labels[order], scores[order]) == pytest.approx(expected)
+    assert work.gauc(-users, labels, scores) == pytest.approx(expected)
+    shifted = scores + users % 17  # each user's scores by another number
+    assert work.gauc(users, labels, shifted) == pytest.approx(expected)
+    assert work.gauc(users, labels, -scores) == pytest.approx(1 - expected)
+
+
+@pytest.mark.a8
+def test_a8_why_auc_alone_rewards_knowing_generosity(work):
+    users, labels, a, b = work.make_world()
+    auc, within = ({name: function(scores) for name, scores in (("A", a), ("B", b))} for function in (
+        lambda scores: roc_auc_score(labels, scores), lambda scores: work.gauc(users, labels, scores)))
+    answer = work.ANSWER
+    assert answer["AUC prefers"] == max(auc, key=auc.get), "the one that orders rows of different users"
+    assert answer["GAUC prefers"] == max(within, key=within.get), "the one that orders a user's own rows"
+    assert answer["GAUC of A"] == pytest.approx(within["A"], abs=0.005), "all of a user's rows have one score"
 
 
 @pytest.mark.b1
@@ -256,7 +455,8 @@ def test_b1_profiles_are_independent_and_hear_their_names(work):
 def test_b1_task_and_history_still_see_everything(work):
     model, _ = make_lm("gpt2")
     visible = work.PromptedLM(model, [[1, 2], [3]], [4, 5]).visibility(3)
-    assert visible.shape == (10, 10) and torch.equal(visible[5:], torch.ones(10, 10, dtype=torch.bool).tril()[5:])
+    assert visible.shape == (10, 10)
+    assert torch.equal(visible[5:], torch.ones(10, 10, dtype=torch.bool).tril()[5:])
 
 
 @pytest.mark.b2
@@ -274,3 +474,37 @@ def test_b2_coin_flips_win_nothing_and_taste_still_does(work):
     coin_flips, taste = work.make_world(0.0), work.make_world(1.0)
     assert abs(work.evaluate(coin_flips, work.profile_codes(coin_flips)) - 0.5) < 0.025
     assert work.evaluate(taste, work.profile_codes(taste)) > 0.6
+
+
+@pytest.mark.b3
+def test_b3_the_control_is_uniform_over_as_many_codes_as_the_real_ones(work):
+    codes = np.stack([np.arange(60_000) % 3, np.arange(60_000) % 7], axis=1)  # of 5 codes two are not used
+    drawn = work.random_codes(codes, (5, 7), np.random.default_rng(0))
+    assert drawn.shape == codes.shape and np.asarray(drawn).dtype.kind in "iu"
+    for column, size in zip(drawn.T, (5, 7)):
+        counts = np.bincount(column, minlength=size)
+        assert len(counts) == size and np.allclose(counts / len(column), 1 / size, atol=0.01)
+    assert abs(adjusted_mutual_info_score(*drawn.T)) < 0.001  # no profile's code tells the other's
+    assert not np.array_equal(drawn, work.random_codes(codes, (5, 7), np.random.default_rng(1)))
+
+
+@pytest.mark.b3
+def test_b3_controls_that_know_nothing_cost_the_same(work):
+    found = [ctr_table(work, 0.0, seed) for seed in range(5)]
+    for row in ("shuffled", "profile"):
+        assert abs(np.mean([table[row] - table["random"] for table in found])) < 0.008
+
+
+@pytest.mark.b3
+def test_b3_types_that_decide_still_win(work):
+    found = ctr_table(work, 0.5, 0)
+    assert found["profile"] > found["none"] + 0.02 > found["random"] + 0.02
+
+
+def ctr_table(work, taste, seed):
+    """work.table() with work.random_codes, also where that is another module's."""
+    interactions, codes = work.make_world(taste, seed)
+    rng = np.random.default_rng(seed + 100)
+    rows = {"none": codes[:, :0], "random": work.random_codes(codes, work.SIZES, rng), "profile": codes,
+            "shuffled": work.shuffled_codes(codes, work.SIZES, rng)}
+    return {name: work.evaluate(interactions, own) for name, own in rows.items()}

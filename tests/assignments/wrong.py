@@ -1,0 +1,127 @@
+"""Wrong solutions that the tests must catch: WRONG=1 pytest -m a7 runs the tests of a7 on each of these."""
+
+import functools
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+from assignments import b3_random_control, reference
+from sklearn.metrics import roc_auc_score
+
+common = importlib.import_module("common")
+
+
+# ---------------------------------------------------------------- a3
+
+def quantize_by(distance, theta, codebook):
+    codes = distance(theta[:, None] - codebook).argmin(1)
+    chosen = codebook[codes]
+    return (theta + (chosen - theta).detach(), codes, ((theta.detach() - chosen) ** 2).sum(1),
+            ((theta - chosen.detach()) ** 2).sum(1))
+
+
+def detached_the_other_way_round(theta, codebook):
+    quantized, codes, codebook_term, commitment = reference.quantize_one(theta, codebook)
+    return quantized, codes, commitment, codebook_term
+
+
+a3 = {"nearest by one coordinate": functools.partial(quantize_by, lambda apart: apart[..., 0].abs()),
+      "nearest by absolute values": functools.partial(quantize_by, lambda apart: apart.abs().sum(-1)),
+      "terms changed over": detached_the_other_way_round}
+a3 = {name: SimpleNamespace(quantize=quantize) for name, quantize in a3.items()}
+
+
+# ---------------------------------------------------------------- a7
+
+def write_as(make_bank, run, name, dtype=np.int16, **card):
+    dataset = common.load_dataset(run)
+    codes, sizes = make_bank(dataset)
+    facts = {"codes": sizes, "dataset_fingerprint": dataset.fingerprint(), "made_by": "somebody"}
+    common.save_npy(run / f"feature_bank_{name}.npy", codes.astype(dtype))
+    common.save_json(run / f"feature_bank_{name}.json", {**facts, **card})
+
+
+def share_of_likes(splits, unknown, dataset):
+    """Eight levels of the share of likes among the rows of these splits; users without one get `unknown`."""
+    rows, users = dataset.rows(splits), len(dataset.users)
+    seen = np.bincount(rows[:, 0], minlength=users)
+    level = (7.99 * np.bincount(rows[:, 0], rows[:, 2], minlength=users) / np.maximum(seen, 1)).astype(int)
+    return np.where(seen > 0, level, unknown)[:, None], [8]
+
+
+def solution(splits=common.SEEN, unknown=8, make=None, **card):
+    make = make or functools.partial(share_of_likes, splits, unknown)
+    return SimpleNamespace(make_bank=make, write_bank=functools.partial(write_as, make, **card))
+
+
+def constant(dataset):
+    """0 for whom there is a row, unknown for the others: right in form, and says nothing."""
+    codes, _ = share_of_likes(common.SEEN, 8, dataset)
+    return np.where(codes == 8, 2, 0), [2]
+
+
+a7 = {"looks at every row": solution(splits=range(5)),
+      "leaves cold users unknown": solution(splits=(common.TRAIN,)),
+      "gives strangers code 0": solution(unknown=0),
+      "a constant": solution(make=constant),
+      "floats": solution(dtype=np.float32),
+      "a card of no data set": solution(dataset_fingerprint="mine")}
+
+
+# ---------------------------------------------------------------- a8
+
+def each_user(users, labels, scores):
+    """(rows, AUC) of each user who has both labels."""
+    for user in np.unique(users):
+        own = users == user
+        if 0 < labels[own].sum() < own.sum():
+            yield own.sum(), roc_auc_score(labels[own], scores[own])
+
+
+def plain_mean(users, labels, scores):
+    found = [auc for _, auc in each_user(users, labels, scores)]
+    return float(np.mean(found)) if found else None
+
+
+def one_label_counts_half(users, labels, scores):
+    found = {user: 0.5 for user in np.unique(users)}
+    for user in found:
+        own = users == user
+        if 0 < labels[own].sum() < own.sum():
+            found[user] = roc_auc_score(labels[own], scores[own])
+    return float(np.average(list(found.values()), weights=[(users == user).sum() for user in found]))
+
+
+def ties_lost(users, labels, scores):
+    found, rows = [], []
+    for user in np.unique(users):
+        own = users == user
+        liked, other = scores[own & (labels == 1)], scores[own & (labels == 0)]
+        if len(liked) and len(other):
+            found.append((liked[:, None] > other).mean())
+            rows.append(own.sum())
+    return float(np.average(found, weights=rows)) if found else None
+
+
+def over_all(users, labels, scores):
+    return float(roc_auc_score(labels, scores)) if 0 < labels.sum() < len(labels) else None
+
+
+a8 = {"users count alike": plain_mean, "users of one label count one half": one_label_counts_half,
+      "a tie is lost": ties_lost, "AUC over all pairs": over_all}
+a8 = {name: SimpleNamespace(**{**vars(reference.a8), "gauc": gauc}) for name, gauc in a8.items()}
+
+
+# ---------------------------------------------------------------- b3
+
+def drawn(counts):
+    return lambda codes, sizes, rng: rng.integers(counts(np.array(sizes)), size=codes.shape)
+
+
+def one_draw_for_all_profiles(codes, sizes, rng):
+    return rng.integers(max(sizes), size=(len(codes), 1)) % sizes
+
+
+b3 = {"the smallest count for all": drawn(min), "the last code never drawn": drawn(lambda sizes: sizes - 1),
+      "the codes permuted": b3_random_control.shuffled_codes, "one draw for all": one_draw_for_all_profiles}
+b3 = {name: SimpleNamespace(**{**vars(b3_random_control), "random_codes": draw}) for name, draw in b3.items()}
