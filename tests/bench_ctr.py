@@ -2,11 +2,11 @@
 
     python tests/bench_ctr.py                   # 200,000 rows of user + item id, batch 1024: 2 min on 2 cores
     python tests/bench_ctr.py --quick           # does it run?
-    python tests/bench_ctr.py --rows 20000000   # stage 04 as a process on 20 million rows: samples a second and peak memory
+    python tests/bench_ctr.py --rows 20000000   # stage 04 as a process on 20 million rows: rate, peak memory
 
-ours: stage 04's training loop. bare loop: the least a loop can do, slices of tensors shuffled once an epoch, fused Adam. dataloader: the
-same model behind DataLoader(TensorDataset). deepctr-torch, RecBole: their own DCN and loop, where they are installed. Prints a table of
-medians and, last, one JSON object.
+ours: stage 04's training loop. bare loop: the least a loop can do, slices of tensors shuffled once an epoch,
+fused Adam. dataloader: the same model behind DataLoader(TensorDataset). deepctr-torch, RecBole: their own DCN
+and loop, where installed. Progress goes to stderr; a table of medians and, last, one JSON object to stdout.
 """
 
 import argparse
@@ -30,15 +30,21 @@ sys.path.insert(0, str(ROOT))
 common = importlib.import_module("common")
 ctr = importlib.import_module("04_train_ctr")
 BATCH, USERS, ITEMS = 1024, 943, 1682  # as MovieLens-100K
+BEGIN = time.perf_counter()
+BUDGET = 150  # seconds; slower rounds are fewer rounds
+
+
+def note(text):
+    print(f"[{time.perf_counter() - BEGIN:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 def make_dataset(rows, users=USERS, items=ITEMS):
     """Random interactions, 8:1:1."""
     rng = np.random.default_rng(0)
-    interactions = np.stack([rng.integers(users, size=rows, dtype=np.int32), rng.integers(items, size=rows, dtype=np.int32),
-                             rng.integers(2, size=rows, dtype=np.int32), rng.choice(3, size=rows, p=(0.8, 0.1, 0.1)).astype(np.int32)], axis=1)
-    return common.Dataset(interactions, [str(user) for user in range(users)],
-                          [{"id": str(item), "title": f"item {item}", "attributes": {}} for item in range(items)], [], "")
+    columns = [rng.integers(size, size=rows, dtype=np.int32) for size in (users, items, 2)]
+    columns.append(rng.choice(3, size=rows, p=(0.8, 0.1, 0.1)).astype(np.int32))
+    described = [{"id": str(item), "title": f"item {item}", "attributes": {}} for item in range(items)]
+    return common.Dataset(np.stack(columns, axis=1), [str(user) for user in range(users)], described, [], "")
 
 
 def fields():
@@ -48,13 +54,15 @@ def fields():
 def ours(dataset):
     """Samples a second of one epoch, as stage 04 counts them: without the validation."""
     _, lookup = ctr.build_features(dataset, "ids", None, None)
-    splits = {split: ctr.Rows(dataset, split, lookup, torch.device("cpu")) for split in (0, 1, 2)}
-    args = SimpleNamespace(lr=1e-3, weight_decay=1e-4, epochs=1, patience=1, batch_size=BATCH)
-    return ctr.train(common.DCN(fields()), splits, args)[0]["train_samples_per_second"]
+    rows, few = (ctr.rows_of(dataset, split, lookup, torch.device("cpu"))
+                 for split in (common.TRAIN, common.TEST))
+    args = SimpleNamespace(lr=3e-3, weight_decay=1e-3, epochs=1, patience=1, batch_size=BATCH,
+                           user_dropout=ctr.default_user_dropout(dataset))
+    return ctr.train(common.DCN(fields()), rows, few, USERS, args)[0]["train_samples_per_second"]
 
 
 def training_tensors(dataset):
-    rows = dataset.rows(0)
+    rows = dataset.rows(common.TRAIN)
     return torch.tensor(rows[:, :2], dtype=torch.long), torch.tensor(rows[:, 2], dtype=torch.float32)
 
 
@@ -81,8 +89,10 @@ def dataloader(dataset):
     ids, labels = training_tensors(dataset)
     model = common.DCN(fields())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    rows = torch.utils.data.TensorDataset(ids, labels)
+    loader = torch.utils.data.DataLoader(rows, batch_size=BATCH, shuffle=True)
     clock = time.perf_counter()
-    for batch in torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids, labels), batch_size=BATCH, shuffle=True):
+    for batch in loader:
         step(model, optimizer, *batch)
     return len(ids) / (time.perf_counter() - clock)
 
@@ -90,7 +100,7 @@ def dataloader(dataset):
 def deepctr(dataset):
     from deepctr_torch.inputs import SparseFeat
     from deepctr_torch.models import DCN
-    rows = dataset.rows(0)
+    rows = dataset.rows(common.TRAIN)
     columns = [SparseFeat("user", USERS, embedding_dim=8), SparseFeat("item", ITEMS, embedding_dim=8)]
     model = DCN(columns, columns, cross_num=3, dnn_hidden_units=(16, 16), dnn_dropout=0.2, device="cpu")
     model.compile(torch.optim.Adam(model.parameters(), lr=1e-3), "binary_crossentropy", metrics=[])
@@ -105,19 +115,19 @@ def recbole(dataset):
     from recbole.data import create_dataset, data_preparation
     from recbole.model.context_aware_recommender.dcn import DCN
     from recbole.trainer import Trainer
-    rows = dataset.rows(0)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "bench").mkdir()
         with open(Path(folder) / "bench" / "bench.inter", "w", encoding="utf-8") as file:
             file.write("user_id:token\titem_id:token\tlabel:float\n")
-            file.writelines(f"{user}\t{item}\t{label}\n" for user, item, label in rows)
+            file.writelines(f"{user}\t{item}\t{label}\n" for user, item, label in dataset.rows(common.TRAIN))
+        split = {"split": {"RS": [0.98, 0.01, 0.01]}, "order": "RO", "group_by": None, "mode": "labeled"}
         config = Config(model="DCN", dataset="bench", config_dict={
-            "data_path": folder, "load_col": {"inter": ["user_id", "item_id", "label"]}, "embedding_size": 8, "mlp_hidden_size": [16, 16],
-            "cross_layer_num": 3, "dropout_prob": 0.2, "train_batch_size": BATCH, "epochs": 1, "use_gpu": False, "show_progress": False,
-            "eval_args": {"split": {"RS": [0.98, 0.01, 0.01]}, "order": "RO", "group_by": None, "mode": "labeled"}, "metrics": ["AUC"],
-            "valid_metric": "AUC", "state": "ERROR", "checkpoint_dir": folder, "train_neg_sample_args": None, "worker": 0, "nproc": 1})
-        data = create_dataset(config)
-        train, *_ = data_preparation(config, data)
+            "data_path": folder, "load_col": {"inter": ["user_id", "item_id", "label"]}, "embedding_size": 8,
+            "mlp_hidden_size": [16, 16], "cross_layer_num": 3, "dropout_prob": 0.2, "train_batch_size": BATCH,
+            "epochs": 1, "use_gpu": False, "show_progress": False, "eval_args": split, "metrics": ["AUC"],
+            "valid_metric": "AUC", "state": "ERROR", "checkpoint_dir": folder, "train_neg_sample_args": None,
+            "worker": 0, "nproc": 1})
+        train, *_ = data_preparation(config, create_dataset(config))
         trainer = Trainer(config, DCN(config, train.dataset))
         clock = time.perf_counter()
         trainer._train_epoch(train, 0, show_progress=False)
@@ -126,15 +136,18 @@ def recbole(dataset):
 
 def compare(rows, repeats):
     dataset, ways = make_dataset(rows), {"ours": ours, "bare_loop": bare_loop, "dataloader": dataloader}
-    for name, module, way in (("deepctr_torch", "deepctr_torch", deepctr), ("recbole", "recbole", recbole)):
-        if importlib.util.find_spec(module):
+    for name, way in (("deepctr_torch", deepctr), ("recbole", recbole)):
+        if importlib.util.find_spec(name):
             ways[name] = way
     rates = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    for number in range(repeats + 1):
         for name, way in ways.items():
             rate = way(dataset)
-            if repeat:  # the first round warms up
+            if number:  # the first round warms up
                 rates[name].append(rate)
+            note(f"round {number} of up to {repeats}: {name} {rate:,.0f} samples/s")
+        if number and (time.perf_counter() - BEGIN) * (number + 2) / (number + 1) > BUDGET:
+            break
     figures = {f"{name}_samples_per_s": statistics.median(values) for name, values in rates.items()}
     for name in ways:
         rate = figures[f"{name}_samples_per_s"]
@@ -142,35 +155,46 @@ def compare(rows, repeats):
     return figures
 
 
+BIG = """import importlib, sys
+import common, torch
+sys.argv = ["04_train_ctr.py", "--run", sys.argv[1], "--ids", "none", "--seeds", "1", "--epochs", "1",
+            "--batch-size", "16384", "--device", "cpu"]
+importlib.import_module("04_train_ctr").main()
+print(common.peak_memory_mb(torch.device("cpu")))"""
+
+
 def big(rows):
     """Stage 04, one epoch, in a process of its own, on artifacts that are written here."""
     with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
         dataset = make_dataset(rows, max(USERS, rows // 20), max(ITEMS, rows // 200))
-        common.save_npy(Path(folder) / "interactions.npy", dataset.interactions)
-        common.save_json(Path(folder) / "users.json", dataset.users)
-        common.save_json(Path(folder) / "items.json", dataset.items)
-        common.save_json(Path(folder) / "dataset.json", {"dataset": "bench", "profiles": [], "task_prompt": "", "fingerprint": dataset.fingerprint()})
+        common.save_npy(run / "interactions.npy", dataset.interactions)
+        common.save_json(run / "users.json", dataset.users)
+        common.save_json(run / "items.json", dataset.items)
+        common.save_json(run / "dataset.json", {"dataset": "bench", "profiles": [], "task_prompt": "",
+                                                "fingerprint": dataset.fingerprint()})
         del dataset
-        code = ("import importlib, sys; sys.argv = ['04_train_ctr.py', '--run', sys.argv[1], '--ids', 'none', '--seeds', '1', '--epochs', '1', "
-                "'--batch-size', '16384']; importlib.import_module('04_train_ctr').main(); import common; print(common.peak_memory_mb())")
+        note("artifacts written; stage 04 begins")
         clock = time.perf_counter()
-        output = subprocess.run([sys.executable, "-c", code, folder], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        output = subprocess.run([sys.executable, "-c", BIG, folder], check=True, capture_output=True,
+                                text=True, cwd=ROOT).stdout
         seconds, peak = time.perf_counter() - clock, int(output.splitlines()[-1])
-        rate = json.loads((Path(folder) / "results.json").read_text())["rows"][0]["train_samples_per_second"]
+        rate = json.loads((run / "results.json").read_text())["rows"][0]["train_samples_per_second"]
     print(f"{rows:,d} rows: {rate:,d} samples/s in training, {seconds:.0f} s in all, peak {peak} MB")
     return {"rows": rows, "train_samples_per_s": rate, "seconds": seconds, "peak_mb": peak}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a second one gains little on a model this small")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; a second one gains little here")
     parser.add_argument("--repeats", type=int, default=5, help="medians of this many")
     parser.add_argument("--rows", type=int, help="only run stage 04 on this many rows, and report its memory")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    figures = big(args.rows) if args.rows else compare(20_000 if args.quick else 200_000, 1 if args.quick else args.repeats)
-    print(json.dumps(figures))
+    rows, repeats = (20_000, 1) if args.quick else (200_000, args.repeats)
+    print(json.dumps(big(args.rows) if args.rows else compare(rows, repeats)))
 
 
 if __name__ == "__main__":

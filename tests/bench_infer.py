@@ -1,13 +1,23 @@
-"""How fast stage 02 infers, beside the authors' way, on the same users in one run.
+"""How fast stage 02 infers profiles, beside the authors' way, on the same users in one run.
 
-    python tests/bench_infer.py                    # GPT-2 small shape, random weights, 64 users, 16-238 history tokens: 8 min on 2 cores
-    python tests/bench_infer.py --quick            # a small shape, half a minute: does it run?
-    python tests/bench_infer.py --linear           # 1k, 4k, 16k users with a tiny LM: time per user and peak memory
-    python tests/bench_infer.py --device cuda      # and the Llama-2-7B shape in fp16: 128 users, 128 tokens each
-    python tests/bench_infer.py --profile          # where our time goes, by operator
+    python tests/bench_infer.py                # GPT-2's shape, random weights: 2 to 4 min on 2 cores
+    python tests/bench_infer.py --full         # more users, medians of five, peak memory: half an hour
+    python tests/bench_infer.py --quick        # a small shape, a minute: does it run?
+    python tests/bench_infer.py --linear       # 1k, 4k, 16k users with a tiny LM: time a user and peak memory
+    python tests/bench_infer.py --device cuda  # and the Llama-2-7B shape in fp16: 128 users, 128 tokens each
+    python tests/bench_infer.py --profile      # where our time goes, by operator
 
-Useful work of a step = 4 x block parameters x tokens (forward 2, backward 2: no weight gradients) + 4 x vocabulary x d x targets.
-Peak = the fastest square matrix product of the same dtype, measured here. Prints a table and, last, one JSON object.
+Rates: user-steps a second on histories of 16 to 238 tokens, by default on eight of 64. Useful work of a step
+= 4 x block parameters x tokens (forward 2, backward 2: no weight gradients) + 4 x vocabulary x d x targets.
+Peak = the fastest square matrix product of the same dtype, measured here.
+
+Solving: a user is solved when his likelihood is within 1% of what 40 of our steps reach. Random weights have
+nothing to say of a user, so the steps this takes are counted on a tiny LM that is trained here; users solved
+a second = rate / steps. The authors' loop has its own settings: theta starts at U(-.1, .1), AdamW at 1e-3 on
+one dense table, random batches of 8, the mean loss, no prior. Users whom it has not solved at the cap count
+with the cap; the ratio is then a bound.
+
+Progress goes to stderr; a table and, last, one JSON object to stdout.
 """
 
 import argparse
@@ -21,19 +31,36 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-common = importlib.import_module("common")
-infer = importlib.import_module("02_infer_profiles")
+common, prepare, infer = (importlib.import_module(name) for name in (
+    "common", "01_prepare_data", "02_infer_profiles"))
 
-DEMO = {"seed": 0, "signal": 1.0, "min_interactions": 1, "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
-        "profile_words": None, "critic": False, "dataset": "demo"}  # stage 01's settings
-PAPER_USERS = {"Clothing": (38_764, 179_223), "Movies": (7_506, 441_783), "Games": (2_490, 19_927), "Yelp": (27_147, 1_293_247)}
+BEGIN = time.perf_counter()
+BUDGET = 100  # seconds for rounds of the three ways; the first is always done
+DEMO = {"seed": 0, "signal": 1.0, "min_interactions": 1, "positive_above": 3.0, "max_per_user": None,
+        "subsample_users": 200, "cold_users": 0.0, "profile_words": None, "critic": False, "dataset": "demo"}
+PAPER_USERS = {"Clothing": (38_764, 179_223), "Movies": (7_506, 441_783), "Games": (2_490, 19_927),
+               "Yelp": (27_147, 1_293_247)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+
+def note(text):
+    print(f"[{time.perf_counter() - BEGIN:4.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def defaults(*flags):
+    """Stage 02's own settings."""
+    with mock.patch.object(sys, "argv", ["02_infer_profiles.py", *flags]):
+        return infer.parse_arguments()
+
+
+# ---------------------------------------------------------------- what is measured
 
 def synchronize(device):
     if device.type == "cuda":
@@ -56,7 +83,7 @@ def matmul_peak(dtype, device):
 
 
 def random_model(shape, dtype, device):
-    """A causal LM of the given shape with random weights."""
+    """A causal LM of the given shape with random weights, as load_language_model would hand it out."""
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -64,221 +91,329 @@ def random_model(shape, dtype, device):
         if shape == "llama2-7b":
             model = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
         else:
-            size = {"gpt2": {}, "quick": {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 2000}}[shape]
-            model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0, **size))
+            size = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 2000} if shape == "quick" else {}
+            model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
+                                               eos_token_id=0, **size))
     torch.set_default_dtype(torch.float32)
-    model.set_attn_implementation(common.attention_for(dtype, device))
-    return common.freeze(common.fuse_activations(model))
+    model.set_attn_implementation("eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa")
+    return common.fuse_activations(model).eval().requires_grad_(False)
 
 
 def make_likelihood(model, prompt=20):
     """Two profiles with names of 5 tokens and a task of 8, as in the paper's prompt."""
     ids = np.random.default_rng(0).integers(100, size=prompt).tolist()
-    segments = [infer.Segment("name", ids[:5], 0), infer.Segment("theta", [0], 0), infer.Segment("name", ids[5:10], 1),
-                infer.Segment("theta", [0], 1), infer.Segment("task", ids[10:18])]
+    segments = [infer.Segment("name", ids[:5], 0), infer.Segment("theta", [0], 0),
+                infer.Segment("name", ids[5:10], 1), infer.Segment("theta", [0], 1),
+                infer.Segment("task", ids[10:18])]
     return infer.ProfileLikelihood(model, segments)
+
+
+def make_histories(full=True):
+    """Token ids of 64 histories of 16 to 238 tokens, or of eight of them, four short and four long."""
+    lengths = np.linspace(16, 238, 64).round().astype(int)
+    chosen = lengths if full else np.concatenate([lengths[14:18], lengths[46:50]])
+    return [np.arange(length, dtype=np.int32) % 100 for length in chosen]
 
 
 def useful_flops(model, histories, prompt_length):
     """Of one step over all users."""
-    table = model.get_input_embeddings().weight
-    positions = getattr(model.base_model, "wpe", None)
-    blocks = sum(parameter.numel() for parameter in model.base_model.parameters()) - table.numel() - (positions.weight.numel() if positions else 0)
+    table, positions = model.get_input_embeddings().weight, getattr(model.base_model, "wpe", None)
+    blocks = common.count_parameters(model.base_model) - table.numel()
+    blocks -= positions.weight.numel() if positions else 0
     tokens = sum(len(ids) + prompt_length for ids in histories)
     return 4 * blocks * tokens + 4 * table.numel() * sum(map(len, histories))
 
 
-def ours(model, histories, steps, block_size=None):
-    """Seconds for `steps` steps over all users, our way (without the final evaluation pass)."""
-    likelihood = make_likelihood(model)
-    blocks = infer.make_blocks(histories, block_size, infer.token_budget_of(likelihood), likelihood.prompt_length)
-    width = likelihood.words.weight.shape[1]
-    start, spread = torch.zeros(2, width, device=likelihood.device), torch.full((2,), 0.02, device=likelihood.device)
-    args = SimpleNamespace(steps=steps, lr=0.1, prior=1.0)
-    synchronize(likelihood.device)
-    clock = time.perf_counter()
+def ours(likelihood, histories, steps):
+    """`steps` steps over all users, our way: descend() on stage 02's own blocks, without the evaluation."""
+    blocks = infer.make_blocks(histories, None, infer.token_budget_of(likelihood), likelihood.prompt_length)
+    width, device = likelihood.words.weight.shape[1], likelihood.device
+    start, spread = torch.zeros(2, width, device=device), torch.full((2,), 0.02, device=device)
     for users in blocks:
-        infer.descend(likelihood, start, spread, *infer.pad(histories, users, likelihood.device), users, range(len(histories)), args)
-    synchronize(likelihood.device)
-    return time.perf_counter() - clock
+        settings = SimpleNamespace(steps=steps, lr=0.1, prior=1.0)
+        infer.descend(likelihood, start, spread, *infer.pad(histories, users, device), settings)
 
 
-def authors_way(model, histories, steps, batch=8):
-    """Seconds for one step over all users (times steps): random batches of 8 padded users, full logits, one dense AdamW table."""
-    likelihood = make_likelihood(model)
-    width, users = likelihood.words.weight.shape[1], len(histories)
-    table = torch.nn.Embedding(users, 2 * width, device=likelihood.device)
-    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-3)
-    order = np.random.default_rng(0).permutation(users)
-    clock = time.perf_counter()
-    for _ in range(steps):
-        for at in range(0, users, batch):
-            chosen = order[at:at + batch].tolist()
-            ids, lengths = infer.pad(histories, chosen, likelihood.device)
-            theta = table(torch.tensor(chosen, device=likelihood.device)).view(-1, 2, width)
-            embedded = likelihood.embeddings(theta, ids)
-            logits = model(inputs_embeds=embedded, use_cache=False).logits
-            wanted = ids.masked_fill(torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None], -100)
+class Authors:
+    """Their loop: a dense table of all users, random batches of 8, full logits, a plain causal mask."""
+
+    def __init__(self, likelihood, histories, batch=8):
+        self.likelihood, self.histories, self.batch = likelihood, histories, batch
+        width = likelihood.profiles * likelihood.words.weight.shape[1]
+        self.table = torch.nn.Embedding(len(histories), width, device=likelihood.device)
+        torch.nn.init.uniform_(self.table.weight, -0.1, 0.1)
+        self.optimizer = torch.optim.AdamW(self.table.parameters(), lr=1e-3)
+        self.rng = np.random.default_rng(0)
+
+    def epoch(self):
+        """A step for each user; float (U,), the NLL in nats before it."""
+        likelihood, order = self.likelihood, self.rng.permutation(len(self.histories))
+        nll = np.zeros(len(order))
+        for chosen in np.split(order, range(self.batch, len(order), self.batch)):
+            ids, lengths = infer.pad(self.histories, chosen, likelihood.device)
+            rows = torch.from_numpy(chosen).to(likelihood.device)
+            embedded = likelihood.embeddings(self.table(rows).view(len(rows), likelihood.profiles, -1), ids)
+            logits = likelihood.model(inputs_embeds=embedded, use_cache=False).logits
             logits = logits[:, likelihood.prompt_length - 1:-1].flatten(0, 1).float()
-            loss = torch.nn.functional.cross_entropy(logits, wanted.flatten(), ignore_index=-100)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            beyond = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+            wanted = ids.masked_fill(beyond, -100).flatten()
+            losses = torch.nn.functional.cross_entropy(logits, wanted, ignore_index=-100, reduction="none")
+            self.optimizer.zero_grad()
+            (losses.sum() / lengths.sum()).backward()
+            self.optimizer.step()
+            nll[chosen] = losses.detach().view(len(rows), -1).sum(1).cpu().numpy()
+        return nll
+
+
+def authors(likelihood, histories, steps):
+    loop = Authors(likelihood, histories)
+    for _ in range(steps):
+        loop.epoch()
+
+
+VARIANTS = {"authors_fp32": (authors, "fp32"), "ours_fp32": (ours, "fp32"), "ours_bf16": (ours, "bf16")}
+
+
+def seconds_of(way, model, histories, steps=1):
+    likelihood = make_likelihood(model)
+    synchronize(likelihood.device)
+    clock = time.perf_counter()
+    way(likelihood, histories, steps)
     synchronize(likelihood.device)
     return time.perf_counter() - clock
 
+
+# ---------------------------------------------------------------- memory, rates, solving
 
 def peak_mib(device):
-    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def make_histories(users=64):
-    """Token ids of histories of 16 to 238 tokens."""
-    return [np.arange(length) % 100 for length in np.linspace(16, 238, users).round().astype(int)]
-
-
-VARIANTS = {"authors_fp32": (authors_way, torch.float32), "ours_fp32": (ours, torch.float32), "ours_bf16": (ours, torch.bfloat16)}
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def memory(shape, device):
-    """Peak memory of one step over all users above that of the loaded model, MiB; each variant in a process of its own."""
+    """Peak memory of one step of the 8 longest users above that of the loaded model, MiB; a process each."""
     figures = {}
     for name in VARIANTS:
-        command = [sys.executable, __file__, "--device", device.type, "--threads", str(torch.get_num_threads()), "--memory-of", name]
-        output = subprocess.run(command + ["--quick"] * (shape == "quick"), check=True, capture_output=True, text=True).stdout
+        command = [sys.executable, __file__, "--device", device.type, "--memory-of", name,
+                   "--threads", str(torch.get_num_threads()), *["--quick"] * (shape == "quick")]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         figures[f"{name}_step_mib"] = json.loads(output.splitlines()[-1])["step_mib"]
-        print(f"{name:14s} peak memory of a step, above the model's: {figures[f'{name}_step_mib']:.0f} MiB", flush=True)
+        note(f"memory of {name}")
+        print(f"{name:14s} peak memory of a step above the model's: {figures[f'{name}_step_mib']:.0f} MiB")
     return figures
 
 
 def memory_of(name, shape, device):
     """What `memory` measures, in this process."""
     way, dtype = VARIANTS[name]
-    model = random_model(shape, dtype, device)
+    model = random_model(shape, DTYPES[dtype], device)
     before = peak_mib(device)
-    way(model, make_histories(), 1)
+    seconds_of(way, model, make_histories()[-8:])
     return {"step_mib": peak_mib(device) - before}
 
 
-def compare(shape, device, repeats):
-    """Our way in fp32 and bf16 against the authors' in fp32: interleaved, medians."""
-    histories = make_histories()
+def compare(shape, device, full, repeats):
+    """Our way in fp32 and bf16, the authors' in fp32: medians of interleaved rounds, fewer if slow."""
+    histories = make_histories(full)
     users = len(histories)
-    fp32, bf16 = random_model(shape, torch.float32, device), random_model(shape, torch.bfloat16, device)
-    work = useful_flops(fp32, histories, make_likelihood(fp32).prompt_length)
-    rates = {name: [] for name in VARIANTS}
-    peaks = {"fp32": [], "bf16": []}
-    for repeat in range(repeats + 1):
-        peaks["fp32"].append(matmul_peak(torch.float32, device))
-        peaks["bf16"].append(matmul_peak(torch.bfloat16, device))
+    models = {dtype: random_model(shape, DTYPES[dtype], device) for dtype in DTYPES}
+    work = useful_flops(models["fp32"], histories, make_likelihood(models["fp32"]).prompt_length)
+    note("models made")
+    for way, dtype in VARIANTS.values():
+        seconds_of(way, models[dtype], histories[:2])  # warms up
+    note(f"warm; rounds over {users} users begin")
+    rates, peaks = {name: [] for name in VARIANTS}, {dtype: [] for dtype in DTYPES}
+    begin = time.perf_counter()
+    for number in range(repeats):
+        for dtype, found in peaks.items():
+            found.append(matmul_peak(DTYPES[dtype], device))
+        note("peaks measured")
         for name, (way, dtype) in VARIANTS.items():
-            seconds = way(fp32 if dtype == torch.float32 else bf16, histories, 1)
-            if repeat:  # the first round warms up
-                rates[name].append(users / seconds)
+            rates[name].append(users / seconds_of(way, models[dtype], histories))
+            note(f"round {number + 1} of up to {repeats}: {name} {rates[name][-1]:.2f} user-steps/s")
+        if not full and (time.perf_counter() - begin) * (number + 2) / (number + 1) > BUDGET:
+            break  # another round would pass the budget
     rate = {name: statistics.median(values) for name, values in rates.items()}
-    peak = {name: statistics.median(values) for name, values in peaks.items()}
-    figures = {f"{name}_user_steps_per_s": value for name, value in rate.items()}
-    for name in ("authors_fp32", "ours_fp32", "ours_bf16"):
-        dtype = name.split("_")[1]
-        speed = rate[name] / users * work
-        figures["authors_fp32_peak_fraction" if name.startswith("authors") else f"{dtype}_peak_fraction"] = speed / peak[dtype]
-        print(f"{name:14s} {rate[name]:9.2f} user-steps/s   {speed / 1e9:9.1f} GFLOP/s of {peak[dtype] / 1e9:9.1f} = {speed / peak[dtype]:.0%}")
-    figures |= {"ours_bf16_over_authors_fp32": rate["ours_bf16"] / rate["authors_fp32"], "fp32_gflops_peak": peak["fp32"] / 1e9,
-                "bf16_gflops_peak": peak["bf16"] / 1e9}
+    figures = {f"{name}_user_steps_per_s": value for name, value in rate.items()} | {"rounds": number + 1}
+    for name, (_, dtype) in VARIANTS.items():
+        peak, speed = statistics.median(peaks[dtype]), rate[name] / users * work
+        figures[f"{dtype}_gflops_peak"] = peak / 1e9
+        figures[("authors_" if name.startswith("authors") else "") + f"{dtype}_peak_fraction"] = speed / peak
+        print(f"{name:14s} {rate[name]:9.2f} user-steps/s   {speed / 1e9:9.1f} GFLOP/s of {peak / 1e9:9.1f} "
+              f"= {speed / peak:.0%}")
+    figures["ours_bf16_over_authors_fp32"] = rate["ours_bf16"] / rate["authors_fp32"]
     print(f"ours bf16 / authors fp32: {figures['ours_bf16_over_authors_fp32']:.2f}")
     return figures
 
 
+def steps_to_solve(device, users, cap, sentences):
+    """{way: steps (U,) that each user needs, cap + 1 where that was not enough} on a tiny LM trained here.
+
+    A user is solved at the first step whose likelihood is within 1% of what 40 of our steps in fp32 reach.
+    """
+    settings, dataset, needed = defaults("--lm", "tiny", "--tiny-sentences", str(sentences)), demo_world(), {}
+    settings.steps = 41  # descend() gives the likelihood before each step
+    with tempfile.TemporaryDirectory() as folder:
+        lm, texts = Path(folder) / "lm-tiny", infer.history_texts(dataset, common.TRAIN, settings)
+        common.train_tiny(dataset, lm, max(map(len, texts)), settings)
+        note("tiny LM trained")
+        for dtype in DTYPES:
+            model, tokenizer = common.load_language_model(str(lm), DTYPES[dtype], device)
+            likelihood = infer.ProfileLikelihood(model, infer.prompt_segments(tokenizer, dataset))
+            chosen = [text for text in texts if len(text) > 3][:users]
+            histories = infer.tokenize_histories(tokenizer, chosen, likelihood.room)
+            start, spread = infer.starting_point(likelihood, settings.init, common.seeded(0, 3))
+            batch = infer.pad(histories, range(len(histories)), device)
+            _, path = infer.descend(likelihood, start, spread, *batch, settings)
+            path = path.cpu().numpy()  # Shape: (41, U)
+            if dtype == "fp32":
+                target, loop = 1.01 * path[40], Authors(likelihood, histories)
+                needed["authors_fp32"] = first_below((loop.epoch() for _ in range(cap + 1)), target)
+                note(f"authors' loop: the slowest user took {needed['authors_fp32'].max()} steps")
+            needed[f"ours_{dtype}"] = first_below(path, target)
+            note(f"our way in {dtype}: the slowest user took {needed[f'ours_{dtype}'].max()} steps")
+    return needed
+
+
+def first_below(path, target):
+    """int (U,): the first step at which path, an iterable of (U,), is at most target (U,), and at least 1.
+
+    Where none is, the length of path. It is not followed further than all need.
+    """
+    steps = np.full(len(target), -1)
+    for number, values in enumerate(path):
+        steps[(steps < 0) & (values <= target)] = max(1, number)
+        if (steps >= 0).all():
+            break
+    return np.where(steps < 0, number + 1, steps)
+
+
+def solve(device, rates, users, cap, sentences):
+    """Users solved a second: the rates of compare() over the steps of steps_to_solve()."""
+    figures, solved = {"default_steps": defaults().steps, "step_cap": cap}, {}
+    needed = steps_to_solve(device, users, cap, sentences)
+    unsolved = float((needed["authors_fp32"] > cap).mean())
+    for name, steps in needed.items():
+        steps, rate = float(np.minimum(steps, cap).mean()), rates[f"{name}_user_steps_per_s"]
+        solved[name] = rate / steps
+        figures |= {f"{name}_steps_to_solve": steps, f"{name}_users_solved_per_s": solved[name]}
+        print(f"{name:14s} {steps:6.2f} steps a user: {solved[name]:.4f} users solved a second"
+              + (f"; {rate / figures['default_steps']:.4f} users a second with stage 02's default of "
+                 f"{figures['default_steps']} steps" if name.startswith("ours") else ""))
+    figures["authors_fp32_share_unsolved"] = unsolved
+    for dtype in DTYPES:
+        figures[f"solve_ratio_{dtype}"] = solved[f"ours_{dtype}"] / solved["authors_fp32"]
+        print(f"users solved a second, ours {dtype} / authors fp32: {figures[f'solve_ratio_{dtype}']:.1f}"
+              + (f" or more: the authors' loop left {unsolved:.0%} unsolved at the cap" if unsolved else ""))
+    return figures
+
+
+# ---------------------------------------------------------------- other measurements
+
 def llama(device, steps=5, users=128, length=128):
-    """The Llama-2-7B shape in fp16, and what the paper's data sets would take at 20 steps a user."""
-    histories = [np.arange(length) % 100 for _ in range(users)]
+    """The Llama-2-7B shape in fp16, and what the paper's data sets would take at the default steps."""
+    histories = [np.arange(length, dtype=np.int32) % 100 for _ in range(users)]
     model = random_model("llama2-7b", torch.float16, device)
     prompt = make_likelihood(model).prompt_length
     work, peak = useful_flops(model, histories, prompt), matmul_peak(torch.float16, device)
-    ours(model, histories, 1)
-    seconds = statistics.median(ours(model, histories, steps) for _ in range(3)) / steps
-    fraction = work / seconds / peak
-    print(f"llama2-7b fp16: {users / seconds:.1f} user-steps/s, {work / seconds / 1e12:.0f} TFLOP/s of {peak / 1e12:.0f} = {fraction:.0%}, "
-          f"{peak_mib(device):.0f} MiB")
-    per_token = seconds / (users * (length + prompt))
-    hours = {name: 20 * per_token * (n_users * prompt + 0.8 * rows * 8) / 3600 for name, (n_users, rows) in PAPER_USERS.items()}
-    print("projected hours at 20 steps, 8 tokens a title, all training titles: " + ", ".join(f"{name} {value:.1f}" for name, value in hours.items()))
-    return {"llama_user_steps_per_s": users / seconds, "llama_fp16_peak_fraction": fraction, "llama_peak_mib": peak_mib(device),
-            "projected_hours": hours}
+    seconds_of(ours, model, histories)
+    seconds = statistics.median(seconds_of(ours, model, histories, steps) for _ in range(3)) / steps
+    fraction, mib = work / seconds / peak, peak_mib(device)
+    print(f"llama2-7b fp16: {users / seconds:.1f} user-steps/s, {work / seconds / 1e12:.0f} TFLOP/s of "
+          f"{peak / 1e12:.0f} = {fraction:.0%}, {mib:.0f} MiB")
+    per_token, default = seconds / (users * (length + prompt)), defaults().steps
+    hours = {name: default * per_token * (n_users * prompt + 0.8 * rows * 8) / 3600
+             for name, (n_users, rows) in PAPER_USERS.items()}
+    print(f"projected hours at {default} steps, 8 tokens a title, all training titles: "
+          + ", ".join(f"{name} {value:.1f}" for name, value in hours.items()))
+    return {"llama_user_steps_per_s": users / seconds, "llama_fp16_peak_fraction": fraction,
+            "llama_peak_mib": mib, "projected_hours": hours}
 
 
-def linear(sizes=(1000, 4000, 16000)):
-    """Stage 02 as a process on worlds of growing size, with one tiny LM: seconds in the solver per user, and peak memory."""
-    figures, base = {}, None
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            run = Path(folder) / "run"
+def demo_world():
+    args = SimpleNamespace(**DEMO)
+    return prepare.build(prepare.load_demo(args), args)[0]
+
+
+def linear(sizes):
+    """Stage 02 as a process on worlds of growing size, one tiny LM: ms a user in the solver, peak memory."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        lm = Path(folder) / "lm"
+        common.train_tiny(demo_world(), lm, 10, defaults("--tiny-sentences", "320"))
+        for size in sizes:
+            run = Path(folder) / str(size)
             write_world(run, size)
-            base = base or make_tiny(Path(tempfile.mkdtemp()) / "lm")
-            command = [sys.executable, ROOT / "02_infer_profiles.py", "--run", run, "--lm", base, "--steps", "5"]
-            subprocess.run(command, check=True, capture_output=True)
+            script, flags = ROOT / "02_infer_profiles.py", ["--run", run, "--lm", lm, "--steps", "5"]
+            subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
             facts = json.loads((run / "profiles.json").read_text())
-            figures[size] = (1e3 * facts["seconds"] / size, facts["peak_memory_mb"])
-            print(f"{size:6d} users: {figures[size][0]:.3f} ms a user, peak {figures[size][1]} MB", flush=True)
-    times, peaks = zip(*figures.values())
-    print(f"time per user within {max(times) / min(times) - 1:.0%}, peak memory within {max(peaks) / min(peaks) - 1:.0%}")
-    return {"ms_per_user": {str(size): value[0] for size, value in figures.items()},
-            "peak_mb": {str(size): value[1] for size, value in figures.items()}}
+            found[size] = 1e3 * facts["seconds"] / size, facts["peak_memory_mb"]
+            note(f"{size} users: {found[size][0]:.3f} ms a user, peak {found[size][1]} MB")
+    times, peaks = zip(*found.values())
+    print(f"time a user within {max(times) / min(times) - 1:.0%}, peak memory within "
+          f"{max(peaks) / min(peaks) - 1:.0%}")
+    return {"ms_per_user": {str(size): value[0] for size, value in found.items()},
+            "peak_mb": {str(size): value[1] for size, value in found.items()}}
 
 
 def write_world(run, users):
     """Stage 01's artifacts for many users with 10 training rows each."""
-    prepare = importlib.import_module("01_prepare_data")
-    args = SimpleNamespace(**DEMO)
-    demo, _ = prepare.build(prepare.load_demo(args), args)
-    rng = np.random.default_rng(0)
-    rows = np.stack([np.repeat(np.arange(users), 12), rng.integers(len(demo.items), size=users * 12), np.ones(users * 12, dtype=int),
-                     np.tile([0] * 10 + [1, 2], users)], axis=1).astype(np.int32)
-    dataset = common.Dataset(rows, [f"u{user}" for user in range(users)], demo.items, demo.profiles, demo.task_prompt, "demo")
-    prepare.save(run, dataset, None, args)
+    demo, rng = demo_world(), np.random.default_rng(0)
+    rows = np.stack([np.repeat(np.arange(users), 12), rng.integers(len(demo.items), size=users * 12),
+                     np.ones(users * 12, dtype=int), np.tile([0] * 10 + [1, 2], users)], axis=1)
+    dataset = common.Dataset(rows.astype(np.int32), [f"u{user}" for user in range(users)], demo.items,
+                             demo.profiles, demo.task_prompt, "demo")
+    prepare.save(run, dataset, None, SimpleNamespace(**DEMO))
 
 
-def make_tiny(folder):
-    """A random GPT-2 of the tiny LM's shape with a tokenizer of the demo's titles."""
-    prepare = importlib.import_module("01_prepare_data")
-    args = SimpleNamespace(**{**DEMO, "subsample_users": 200}, history="liked", max_history=10, history_sample="recent", tiny_sentences=320)
-    dataset, _ = prepare.build(prepare.load_demo(args), args)
-    infer.train_tiny(dataset, folder, args)
-    return folder
+def profile(shape, device):
+    """Where our time goes, by operator."""
+    for dtype in DTYPES.values():
+        model = random_model(shape, dtype, device)
+        seconds_of(ours, model, make_histories()[:2])
+        with torch.profiler.profile() as found:
+            seconds_of(ours, model, make_histories(full=False))
+        averages = found.key_averages()
+        print(dtype, averages.table(sort_by="self_cpu_time_total", row_limit=14), sep="\n")
+    return {}
+
+
+def everything(args, shape, device):
+    """The figures of the contract."""
+    everybody = args.full or device.type == "cuda"
+    figures = compare(shape, device, everybody, 1 if args.quick else 5)
+    if args.full:
+        figures |= memory(shape, device)
+    cap, sentences = (20, 640) if args.quick else (1000, 16000) if args.full else (300, 6000)
+    torch.set_num_threads(1)  # a tiny LM gains nothing from a second one
+    figures |= solve(device, figures, 16 if args.quick else 64, cap, sentences)
+    torch.set_num_threads(args.threads)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        figures |= llama(device)
+    return figures
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=5, help="medians of this many")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--linear", action="store_true")
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--memory-of", choices=VARIANTS, help="one variant's peak memory alone")
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--threads", type=int, default=common.THREADS, help="CPU threads (default: the cores)")
+    for name in ("quick", "full", "linear", "profile"):
+        add(f"--{name}", action="store_true")
+    add("--memory-of", choices=VARIANTS, help="one variant's peak memory alone")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
-    shape = "quick" if args.quick else "gpt2"
+    device, shape = torch.device(args.device), "quick" if args.quick else "gpt2"
     if args.memory_of:
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
         figures = linear((200, 400) if args.quick else (1000, 4000, 16000))
-    elif args.profile:
-        histories = make_histories()
-        for dtype in (torch.float32, torch.bfloat16):
-            model = random_model(shape, dtype, device)
-            ours(model, histories, 1)
-            with torch.profiler.profile() as profile:
-                ours(model, histories, 1)
-            print(dtype, profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=40), sep="\n")
-        figures = {}
     else:
-        figures = memory(shape, device) | compare(shape, device, 1 if args.quick else args.repeats)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            figures |= llama(device)
+        figures = profile(shape, device) if args.profile else everything(args, shape, device)
     print(json.dumps(figures))
 
 
