@@ -24,7 +24,7 @@ fi
 
 case "${1:-}" in
   setup) ;;
-  test) shift; "$VENV/bin/python" -m pytest "$@" ;;
+  test) shift; "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@" ;;  # two files at a time
   *)
     case " $* " in
       *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)
