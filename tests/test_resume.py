@@ -256,11 +256,15 @@ def open_02(run, flags, threads, *launcher):
 
 
 def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken):
-    process = open_02(run, flags, 2)
-    wait_for_blocks(run, lambda: process.poll() is None, 3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the helper on the second thread gets it too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and blocks_done(run) >= 3
+    for _ in range(4):  # a busy machine may let it finish before it is interrupted
+        process = open_02(run, flags, 2)
+        wait_for_blocks(run, lambda: process.poll() is None, 1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the helper beside it gets it too
+        _, errors = process.communicate(timeout=60)
+        if process.returncode:
+            break
+        (run / "profiles.json").unlink()
+    assert process.returncode == 130 and blocks_done(run) >= 1
     assert errors == "interrupted: what is finished is kept; the same command goes on\n"
     process = ok(run_stage("02_infer_profiles.py", "--run", run, *flags))
     # Where stderr is no terminal there is no progress bar, no warning, nothing.
