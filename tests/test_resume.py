@@ -258,8 +258,8 @@ def open_02(run, flags, threads, *launcher):
 def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken):
     for _ in range(4):  # a busy machine may let it finish before it is interrupted
         process = open_02(run, flags, 2)
-        wait_for_blocks(run, lambda: process.poll() is None, 1)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the helper beside it gets it too
+        wait_for_blocks(run, lambda process=process: process.poll() is None, 1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its helper gets it too
         _, errors = process.communicate(timeout=60)
         if process.returncode:
             break
