@@ -252,7 +252,8 @@ def open_02(run, flags, threads, *launcher):
     command = [sys.executable, *launcher, ROOT / "02_infer_profiles.py", "--run", run, *flags]
     return subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                            start_new_session=True)
+                            start_new_session=True,  # a shell's background job starts with Ctrl-C ignored:
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken):
