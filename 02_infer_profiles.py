@@ -54,9 +54,9 @@ def parse_arguments():
     add("--lm", default="auto", help="tiny (trained here), gpt2, llama2-7b (paper), a hub name or a folder; "
         "auto: tiny on the demo, else llama2-7b on a GPU of 20 GiB, else gpt2")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp32, on cuda fp16 but for tiny")
-    add("--steps", type=at_least(1), default=20, help="AdamW steps a user")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.1,
-        help="step size in units of the slot's spread (paper: 0.001, unscaled)")
+    add("--steps", type=at_least(1), default=6, help="gradient steps a user")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.3,
+        help="most that a coordinate moves in a step, in units of the slot's spread (paper: Adam's 0.001)")
     add("--prior", type=at_least(0, float), default=1.0, help="weight of the prior around theta_0 (paper: 0)")
     add("--init", choices=("slot", "random", "vocab"), default="slot",
         help="theta_0: the LLM's next words after x^m; noise (authors' code); mean of all words")
@@ -349,21 +349,28 @@ def starting_point(likelihood, init, generator):
 def descend(likelihood, start, spread, ids, lengths, args):
     """Minimise Eq. (4) and the prior: (theta fp32 (B, M, d), NLL before each step (steps, B)).
 
-    ids (B, H), lengths (B,). AdamW acts on z elementwise, so that users do not touch each other.
+    ids (B, H), lengths (B,). Gradient descent whose step size is each user's own: one over the curvature
+    along his last step (Barzilai and Borwein 1988), which is at least the prior's and such that no coordinate
+    moves by more than --lr.
     """
     # theta = theta_0 + spread * z. Shape: (B, M, d)
-    z = torch.zeros(len(ids), *start.shape, device=likelihood.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([z], lr=args.lr, weight_decay=0.0)
-    path = []
+    z = torch.zeros(len(ids), *start.shape, device=likelihood.device)
+    move, before, path = torch.zeros_like(z), torch.zeros_like(z), []
     for _ in range(args.steps):
+        z.requires_grad_()
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        (likelihood.loss_scale * loss.sum()).backward()  # Adam's step does not depend on the scale
+        gradient, = torch.autograd.grad(likelihood.loss_scale * loss.sum(), z)
+        gradient = gradient / likelihood.loss_scale
+        # Shape of curvature and of its least value: (B, 1, 1)
+        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=args.prior + 1e-30)
+        curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
+            (move ** 2).sum((1, 2), keepdim=True)
+        move, before = -gradient / curvature.fmax(least), gradient  # NaN before the first step: least
         path.append(nll.detach())
-        optimizer.step()
-        optimizer.zero_grad()
-    return (start + spread[:, None] * z).detach(), torch.stack(path)
+        z = (z + move).detach()
+    return start + spread[:, None] * z, torch.stack(path)
 
 
 def infer_block(likelihood, start, spread, histories, users, args):

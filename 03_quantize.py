@@ -311,7 +311,7 @@ class JointVQ(KMeans):
     def fit(self):
         """As above; problem.theta moves too, and the codes are nearest to it then."""
         args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
-        theta, known, rng = problem.theta, problem.known, seeded(args.seed, 6)
+        theta, known = problem.theta, problem.known
         # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot.
         # Note: lr, alpha and beta then mean the same for every LLM.
         centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
@@ -319,15 +319,15 @@ class JointVQ(KMeans):
             centre, unit = torch.zeros_like(centre), torch.ones_like(unit)
         z = (torch.tensor(theta) - centre) / unit
         books = first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed)
+        llm = self.llm_loss(centre.to(device), unit.to(device)) if args.llm_loss and args.epochs else None
+        rng = seeded(args.seed, 6)  # Note: after the LLM is open, for that seeds torch by stage 02's seed
         quantizers = nn.ModuleList(map(VectorQuantizer, books)).to(device)
         table = nn.Embedding(len(z), z[0].numel(), sparse=True, _weight=z.flatten(1).clone()).to(device)
         surrogate = Surrogate(len(dataset.users), len(dataset.items), *theta.shape[1:]).to(device)
-        rows, llm = rows_by_user(dataset.rows(TRAIN), len(dataset.users)), None
+        rows = rows_by_user(dataset.rows(TRAIN), len(dataset.users))
         print(f"parameters: trainable theta {count_parameters(table):,d}, codebooks "
               f"{count_parameters(quantizers):,d}, surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
-            if args.llm_loss:
-                llm = self.llm_loss(centre.to(device), unit.to(device))
             quantized = [quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         log = train_jointly(table, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
@@ -420,8 +420,8 @@ class SoftCodeEM(KMeans):
 
     def fit(self):
         args, theta, known = self.args, self.problem.theta, self.problem.known
-        seeded(args.seed, 7)  # Note: open() seeds torch again, by stage 02's seed
         self.open()
+        seeded(args.seed, 7)
         if args.start == "words":
             self.take_words()  # they will move: no names
         else:
