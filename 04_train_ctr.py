@@ -61,7 +61,7 @@ def parse_arguments():
     add("--profile-input", choices=("codes", "embedding"), default="codes",
         help="of userip: its codes, or theta projected (Table 3, without VQ)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
-        f"(default: 0.7 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
+        f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
     add("--patience", type=at_least(1), default=10, help="epochs without a better one")
     add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024")
@@ -565,7 +565,7 @@ def read_inputs(args):
 def default_user_dropout(dataset):
     """The rule of --user-dropout, the same for a whole table."""
     users = dataset.rows(TRAIN)[:, 0]
-    dropout = 0.7 if len(users) < SPARSE * len(np.unique(users)) else 0.0
+    dropout = 0.85 if len(users) < SPARSE * len(np.unique(users)) else 0.0
     return max(dropout, 0.5) if len(dataset.rows(COLD)) else dropout
 
 
