@@ -1,21 +1,18 @@
 """Stage 01: turn a rating source into the arrays the other stages read. Paper: sections 3.1 and 3.2.
 
-Labels ratings above 3 as liked, removes users and items with few interactions until none is left,
-and makes the one random 8:1:1 split that every later stage obeys. An item gets a title and, for
-each latent profile, words that could name it: a film's genre and era, a product's brand and price.
+Labels ratings above 3 as liked, removes users and items with few interactions, and makes the one random
+8:1:1 split that every later stage obeys. An item gets a title and, for each latent profile, words that
+could name it: a film's genre and era, a product's brand and price.
 
 Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json      facts, prompts, fingerprints of the rest
     interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if there are times
-    users.json        (U) raw user ids
-    items.json        (I) {id, title, attributes}
+    users.json        (U) raw user ids;  items.json (I) {id, title, attributes}
     truth.npy         int16 (U, M) the demo's planted profiles, for evaluation
 
 Run:
-    python 01_prepare_data.py                                       # the demo, 1 s
+    python 01_prepare_data.py  # the demo, 1 s
     python 01_prepare_data.py --dataset ml-100k --run runs/ml-100k  # downloads 5 MB
-    python 01_prepare_data.py --dataset amazon --data-dir PATH --run runs/games
-    python 01_prepare_data.py --dataset csv --ratings-file r.csv --item-col isbn --rating-col stars
 """
 
 import ast
@@ -37,16 +34,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import normalized_mutual_info_score
 
-from common import (COLD, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint,
-                    guarded, progress, save_json, save_npy)
+from common import (
+    COLD, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded, progress,
+    save_json, save_npy)
 
 # -------- settings
 
-# Paper: section 2.3 names x^1, x^2 and the task. Note: a prompt may be worded to suit the values.
-# codes: default K_m of stage 03. likes (of people's traits, no attribute of items): share of titles that
-# such a person likes, for the tiny LM's invented people.
+# Paper: section 2.3 names x^1, x^2 and the task. Note: a prompt is worded to suit the values. codes: stage
+# 03's K_m. likes: share of titles that such a person likes, for the tiny LM's invented people.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
 ERA = {**BACKGROUND, "prompt": ", and his background is the"}
@@ -54,39 +50,36 @@ CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
-SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4; the last two need --cold-users
-# Paper: interactions, users, items. Note: counts differ by release, category, duplicates and order of
-# filters, which it does not name.
+SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
+# Interactions, users, items. Note: counts differ by release, category, duplicates and order of filters.
 PAPER_TABLE_1 = {"paper: Clothing": (179_223, 38_764, 22_919), "paper: Movies": (441_783, 7_506, 7_360),
                  "paper: Games": (19_927, 2_490, 8_912), "paper: Yelp": (1_293_247, 27_147, 20_266)}
-GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
-MAX_BAD = 0.01    # share of bad lines that is skipped; more is an error
-MAX_TITLE = 200   # characters of a title that the LLM will read
+MAX_BAD = 0.01    # share of bad lines that is skipped
+MAX_TITLE = 200   # characters that the LLM will read
 
 
 def parse_arguments():
     parser = Parser(__doc__, device=False)
     add = parser.add_argument
     add("--dataset", choices=LOADERS, default="demo", help="what to read")
-    add("--data-dir", type=Path, help="folder of its files; else data/<dataset>, MovieLens downloaded")
+    add("--data-dir", type=Path, help="its files; else data/<dataset>, MovieLens downloaded")
     add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
     add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
     add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
     add("--subsample-users", type=at_least(1), help="keep so many random users")
     add("--cold-users", type=at_least(0, float, 1), default=0.0,
-        help="share of users unknown to recommenders; their training rows become support")
-    add("--critic", action="store_true", help="a third profile, for 02 --history rated")
-    add("--profile-words", help="zorp,quell: said for the profiles' names (ablation)")
+        help="share of users strange to recommenders; their training rows are support")
+    add("--critic", action="store_true", help="a third profile, for rated histories")
     add("--signal", type=at_least(0, float), default=1.0, help="demo: strength of the profiles; 0: none")
     add = parser.add_argument_group("csv: comma- or tab-separated files with a header").add_argument
     add("--ratings-file", type=Path, help="a row an interaction")
-    add("--items-file", type=Path, help="a row an item; id: --item-id-col, else --item-col")
+    add("--items-file", type=Path, help="a row an item")
     columns = {"user": "user_id", "item": "item_id", "rating": "rating", "time": None, "title": None,
                "hobby": None, "background": None, "item-id": None}
     for name, default in columns.items():
         add(f"--{name}-col", default=default, help=f"column of the {name}")
-    add("--value-sep", default="|", help="between values of a hobby or background")
+    add("--value-sep", default="|", help="between values")
     args = parser.parse_args()
     if not args.value_sep or args.dataset == "csv" and not args.ratings_file:
         parser.error("csv needs a --ratings-file and a --value-sep")
@@ -99,10 +92,10 @@ def parse_arguments():
 class Source:
     """A data set as its files hold it, N rows in their order."""
 
-    user_ids: list       # raw ids by user index
-    item_ids: list       # raw ids by item index
-    users: np.ndarray    # (N,) user indices
-    items: np.ndarray    # (N,) item indices
+    user_ids: list       # raw ids by index
+    item_ids: list
+    users: np.ndarray    # (N,) indices
+    items: np.ndarray    # (N,) indices
     ratings: np.ndarray  # (N,)
     times: np.ndarray | None
     titles: dict         # raw item id -> title
@@ -112,7 +105,7 @@ class Source:
 
 
 def rating(user, item, value, time=0, low=1.0, high=5.0):
-    """(user, item, rating, time) of a row; ValueError or TypeError for what cannot be one."""
+    """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
     value, time = float(value), float(time or 0)
     if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
         raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time is infinite")
@@ -120,10 +113,7 @@ def rating(user, item, value, time=0, low=1.0, high=5.0):
 
 
 def collect(rows, profiles=(HOBBY, BACKGROUND)):
-    """Source without titles of (user, item, rating, time) rows, 20 bytes each.
-
-    Of a repeated pair the last in time stays.
-    """
+    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last one stays."""
     user_index, item_index = {}, {}
     indexed = ((user_index.setdefault(user, len(user_index)),
                 item_index.setdefault(item, len(item_index)), *rest) for user, item, *rest in rows)
@@ -159,8 +149,7 @@ GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15])
 def load_demo(args):
     """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, 14 ratings each.
 
-    Items whose category fits a user's hobby, and tier his background, are met and liked more often;
-    quality, generosity and noise act on top. --signal scales what the profiles do.
+    Items whose category fits a user's hobby, or tier his background, are met and liked more often.
     """
     rng = np.random.default_rng((args.seed, 1))
     n_users, n_items = 2000, 400
@@ -230,14 +219,14 @@ RELEASES = {  # data set: (what to fetch, pattern of the reviews file, of the pr
 
 
 def load_release(args):
-    """Amazon (fields of 2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
+    """Amazon (2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
     folder = args.data_dir or Path("data") / args.dataset
     what, *patterns = RELEASES[args.dataset]
     files = [path for path in folder.glob("*") if path.is_file()]
     reviews, products = ([path for path in files if re.fullmatch(form, path.name)] for form in patterns)
     if len(reviews) != 1 or len(products) != 1:
         raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
-                        folder, f"fetch {what} into it, or name another --data-dir")
+                        folder, f"fetch {what}, or name another --data-dir")
     source = collect(good(records(reviews[0]), parse_review, reviews[0]))
     known, found = set(source.item_ids), good(records(products[0]), parse_product, products[0])
     facts = {fact["id"]: fact for fact in found if fact["id"] in known}
@@ -271,7 +260,7 @@ LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens
 # -------- reading files that may be broken
 
 def lines(path):
-    """Non-empty lines of a file or .gz, as bytes. Raises UserError if it cannot be read."""
+    """Non-empty lines of a file or .gz, as bytes."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             while line := file.readline(MAX_LINE):
@@ -284,22 +273,19 @@ def lines(path):
 
 
 def good(records, parse, path):
-    """parse(record) of every good record.
-
-    Bad ones are skipped, counted and the first is shown. Raises UserError above MAX_BAD of them.
-    """
+    """parse(record) of every good record; a few bad ones are skipped, the first is shown."""
     count, bad, example = 0, 0, None
     for count, record in enumerate(progress(records, path.name, "lines"), 1):
         try:
             parsed = parse(record)
-        except Exception as error:  # a record breaks in as many ways as there are formats
+        except Exception as error:  # in as many ways as there are formats
             bad += 1
             example = example or f"line {count}: {error!r:.150}"
         else:
             yield parsed
     if bad > MAX_BAD * count:
         raise UserError(f"{bad:,d} of {count:,d} lines are not what they should be, the first is {example}",
-                        path, "check --dataset and the column flags")
+                        path, "check --dataset and columns")
     if bad:
         print(f"{path.name}: skipped {bad:,d} bad of {count:,d} lines, the first is {example}")
 
@@ -316,7 +302,7 @@ def cells(path, separator, count, parse=lambda *cells: cells):
 
 
 def table(path, columns, parse=lambda *cells: cells):
-    """parse(*cells of these columns) of every line; comma- or tab-separated, with a header."""
+    """parse(*cells of these columns) of every line; comma- or tab-separated under a header."""
     rows = lines(path)
     try:
         header = next(rows, b"").decode("utf-8-sig").rstrip("\r\n")
@@ -346,7 +332,7 @@ def raw_id(value):
 
 
 def clean_text(text):
-    """One line of plain text: no entities, markup or control characters, at most MAX_TITLE long."""
+    """One line of plain text, at most MAX_TITLE long: no entities, markup or control characters."""
     text = re.sub(r"<[^<>]{0,200}>", " ", html.unescape(str(text)[:20 * MAX_TITLE]))
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
@@ -363,7 +349,7 @@ def clean_title(text):
 
 
 def era_of(year):
-    """The decade as one word, so that it can stand in the profile's slot."""
+    """The decade as one word, to stand in the profile's slot."""
     words = ("thirties forties fifties sixties seventies eighties nineties noughties "
              "twenty-tens twenty-twenties").split()  # from 1930 on
     return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
@@ -375,14 +361,14 @@ YELP_PRICES = {"1": "cheap", "2": "moderate", "3": "expensive", "4": "luxurious"
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Builds plain data; a pickle that names any class or function is refused, not run."""
+    """Builds plain data; a pickle that names a class or function is refused, not run."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which is not plain data")
+        raise pickle.UnpicklingError(f"it wants to call {module}.{name}")
 
 
 def records(path):
-    """Records of a pickled list, a JSON array or, unparsed, a file of one a line."""
+    """Records of a pickled list, a JSON array or, unparsed, of a file of one a line."""
     try:
         if path.suffix == ".pickle":
             with open(path, "rb") as file:
@@ -392,7 +378,7 @@ def records(path):
         else:
             return lines(path)
         wrong = f"holds a {type(found).__name__} instead of a list"
-    except Exception as error:  # a pickle breaks in as many ways as it has opcodes
+    except Exception as error:  # in as many ways as a pickle has opcodes
         found, wrong = None, f"cannot be read: {error}"
     if not isinstance(found, list):
         raise UserError(f"{path.name} {wrong}", path.parent, "use the file as published")
@@ -400,7 +386,7 @@ def records(path):
 
 
 def parse_record(line):
-    """A record from its line: JSON or, in Amazon's 2014 files, a Python literal, which is not run."""
+    """A record from its line: JSON or, Amazon 2014, a Python literal, which is not run."""
     if not isinstance(line, bytes):
         return line
     try:
@@ -425,7 +411,7 @@ def parse_review(line):
 
 
 def parse_product(line):
-    """{id, title, brand, categories, price, level} of a product, None or empty where missing."""
+    """{id, title, brand, categories, price, level}, None or empty where missing."""
     record = parse_record(line)
     found = first(record, "categories", "category") or [""]
     if isinstance(found[0], list):  # 2014: paths from the root to a leaf
@@ -443,10 +429,7 @@ def parse_product(line):
 
 
 def describe_products(facts):
-    """(titles, attributes) of {id: product}.
-
-    hobby: the brand, else the categories. background: which third of its category's prices it has.
-    """
+    """(titles, attributes) of {id: product}: the brand, else the categories; the third of their prices."""
     prices, titles, attributes = {}, {}, {}
     for fact in facts.values():
         if fact["price"] is not None:
@@ -465,8 +448,8 @@ def describe_products(facts):
 
 
 def download(name, needed):
-    """Folder data/<name> of GroupLens' archive, fetched unless it is there."""
-    url, target = GROUPLENS + f"{name}.zip", Path("data") / name
+    """data/<name> of GroupLens' archive, fetched unless it is there."""
+    url, target = f"https://files.grouplens.org/datasets/movielens/{name}.zip", Path("data") / name
     if (target / needed).exists():
         return target
     print(f"downloading {url} to {target}")
@@ -479,17 +462,14 @@ def download(name, needed):
             os.replace(Path(aside) / name, target)
     except Exception as error:  # the network, the archive or the disk
         raise UserError(f"cannot download {name}: {error}", url,
-                        f"unpack it and give the folder of {needed} as --data-dir") from None
+                        f"give the folder of {needed} as --data-dir") from None
     return target
 
 
 # -------- filter, split
 
 def thin_out(source, args):
-    """Indices of the rows kept: --max-per-user and --subsample-users at random.
-
-    Then users and items below --min-interactions go until none is left.
-    """
+    """Indices of the rows kept: random ones by flags; then users and items with too few go until none has."""
     users, items = source.users, source.items
     kept = np.arange(len(users))
     if args.max_per_user:
@@ -509,33 +489,16 @@ def thin_out(source, args):
 
 
 def in_order(indices, raw_ids):
-    """(raw ids that occur, each row's index among them).
-
-    Numbers stand first, by value, then the rest by alphabet.
-    """
+    """(raw ids that occur, each row's index among them). Numbers stand first, by value, then the alphabet."""
     def key(index):
         text = raw_ids[index]
-        number = text.isascii() and text.isdecimal() and len(text) < 19
-        return (0, int(text), "") if number else (1, 0, text)
+        number = text.isascii() and text.isdecimal()
+        return not number, text.zfill(200) if number else text
 
     order = sorted(np.unique(indices).tolist(), key=key)
     renumber = np.zeros(len(raw_ids), dtype=np.int32)
     renumber[order] = np.arange(len(order))
     return [raw_ids[index] for index in order], renumber[indices]
-
-
-def choose_profiles(source, args):
-    """The source's profiles, by flags with the critic or other words for their names."""
-    if args.critic and source.truth is not None:
-        raise UserError("the demo has no planted critics", "--critic", "take a real data set")
-    profiles = [*source.profiles] + [CRITIC] * args.critic
-    names = [profile["name"] for profile in profiles]
-    words = names if args.profile_words is None else args.profile_words.split(",")
-    if len(words) != len(names):
-        raise UserError(f"{len(words)} words for {len(names)} profiles", "--profile-words",
-                        "give one each, with commas between")
-    return [{**profile, "prompt": profile["prompt"].replace(name, word)}
-            for profile, name, word in zip(profiles, names, words)]
 
 
 def build(source, args):
@@ -544,7 +507,7 @@ def build(source, args):
     n = len(kept)
     if n < 10:
         raise UserError(f"{n} interactions are left", f"--min-interactions {args.min_interactions}",
-                        "lower it, or give more data")
+                        "lower it or give more data")
     users, user_rows = in_order(source.users[kept], source.user_ids)
     items, item_rows = in_order(source.items[kept], source.item_ids)
     split = np.empty(n, dtype=np.int32)
@@ -564,34 +527,16 @@ def build(source, args):
         title = title or next(iter(attributes.get("hobby", [])), raw)
         described.append({"id": raw, "title": title, "attributes": attributes})
     if untitled:
-        print(f"{untitled:,d} of {len(items):,d} items have no title; brand, category or id stands in")
-    profiles = choose_profiles(source, args)
+        print(f"{untitled:,d} of {len(items):,d} items have no title: brand, category or id stands in")
+    profiles = [*source.profiles] + [CRITIC] * args.critic
     truth = source.truth and np.array([source.truth[raw] for raw in users], dtype=np.int16)
     return Dataset(interactions, users, described, profiles, TASK_PROMPT, args.dataset), truth
 
 
 # -------- evaluate
 
-def majority_vote_nmi(dataset, truth):
-    """Per profile: NMI of the planted value and what most of a user's liked training items have.
-
-    So much the data tell somebody who knows every item's true attributes.
-    """
-    scores = []
-    for m, profile in enumerate(dataset.profiles):
-        votes = [Counter() for _ in dataset.users]
-        for user, item, label in dataset.rows(TRAIN):
-            if label:
-                votes[user].update(dataset.items[item]["attributes"][profile["name"]])
-        known = [user for user, vote in enumerate(votes) if vote]
-        guess = [votes[user].most_common(1)[0][0] for user in known]
-        scores.append(normalized_mutual_info_score(truth[known, m], guess))
-    return scores
-
-
-def show(dataset, facts, truth):
-    """Table 1 beside the paper's; splits; rows of users; values of items; what the LLM will read of three
-    users; what the data show of the truth."""
+def show(dataset, facts):
+    """Table 1 beside the paper's; splits; values of items; what the LLM will read of three users."""
     print(f"\n{'Table 1':16s}{'interactions':>12s}{'users':>10s}{'items':>10s}{'sparsity':>10s}")
     here = {f"here: {dataset.name}": (facts["n_interactions"], facts["n_users"], facts["n_items"])}
     for name, (n, users, items) in (here | PAPER_TABLE_1).items():
@@ -601,12 +546,8 @@ def show(dataset, facts, truth):
         labels = dataset.rows(split)[:, 2]
         print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
         if len(np.unique(labels)) < 2:
-            print(f"WARNING: all labels of the {name} split are equal: no AUC; give more data "
-                  "or another --positive-above")
-    rows = dataset.rows(TRAIN)
-    lengths = np.bincount(rows[:, 0], minlength=facts["n_users"])
-    powers = Counter(2 ** length.bit_length() // 2 for length in lengths.tolist())  # 0, 1, 2, 4, 8, ...
-    print("users by training rows: " + ", ".join(f"{low}+: {powers[low]:,d}" for low in sorted(powers)))
+            print(f"WARNING: all labels of the {name} split are equal: give more data or another "
+                  "--positive-above")
     for profile in dataset.profiles:
         counts = Counter()
         for item in dataset.items:
@@ -614,25 +555,18 @@ def show(dataset, facts, truth):
         top = ", ".join(f"{value} {count:,d}" for value, count in counts.most_common(6))
         print(f"items by {profile['name']} ({len(counts):,d} values): {top}")
     prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
-    liked = rows[rows[:, 2] == 1]
-    for user in np.unique(liked[:, 0])[:3]:
-        items = liked[liked[:, 0] == user, 1][-6:]
+    rows = dataset.rows(TRAIN)
+    for user in np.unique(rows[:, 0])[:3]:
+        items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
         titles = "".join(f" {dataset.items[item]['title']};" for item in items)
         text = f"{prompt}{dataset.task_prompt}{titles}".replace("\n", " ")
         print(f"prompt of user {dataset.users[user]}: {text}")
-    if truth is not None:
-        scores = zip(dataset.profiles, majority_vote_nmi(dataset, truth))
-        print("majority vote over liked true attributes, NMI with the planted profile: "
-              + ", ".join(f"{profile['name']} {nmi:.2f}" for profile, nmi in scores))
 
 
 # -------- save
 
 def save(run, dataset, truth, args):
-    """Write all artifacts, dataset.json first removed and then last: it vouches for the others.
-
-    Returns what it holds.
-    """
+    """Write all artifacts and return the facts; dataset.json, which vouches for the others, goes last."""
     n, users, items = len(dataset.interactions), len(dataset.users), len(dataset.items)
     settings = ["seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "critic"]
     settings += ["signal"] + ["cold_users"] * bool(args.cold_users)
@@ -659,9 +593,9 @@ def main():
     args = parse_arguments()
     announce("01 prepare data", args, args.ratings_file or args.data_dir or f"{args.dataset}'s own files")
     dataset, truth = build(LOADERS[args.dataset](args), args)
-    show(dataset, save(args.run, dataset, truth, args), truth)
-    files = "dataset.json interactions.npy users.json items.json" + " truth.npy" * (truth is not None)
-    print(f"\nwrote {files} to {args.run}\nnext: python 02_infer_profiles.py --run {args.run}")
+    show(dataset, save(args.run, dataset, truth, args))
+    print(f"\nwrote dataset.json interactions.npy users.json items.json to {args.run}\n"
+          f"next: python 02_infer_profiles.py --run {args.run}")
 
 
 if __name__ == "__main__":

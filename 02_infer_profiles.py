@@ -6,15 +6,15 @@ The prompt of a user is one ordered list of segments (Eq. 3, then the text to be
 
 Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
 theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) plus a Gaussian prior around its start. Users
-are independent given the LLM: a block is solved at a time. DEVIATION(k): row k of README's differences.
+are independent: a block is solved at a time. DEVIATION(k): row k of README's differences.
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
-Writes: profiles.npy float32 (U, M, d), theta; profiles.json, settings and likelihoods; profiles_users.json,
-        whose row is whose; lm-tiny/; until all is done blocks-*/, a file a block
+Writes: profiles.npy float32 (U, M, d), theta; profiles.json, settings and likelihoods; profiles_users.json;
+        lm-tiny/; until all is done blocks-*/, a file a block
 
 Run:
     python 02_infer_profiles.py  # the demo, with its tiny LM: 1 min
-    torchrun --nproc-per-node=8 -- 02_infer_profiles.py --run runs/ml-100k --lm llama2-7b
+    torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
 import functools
@@ -37,22 +37,21 @@ from common import (
 
 # -------- settings
 
-HUB_NAMES = {"gpt2": ("gpt2", "0.5 GB"), "llama2-7b": ("meta-llama/Llama-2-7b-hf", "13.5 GB")}
+LLAMA = "meta-llama/Llama-2-7b-hf"  # the paper's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SLOT_WORDS = 12         # theta_0 averages the LLM's likeliest words in the slot, theta's place after x^m
-LOGIT_CHUNK = 4096      # target tokens with vocabulary logits at once
-LENGTH_SPREAD = 0.09    # a block's shortest prompt is at most this much shorter than its longest
-HELDOUT_USERS = 20_000  # fix the held-out NLL to far less than the differences of interest
-ACTIVATIONS = 40        # numbers a layer keeps per token for the backward pass, in units of its width
+SLOT_WORDS = 12       # theta_0 averages the LLM's likeliest words in theta's place
+LOGIT_CHUNK = 4096    # target tokens with vocabulary logits at once
+LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most this much shorter than its longest
+ACTIVATIONS = 40      # numbers that a layer keeps per token, in units of its width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history",
-            "history_sample", "tiny_sentences", "seed")  # what theta depends on
+            "tiny_sentences", "seed")  # what theta depends on
 
 
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--lm", default="auto", help="tiny (trained here), gpt2, llama2-7b (paper), a hub name or a folder; "
-        "auto: tiny on the demo, else llama2-7b on a GPU of 20 GiB, else gpt2")
+        "auto: tiny on the demo, llama2-7b on a GPU of 20 GiB, else gpt2")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp32, on cuda fp16 but for tiny")
     add("--steps", type=at_least(1), default=6, help="gradient steps a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.3,
@@ -62,15 +61,11 @@ def parse_arguments():
         help="theta_0: the LLM's next words after x^m; noise (authors' code); mean of all words")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
     add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")
-    add("--max-history", type=at_least(1), default=20, help="most titles of a user")
-    add("--history-sample", choices=("recent", "long-short"), default="recent",
-        help="of a longer history: its end; or 60%% end, 30%% and 10%% from the halves before it")
-    add("--block-size", type=lambda text: None if text == "auto" else at_least(1)(text), default="auto",
-        help="most users at once; auto: as suits the CPU's cache or the GPU's memory")
-    add("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: by number of items)")
-    add("--users", type=Path, help="file of raw user ids, one a line: infer these alone, who are new")
+    add("--max-history", type=at_least(1), default=20, help="most titles of a user, the latest")
+    add("--block-size", type=at_least(1), help="most users at once (default: as suits cache or memory)")
+    add("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: by items)")
+    add("--users", type=Path, help="file of raw ids of new users, one a line: infer these alone")
     add("--fresh", action="store_true", help="forget unfinished runs and infer again")
-    add("--show-mask", action="store_true", help="print the mask of one user's prompt and stop")
     return parser.parse_args()
 
 
@@ -132,24 +127,15 @@ def build_visibility(segments, mask):
 
 
 def additive_mask(visible, dtype):
-    """(1, 1, S, S): 0 where visible, else the dtype's lowest number (of -inf some kernels make NaN)."""
+    """(1, 1, S, S): 0 where visible, else the dtype's lowest number (-inf makes NaN in some kernels)."""
     floats = torch.zeros(visible.shape, dtype=dtype)
     return floats.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
-
-
-def print_mask(segments, tokenizer, visible):
-    """The mask as a grid: row i attends to the columns marked #."""
-    labels = [f"<theta^{segment.profile + 1}>" if segment.kind == "theta"
-              else repr(tokenizer.decode([token]))[1:-1] for segment in segments for token in segment.ids]
-    width = max(map(len, labels))
-    for label, cells in zip(labels, visible.tolist()):
-        print(f"{label:>{width}s} |" + "".join(" #" if cell else " ." for cell in cells))
 
 
 # -------- data: the histories
 
 def history_texts(dataset, splits, settings):
-    """Per user: texts of his rows of these splits, oldest first; ' A Title;' or, rated, ' A Title +;'.
+    """Per user: texts of his latest rows of these splits, oldest first; ' A Title;' or, rated, ' A Title +;'.
 
     DEVIATION(9): the paper does not say which interactions y holds, and takes a data point a user-item
     pair; here a user is one data point and y what he liked.
@@ -160,20 +146,7 @@ def history_texts(dataset, splits, settings):
     for user, item, label in dataset.rows(splits).tolist():
         if label or settings.history != "liked":
             texts[user].append(titles[item][label])
-    return [[lines[at] for at in sample_history(len(lines), settings.max_history, settings.history_sample)]
-            for lines in texts]
-
-
-def sample_history(length, limit, kind):
-    """Which of `length` titles to keep, in order: the end, or 60% recent, 30% medium, 10% old ones."""
-    if kind == "recent" or length <= limit:
-        return range(max(0, length - limit), length)
-    recent = math.ceil(0.6 * limit)
-    medium = min(round(0.3 * limit), limit - recent)
-    older, before = limit - recent - medium, length - recent
-    middle = min(max(before // 2, older), before - medium)  # halves, but each can fill its share
-    places = [*np.linspace(0, middle - 1, older), *np.linspace(middle, before - 1, medium)]
-    return [*map(int, places), *range(before, length)]
+    return [lines[-settings.max_history:] for lines in texts]
 
 
 def tokenize_histories(tokenizer, texts, room):
@@ -192,8 +165,7 @@ def tokenize_histories(tokenizer, texts, room):
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
 
-    Those of a block are within LENGTH_SPREAD of its longest: padding stays below half of that. Longest
-    first: if memory does not suffice, it shows in the first minute.
+    Padding stays below half of LENGTH_SPREAD. Longest first: if memory does not suffice, it shows at once.
     """
     blocks, longest = [], math.inf  # the first one opens a block
     solvable = [user for user, ids in enumerate(histories) if len(ids)]
@@ -208,11 +180,11 @@ def make_blocks(histories, block_size, token_budget, prompt_length):
 
 
 def token_budget_of(likelihood):
-    """Tokens a block: what keeps a layer in a CPU's cache, or fills half of a GPU beside the LLM."""
+    """Tokens a block: what keeps a layer in a CPU's cache, or half of a GPU's memory beside the LLM."""
     width, size = likelihood.words.weight.shape[1], likelihood.words.weight.element_size()
     if likelihood.device.type == "cpu":
         return max(768, 2_400_000 // (width * size))
-    # Note: of all memory, not of what is free: the same run must cut the same blocks when it goes on.
+    # Note: of all memory, not of what is free: a run that goes on must cut the same blocks.
     memory = torch.cuda.get_device_properties(likelihood.device).total_memory
     room = memory - size * count_parameters(likelihood.model)
     return max(2048, room // 2 // (ACTIVATIONS * width * likelihood.model.config.num_hidden_layers * size))
@@ -230,8 +202,7 @@ def pad(histories, users, device):
 class TokenNLL(torch.autograd.Function):
     """-log softmax(hidden W^T + b)[target] per token, with `chunk` rows of vocabulary logits at a time.
 
-    The gradient of hidden, (softmax - onehot) W, is made on the way forward while the logits are there:
-    one projection forward and one back, nothing recomputed, no gradient for the frozen W.
+    The gradient of hidden, (softmax - onehot) W, is made on the way forward while the logits are there.
     """
 
     @staticmethod
@@ -314,7 +285,7 @@ class ProfileLikelihood:
 
 @torch.no_grad()
 def check_head(likelihood):
-    """Raise UserError if the LLM does more to its hidden states than its output layer does here."""
+    """Raise UserError if the LLM does more to its hidden states than its output layer."""
     ids = torch.arange(4, device=likelihood.device)[None]
     plain = likelihood.head(likelihood.body(ids).last_hidden_state)
     if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
@@ -326,7 +297,7 @@ def starting_point(likelihood, init, generator):
     """(theta_0 (M, d), spread (M,)): where the search starts and the unit of its steps and of the prior.
 
     slot: probability-weighted mean and spread (root mean squared deviation a coordinate) of the words
-    the LLM expects after x^m; vocab: mean of all words; random: U(-.1, .1). The spread is the slot's.
+    the LLM expects after x^m; vocab: mean of all words; random: U(-.1, .1). The spread is always the slot's.
     """
     words = likelihood.words.weight.float()
     start, spread = [], []
@@ -390,7 +361,7 @@ def infer_block(likelihood, start, spread, histories, users, args):
 
 
 def solve(work, blocks, likelihood, start, spread, histories, args):
-    """Infer every block that has no file yet in `work`; files appear whole, processes share the blocks."""
+    """Infer every block that has no file yet in `work`; processes share the blocks."""
     do_all([(work / f"{number:06d}.pt", infer_block, likelihood, start, spread, histories, users, args)
             for number, users in enumerate(blocks)], "inferring", "block", likelihood.device)
 
@@ -401,9 +372,8 @@ def solve(work, blocks, likelihood, start, spread, histories, args):
 def heldout_nll(likelihood, theta, population, histories, solved, rng):
     """Nats per token of validation titles under own, mean and another user's theta; None without titles."""
     ring = rng.permutation(solved).tolist()
-    neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))  # a ring through all users: nobody keeps his own
-    drawn = set([user for user in ring if len(histories[user])][:HELDOUT_USERS])  # at random
-    histories = [ids if user in drawn else ids[:0] for user, ids in enumerate(histories)]
+    neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))  # nobody keeps his own
+    histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
     total, tokens = {}, 0
     for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
         ids, lengths = pad(histories, block, likelihood.device)
@@ -431,20 +401,18 @@ def show_users(dataset, theta, texts, solved, likelihood, tokenizer):
 def open_model(dataset, args, device, length):
     """(likelihood, tokenizer, the tiny LM's facts or None); fills in args.lm and args.dtype.
 
-    length: most titles of a history, to train the tiny LM with; None: it must be there.
+    length: most titles of a history, for the tiny LM's training; None: it must be there.
     """
     cuda = device.type == "cuda"
     if args.lm == "auto":
         roomy = cuda and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
         args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
-        print(f"--lm auto chose {args.lm}; override it with --lm NAME")
+        print(f"--lm auto chose {args.lm}")
     if args.dtype == "auto":
         args.dtype = "fp16" if cuda and args.lm != "tiny" else "fp32"
-    name, size = HUB_NAMES.get(args.lm, (args.lm, "size unknown"))
-    if args.lm == "tiny":
-        name = args.run / "lm-tiny"
-    elif not Path(name).is_dir():
-        print(f"loading {name} ({size} to download unless in the cache)")
+    name = {"tiny": args.run / "lm-tiny", "llama2-7b": LLAMA}.get(args.lm, args.lm)
+    if args.lm != "tiny" and not Path(name).is_dir():
+        print(f"loading {name}: a download (gpt2 0.5 GB, llama2-7b 13.5 GB) unless in the cache")
     if args.lm == "tiny" and length and RANK == 0:
         train_tiny(dataset, name, length, args)
     wait_for_all()  # the others load what the first process made
@@ -462,9 +430,9 @@ def rows_that_stay(run, dataset, settings, path):
     facts, old = load(run, "profiles.json", (*settings, "fingerprint")), load(run, "profiles.npy")
     owners = load(run, "profiles_users.json", ("users", "inferred"))
     changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
-    if changed:  # lm_fingerprint is among them: the very same tiny LM
+    if changed:  # lm_fingerprint is among them
         raise UserError(f"profiles.npy was made with other settings ({', '.join(changed)})", run,
-                        "give the flags of the first run")
+                        "give those of the first run")
     check_same(run, "profiles.npy", "profiles.json", fingerprint(old), facts["fingerprint"])
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8", errors="replace").splitlines())) - {""}
@@ -477,12 +445,12 @@ def rows_that_stay(run, dataset, settings, path):
 
 
 def gather(work, blocks, old, rows, shape):
-    """Write work/profiles.npy from the blocks and the rows that stay, one block in memory at a time.
+    """Write work/profiles.npy from the blocks, one in memory at a time, and the rows that stay.
 
     Returns (mean theta (M, d), users with a theta, sums over the blocks). Who has none holds the mean.
     """
     total, sums = np.zeros(shape[1:]), {"nll": np.zeros(1), "tokens": 0, "seconds": 0.0}
-    for stale in work.glob(".profiles.npy.*"):  # of a process that was killed here
+    for stale in work.glob(".profiles.npy.*"):  # of a process killed here
         stale.unlink()
     with atomic(work / "profiles.npy") as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -502,7 +470,7 @@ def gather(work, blocks, old, rows, shape):
             sums = {key: value + np.array(part[key]) for key, value in sums.items()}
         known = sorted([*rows, *chain(*blocks)])
         mean = (total / len(known)).astype(np.float32)
-        for user in np.setdiff1d(np.arange(shape[0]), known).tolist():  # no history, or not asked for
+        for user in np.setdiff1d(np.arange(shape[0]), known).tolist():
             write(user, mean)
     return mean, known, sums
 
@@ -511,7 +479,7 @@ FILES = ("profiles.npy", "profiles_users.json", "profiles.json")  # the last vou
 
 
 def publish(work, run):
-    """Move a finished run into place, file by file; a second call makes good a kill in between."""
+    """Move a finished run into place; a second call makes good a kill in between."""
     if (work / FILES[-1]).exists():
         for part in work.glob("*.pt"):
             part.unlink()
@@ -525,7 +493,7 @@ def publish(work, run):
 
 def infer(dataset, likelihood, tokenizer, tiny, texts, histories, args):
     """All users, or with --users those who are new. The first process saves and reports."""
-    rng = seeded(args.seed, 3)  # Note: the second number tells the random streams of a run apart
+    rng = seeded(args.seed, 3)  # the second number tells a run's random streams apart
     start, spread = starting_point(likelihood, args.init, rng)
     settings = {key: getattr(args, key) for key in RECORDED} | {
         "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"]}
@@ -535,7 +503,7 @@ def infer(dataset, likelihood, tokenizer, tiny, texts, histories, args):
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     elif not args.fresh and all((args.run / name).exists() for name in FILES):
         if settings.items() <= load(args.run, "profiles.json").items():
-            return print("profiles.npy was made with these settings; nothing to do (--fresh infers again)")
+            return print("profiles.npy was made with these settings: nothing to do (--fresh infers again)")
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
     work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
     solve(work, blocks, likelihood, start, spread, histories, args)
@@ -554,13 +522,13 @@ def infer(dataset, likelihood, tokenizer, tiny, texts, histories, args):
         "spread": spread.tolist(), "rows_kept": len(rows), "lm_sensitivity": lost,
         "users_without_history": len(theta) - len(known), "heldout_nll": heldout,
         "train_nll": {"before": steps[0], "after": steps[-1]}, "train_nll_steps": steps,
-        "tokens_per_second": speed, "seconds": round(sums["seconds"], 1),  # of one process; of all
+        "tokens_per_second": speed, "seconds": round(sums["seconds"], 1),
         "peak_memory_mb": peak_memory_mb(likelihood.device), "fingerprint": fingerprint(theta)})
     publish(work, args.run)
-    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}; {speed:,d} tokens x steps a second")
+    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}; {speed:,d} tokens x steps/s")
     for what, values in (("validation NLL per token", heldout), ("tiny LM, loss under a wrong word", lost)):
         if values:
-            print(f"{what}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     show_users(dataset, theta, texts, known, likelihood, tokenizer)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 
@@ -573,21 +541,17 @@ def main():
         if args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished runs go on with their flags, --fresh forgets them: {work}")
+            print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
     wait_for_all()
-    texts = history_texts(dataset, SEEN, args)  # training rows, and the support rows of cold users
+    texts = history_texts(dataset, SEEN, args)  # training and support rows
     longest = max(map(len, history_texts(dataset, TRAIN, args)))
     if not longest:
         raise UserError("no user has a training history", f"--history {args.history}",
-                        "use --history all, or give more data")
+                        "take --history all or more data")
     likelihood, tokenizer, tiny = open_model(dataset, args, device, None if args.users else longest)
     histories = tokenize_histories(tokenizer, texts, likelihood.room)
-    if args.show_mask:
-        shown = next(ids for ids in histories if len(ids))[:12].tolist()
-        full = likelihood.segments + [Segment("history", shown)]
-        return print_mask(full, tokenizer, build_visibility(full, args.mask))
     if RANK == 0:
-        announce("02 infer profiles", args, "dataset.json interactions.npy users.json items.json")
+        announce("02 infer profiles", args, "stage 01's files")
         size = len(texts) * likelihood.profiles * likelihood.words.weight.shape[1]
         print(f"parameters: theta {size:,d} trainable, LLM {count_parameters(likelihood.model):,d} frozen")
     infer(dataset, likelihood, tokenizer, tiny, texts, histories, args)

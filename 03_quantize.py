@@ -5,20 +5,18 @@
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-vq, the paper's way (Algorithm 1): the codebooks start from k-means over theta; a surrogate DCN is warmed up
-on these codes; then minibatches of users update theta, codebooks and surrogate together. kmeans stops at the
-start. em learns codes that are soft tokens, words takes the LLM's own words: a user's code is then that
-under which the LLM finds his history likeliest.
+vq (Algorithm 1): codebooks start from k-means over theta; a surrogate DCN is warmed up on these codes; then
+minibatches of users update theta, codebooks and surrogate together. kmeans stops at the start. em learns
+codes that are soft tokens, words takes the LLM's own words: a user's code is then that under which the LLM
+finds his history likeliest.
 
-Reads:  dataset.json interactions.npy users.json items.json (01), truth.npy for the evaluation alone,
-        profiles.npy profiles.json profiles_users.json lm-tiny/ (02)
+Reads:  01's files, truth.npy for the evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
 Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  feature_bank.npy int16 (U, M), .csv;
         feature_bank_words.csv where codes are words;  quantize.json
 
 Run:
-    python 03_quantize.py                      # the demo: 15 s
+    python 03_quantize.py  # the demo: 15 s
     python 03_quantize.py --assign likelihood  # EM
-    python 03_quantize.py --run runs/ml-100k --codes 8,4
     python 03_quantize.py --keep-codebooks     # after 02 --users: codes for new users
 """
 
@@ -37,15 +35,16 @@ import torch.nn.functional as F
 from sklearn import cluster, metrics
 from torch import nn
 
-from common import (DCN, SEEN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic,
-                    check_same, count_parameters, fingerprint, guarded, load, load_dataset, load_truth,
-                    pick_device, progress, save_json, save_npy, save_torch, seeded)
+from common import (
+    DCN, SEEN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic, check_same,
+    count_parameters, fingerprint, guarded, load, load_dataset, load_truth, pick_device, progress, save_json,
+    save_npy, save_torch, seeded)
 
 infer = importlib.import_module("02_infer_profiles")
 
 # -------- settings
 
-COMBINATIONS = 100  # EM tries every combination of codes on every user: at most this many
+COMBINATIONS = 100  # EM tries every combination of codes on every user
 PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "start": "random", "warm_up": 0}  # section 3.4
 
 
@@ -58,9 +57,9 @@ def parse_arguments():
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
-        help="of theta and codebooks, in units of the slot's spread (paper: 0.001, unscaled)")
+        help="of theta and codebooks, in units of the spread (paper: 0.001, unscaled)")
     add("--start", choices=("kmeans", "random", "words"), default="kmeans",
-        help="first codebooks; random: U(-1/K, 1/K), the authors' code; words: em alone")
+        help="first codebooks; random: U(-1/K, 1/K), the authors' code; words: for em")
     add("--alpha", type=at_least(0, float), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
     add("--beta", type=at_least(0, float), default=0.25, help="of commitment, Eq. 5 (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
@@ -83,7 +82,7 @@ def parse_arguments():
 
 
 def parse_codes(text, profiles):
-    """[K_1, ..., K_M] from '4,3', by default stage 01's. Raises UserError."""
+    """[K_1, ..., K_M] from '4,3', by default stage 01's."""
     try:
         sizes = [profile["codes"] for profile in profiles] if text is None else [*map(int, text.split(","))]
         if len(sizes) == len(profiles) and 2 <= min(sizes) <= max(sizes) <= 32766:
@@ -99,8 +98,8 @@ def parse_codes(text, profiles):
 
 @dataclass
 class Problem:
-    """What a quantizer may look at: no truth. theta float32 (U, M, d); known bool (U,): theta was inferred,
-    else it is the population's; facts: stage 02's settings."""
+    """What a quantizer may look at: no truth. theta float32 (U, M, d); known bool (U,): whose theta was
+    inferred; facts: stage 02's settings."""
 
     run: Path
     dataset: Dataset
@@ -137,7 +136,7 @@ def read_problem(run):
 
 
 def rows_by_user(rows, n_users):
-    """Each user's rows user, item, label: a list of U arrays (n_u, 3)."""
+    """Each user's rows (user, item, label): a list of U arrays (n_u, 3)."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
@@ -162,7 +161,7 @@ class VectorQuantizer(nn.Module):
         return nearest(theta, self.codebook)
 
     def forward(self, theta):
-        """(B, d) -> v_c (B, d), gradient straight to theta; Eq. (5)'s two terms (B,), summed over d."""
+        """(B, d) -> v_c (B, d), its gradient straight to theta; Eq. (5)'s two terms (B,), summed over d."""
         chosen = self.codebook[self.assign(theta)]
         codebook_term = ((theta.detach() - chosen) ** 2).sum(1)  # moves v_c only
         commitment = ((theta - chosen.detach()) ** 2).sum(1)     # moves theta only
@@ -192,7 +191,7 @@ def first_codebooks(theta, sizes, start, seed):
             distinct = len(np.unique(theta[:, m], axis=0))
             if size > distinct:
                 raise UserError(f"{size} codes for {distinct} distinct theta", "--codes",
-                                f"choose at most {distinct} for profile {m + 1}")
+                                f"choose fewer for profile {m + 1}")
             found = cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_
         else:
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2]))
@@ -203,7 +202,7 @@ def first_codebooks(theta, sizes, start, seed):
 # -------- loss and train
 
 def vec_loss(theta, rows, quantizers, surrogate, beta):
-    """Eq. (5), l_vec, for a minibatch of users: (loss, {part: sum over a user's evidence, mean over users}).
+    """Eq. (5), l_vec, of a minibatch: (loss, {part: sum over a user's evidence, mean over users}).
 
     theta (B, M, d) in the units of --lr; rows: B arrays (n_u, 3) user, item, label.
     """
@@ -220,7 +219,7 @@ def vec_loss(theta, rows, quantizers, surrogate, beta):
 
 
 def warm_up(surrogate, rows, quantized, epochs, rng):
-    """Train the surrogate on rows (n, 3) with fixed codes, quantized (U, M, d)."""
+    """Train the surrogate on rows (n, 3) with fixed quantized (U, M, d)."""
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
     rows = torch.from_numpy(rows).long().to(quantized.device)
     size = min(1024, max(128, len(rows) // 160))
@@ -237,8 +236,8 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
 def train_jointly(table, quantizers, surrogate, rows, users, llm, args, rng):
     """Algorithm 1: minibatches of users update theta (their rows only), codebooks and surrogate.
 
-    table: nn.Embedding (U, M * d) of z, theta in JointVQ's units; with sparse gradients absent users' rows
-    and optimiser states stay. llm: None or what JointVQ.llm_loss returns. Returns the log.
+    table: nn.Embedding (U, M * d) of z, theta in JointVQ's units, with sparse gradients: absent users stay.
+    llm: None or what JointVQ.llm_loss returns. Returns the log.
     """
     books = [quantizer.codebook for quantizer in quantizers]
     optimizers = [torch.optim.SparseAdam([table.weight], lr=args.lr),
@@ -288,8 +287,8 @@ class KMeans:
     """k-means over theta, the start of vq and em: no recommender, no LLM."""
 
     books = None        # M tensors (K_m, d) in the space of theta, on the CPU
-    log_weights = None  # em, words: M tensors (K_m,), log of how common each code is
-    words = None        # words: M lists of K_m names of codes
+    log_weights = None  # em, words: M tensors (K_m,), log of how common a code is
+    words = None        # words: M lists of K_m names
 
     def __init__(self, problem, sizes, args, device):
         self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
@@ -309,11 +308,11 @@ class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As above; problem.theta moves too, and the codes are nearest to it then."""
+        """As above; problem.theta moves too."""
         args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
         theta, known = problem.theta, problem.known
-        # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot.
-        # Note: lr, alpha and beta then mean the same for every LLM.
+        # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot: lr,
+        # alpha and beta then mean the same for every LLM.
         centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
         if args.paper:  # theta as it is
             centre, unit = torch.zeros_like(centre), torch.ones_like(unit)
@@ -331,17 +330,14 @@ class JointVQ(KMeans):
             quantized = [quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         log = train_jointly(table, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
-        # Note: stage 02's file stays as it is; a new user is assigned by the theta that 02 infers for him.
+        # Note: stage 02's file stays as it is; a new user is assigned by what 02 infers for him.
         problem.theta = (centre + unit * table.weight.detach().cpu().view(z.shape)).numpy()
         self.books = [origin + size * quantizer.codebook.detach().cpu()
                       for origin, size, quantizer in zip(centre, unit, quantizers)]
         return self.assign(), log
 
     def llm_loss(self, centre, unit):
-        """A function (z_of, users (B,)) -> mean l_llm, prior included, that adds its gradient.
-
-        It frees the graph of each block of users, so that any batch fits.
-        """
+        """A function (z_of, users (B,)) -> mean l_llm with prior; it adds its gradient, a block at a time."""
         likelihood, histories, start, spread, _ = self.problem.open_likelihood(self.device)
         budget, prior = infer.token_budget_of(likelihood), self.problem.facts["prior"]
 
@@ -365,15 +361,15 @@ class SoftCodeEM(KMeans):
 
     The codebooks start as --start says; theta is not used after that. A round is an E-step over all users and
     an M-step: the weights pi in closed form, the codes by AdamW on -log P(y | c) with c drawn from the
-    responsibilities, an unbiased gradient of the expected log-likelihood. The likeliest round is kept.
+    responsibilities, an unbiased gradient. The likeliest round is kept.
     """
 
     def open(self):
-        """Open the LLM; list the combinations of codes (C, M) and blocks of users with a history."""
+        """Open the LLM; list combinations of codes (C, M) and blocks of users."""
         count = math.prod(self.sizes)
         if count > COMBINATIONS:
             raise UserError(f"{count} combinations of codes are too many for EM", "--codes",
-                            f"choose sizes whose product is at most {COMBINATIONS}, or --quantizer vq")
+                            f"choose sizes of a product of at most {COMBINATIONS}, or --quantizer vq")
         likelihood, self.histories, _, spread, self.tokenizer = self.problem.open_likelihood(self.device)
         self.likelihood, self.spread = likelihood, spread.cpu()
         self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
@@ -482,22 +478,19 @@ QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 # -------- evaluate
 
 def perplexity(codes, size):
-    """exp(entropy) of the codes' usage: 1 when users share one code, K when all are used alike."""
+    """exp(entropy) of the usage: 1 when all share one code, K when all are used alike."""
     share = np.bincount(codes, minlength=size) / max(1, len(codes))
     return float(np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
 
 
-def health(codes, theta, books, names):
-    """A dict a profile. distance_ratio: mean of ||theta - nearest code|| / ||theta - second nearest||, near
-    1 where the codes cut one cloud anywhere, near 0 where users form groups."""
+def health(codes, sizes, profiles):
+    """How the codes (U, M) are used: a dict a profile."""
     report = []
-    for m, book in enumerate(books):
-        counts = np.bincount(codes[:, m], minlength=len(book))
-        first, second = torch.cdist(torch.as_tensor(theta[:, m]), book).topk(2, largest=False).values.T
-        report.append({"name": names[m], "active": int((counts > 0).sum()),
-                       "perplexity": perplexity(codes[:, m], len(book)),
-                       "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist(),
-                       "distance_ratio": float((first / second.clamp(min=1e-12)).mean())})
+    for m, (profile, size) in enumerate(zip(profiles, sizes)):
+        counts = np.bincount(codes[:, m], minlength=size)
+        report.append({"name": profile["name"], "active": int((counts > 0).sum()),
+                       "perplexity": perplexity(codes[:, m], size),
+                       "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist()})
     return report
 
 
@@ -513,13 +506,12 @@ def show(report, agreed):
     for profile in report:
         counts = profile["counts"]
         print("{name}: {active} of {size} codes active, perplexity {perplexity:.2f}, largest share "
-              "{max_share:.2f}, distance ratio first / second {distance_ratio:.2f}".format(
-                  size=len(counts), **profile))
+              "{max_share:.2f}".format(size=len(counts), **profile))
         for name, count in zip(profile.get("words", range(len(counts))), counts):
             print(f"    {name!s:>12s} {count:7,d} {'#' * round(50 * count / max(counts))}")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
-            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, "
-                  "fewer --epochs or a smaller --lr")
+            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, fewer "
+                  "--epochs or a smaller --lr")
     if agreed:
         ami, nmi, across = (" ".join(f"{value:.3f}" for value in values) for values in agreed.values())
         print(f"with the planted truth: adjusted MI {ami}, NMI {nmi}; NMI across profiles {across}")
@@ -528,12 +520,12 @@ def show(report, agreed):
 # -------- save
 
 def bank_of(codes, known, sizes):
-    """int16 (U, M): codes; users without a history, like unseen ones, get the unknown code K_m."""
+    """int16 (U, M): codes; who has no history gets the unknown code K_m, as an unseen user does."""
     return np.where(known[:, None], codes, sizes).astype(np.int16)
 
 
 def save(run, problem, bank, quantizer, facts):
-    """Write codebooks, bank and, last, the facts that vouch for both."""
+    """Write codebooks, bank and, last, the facts that vouch for them."""
     names = [profile["name"] for profile in problem.dataset.profiles]
     tables = {"feature_bank.csv": bank.tolist()}
     if quantizer.words:
@@ -541,9 +533,10 @@ def save(run, problem, bank, quantizer, facts):
         tables["feature_bank_words.csv"] = [[words[code] for words, code in zip(named, row)] for row in bank]
     for name in ("quantize.json", "feature_bank_words.csv"):
         (run / name).unlink(missing_ok=True)
-    save_torch(run / "codebooks.pt", {
+    save_torch(run / "codebooks.pt", {  # all that --keep-codebooks needs
         "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
-        "quantizer": facts["quantizer"], "profiles": names, "made_with": problem.made_with()})
+        "profiles": names, "users": problem.dataset.users, "bank": torch.from_numpy(bank), "facts": facts,
+        "made_with": problem.made_with()})
     save_npy(run / "feature_bank.npy", bank)
     for name, rows in tables.items():
         with atomic(run / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -557,21 +550,15 @@ def save(run, problem, bank, quantizer, facts):
 
 def saved_quantizer(problem, args, device):
     """--keep-codebooks: (the last quantizer, its settings, {raw user id: his codes then})."""
-    run, again = args.run, f"run: python 03_quantize.py --run {args.run}"
-    saved = load(run, "codebooks.pt", ("codebooks", "log_weights", "words", "made_with"))
-    facts = load(run, "quantize.json", ("quantizer", "loss", "codebooks_fingerprint"))
-    books, expected = saved["codebooks"], facts["codebooks_fingerprint"]
-    check_same(run, "codebooks.pt", "quantize.json", fingerprint(*map(np.asarray, books)), expected)
+    names = ("codebooks", "log_weights", "words", "users", "bank", "facts", "made_with")
+    saved = load(args.run, "codebooks.pt", names)
     if saved["made_with"] != problem.made_with():
-        raise UserError("codebooks.pt was made with another LLM or other settings of 02", run, again)
+        raise UserError("codebooks.pt was made with another LLM or other settings of 02", args.run,
+                        "run: python 03_quantize.py")
+    books, facts = saved["codebooks"], saved["facts"]
     quantizer = QUANTIZERS[facts["quantizer"]](problem, list(map(len, books)), args, device)
     quantizer.books, quantizer.log_weights, quantizer.words = books, saved["log_weights"], saved["words"]
-    try:
-        with open(run / "feature_bank.csv", newline="", encoding="utf-8") as file:
-            then = {user: list(map(int, codes)) for user, *codes in list(csv.reader(file))[1:]}
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"feature_bank.csv cannot be read: {error}", run, again) from None
-    return quantizer, facts, then
+    return quantizer, facts, dict(zip(saved["users"], saved["bank"].tolist()))
 
 
 # -------- main
@@ -581,7 +568,7 @@ def main():
     device = pick_device(args.device)
     problem, truth = read_problem(args.run)
     dataset, known = problem.dataset, problem.known
-    announce("03 quantize", args, "dataset.json interactions.npy users.json items.json profiles.npy .json")
+    announce("03 quantize", args, "stage 01's files, profiles.npy .json")
     if args.keep_codebooks:
         quantizer, facts, then = saved_quantizer(problem, args, device)
         sizes, codes = quantizer.sizes, quantizer.assign()
@@ -595,8 +582,7 @@ def main():
         codes, log = quantizer.fit()
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
-    names = [profile["name"] for profile in dataset.profiles]
-    report = health(codes[known], problem.theta[known], quantizer.books, names)
+    report = health(codes[known], sizes, dataset.profiles)
     for profile, words in zip(report, quantizer.words or ()):
         profile["words"] = words
     agreed = {} if truth is None else agreement(codes[known], truth[known])

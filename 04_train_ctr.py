@@ -4,19 +4,18 @@
     loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), completed
 
 No LLM is loaded: a profile is M small integers. Controls tell whether they say anything: `none` (no
-ids), `random` (uniform codes), `shuffled` (the real codes, permuted over users). Other ids enter by name:
-the row NAME is feature_bank_NAME.npy, int (U, M'), with feature_bank_NAME.json {codes: [K_1, ...],
-dataset_fingerprint, made_by}; random-NAME and shuffled-NAME are its controls.
+ids), `random` (uniform codes), `shuffled` (the real codes on other users). The row NAME is your own
+feature_bank_NAME.npy, int (U, M'), with feature_bank_NAME.json {codes: [K_1, ...], dataset_fingerprint,
+made_by}; random-NAME and shuffled-NAME are its controls.
 
-Reads:  01's artifacts, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
+Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.npy (02) for --profile-input embedding
-Writes: results.json (a row per model x ids x seed, a summary), ctr_<model>.pt .json (best epoch's state,
-        its sources), predictions/ (of test and cold rows); until all is done rows-*/, a file a row
+Writes: results.json (a row per model x ids x seed, a summary), ctr_<model>.pt .json (best epoch, sources),
+        predictions/ (of test and cold rows); until all is done rows-*/, a file a row
 
 Run:
-    python 04_train_ctr.py                                                # demo, DCN, 5 seeds: 1 min
-    python 04_train_ctr.py --models all --ids none,random,shuffled,userip # Tables 2 and 4
-    python docs/score.py --run runs/demo pairs.csv                        # user_id,item_id -> probability
+    python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
+    python 04_train_ctr.py --models all --ids none,random,shuffled,userip  # Tables 2 and 4
 """
 
 import copy
@@ -30,16 +29,16 @@ import sklearn
 import torch
 from torch import nn
 
-from common import (COLD, DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError,
-                    announce, at_least, auc, check_same, count_parameters, do_all, fingerprint, gauc,
-                    guarded, linear, load, load_dataset, load_truth, logloss, mlp, pick_device,
-                    save_json, save_npy, save_torch, seeded)
+from common import (
+    COLD, DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, auc,
+    check_same, count_parameters, do_all, fingerprint, gauc, guarded, linear, load, load_dataset, load_truth,
+    logloss, mlp, pick_device, save_json, save_npy, save_torch, seeded)
 
 # -------- settings
 
 IDS = ("none", "random", "shuffled", "userip", "planted")
 FIELDS = ("ids", "ids+attributes", "attributes")
-SPARSE = 30  # training rows a user; below, the user id is a trap, and user dropout the way out
+SPARSE = 30  # training rows a user; below, the user id is a trap
 
 
 def nonempty_names(text):
@@ -54,7 +53,7 @@ def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--models", type=nonempty_names, default="dcn", help=f"all, or some of: {', '.join(MODELS)}")
-    add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), names of banks")
+    add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
     add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
     add("--fields", choices=FIELDS, default="ids",
         help="ids: user, item (the paper's); ids+attributes: item attributes too; attributes: no user")
@@ -79,7 +78,7 @@ def parse_arguments():
 # -------- data
 
 def attribute_table(dataset, name):
-    """(int64 (I + 1, width), size): an attribute's value indices; `size` pads and is item I's."""
+    """(int64 (I + 1, width), size): an attribute's values; `size` pads and is the unseen item's."""
     found = [*(item["attributes"].get(name, []) for item in dataset.items), []]
     index = {value: i for i, value in enumerate(sorted({value for values in found for value in values}))}
     table = np.full((len(found), max(map(len, found))), len(index), dtype=np.int64)
@@ -91,8 +90,7 @@ def attribute_table(dataset, name):
 def build_features(dataset, kind, codes, sizes, theta=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns); U and I are unseen ones.
 
-    kind: of FIELDS. codes: None or int (U, M). sizes: K_m, the unknown code. theta: None or float (U, M, d)
-    in the place of codes.
+    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or float (U, M, d) instead of codes.
     """
     users, items = (np.arange(len(raw) + 1)[:, None] for raw in (dataset.users, dataset.items))
     columns = []  # field, 0 of users or 1 of items, table of its ids
@@ -109,7 +107,7 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     columns.append((Field("item", len(dataset.items)), 1, items))
     for profile in dataset.profiles if kind != "ids" else ():
         table, size = attribute_table(dataset, profile["name"])
-        if size:  # a profile of people only, such as the critic, is no attribute of items
+        if size:  # the critic is no attribute of items
             columns.append((Field(f"item_{profile['name']}", size, table.shape[1]), 1, table))
 
     def lookup(users, items):
@@ -119,7 +117,7 @@ def build_features(dataset, kind, codes, sizes, theta=None):
 
 
 def rows_of(dataset, split, lookup, device, stranger=None):
-    """One split's ids (n, columns) and labels (n,). stranger: an id to put in each user's place."""
+    """A split's ids (n, columns), labels (n,). stranger: an id in each user's place."""
     users, items, labels = dataset.rows(split).T
     ids = lookup(users, items)
     if stranger is not None:
@@ -134,7 +132,7 @@ def bank_name(ids):
 
 
 def codes_of(ids, banks, rng):
-    """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
+    """A row's (codes int (U, M), sizes K_m), twice None for `none`. banks: {name: (codes, sizes)}."""
     if ids == "none":
         return None, None
     codes, sizes = banks[bank_name(ids)]
@@ -147,14 +145,14 @@ def codes_of(ids, banks, rng):
 
 # -------- models: ids (B, columns) -> logits (B,)
 #
-# F fields, P = F (F - 1) / 2 pairs i < j, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i is field
-# i's embedding, "first order" b + sum_i w_i, an embedding of width 1.
+# F fields, P = F (F - 1) / 2 pairs i < j, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i: field i's
+# embedding; first order: b + sum_i w_i, embeddings of width 1.
 
 class Recommender(nn.Module):
-    """What the models share: field embeddings, first order, pairs of fields."""
+    """What models share: field embeddings, first order, pairs of fields."""
 
     def __init__(self, fields, dim=8, per_id=1, first_order=True, std=0.05):
-        """per_id: embeddings of width dim an id: 0, 1, or in field-aware models one a field."""
+        """per_id: embeddings an id: 0, 1, or in field-aware models one a field."""
         super().__init__()
         self.F, self.D = len(fields), dim
         if per_id:
@@ -184,7 +182,7 @@ def factorization(e):
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: times eight, for nothing else moves the logit: at Adam's 1e-3 a weight of 2 would take 60 epochs.
+    Note: times eight, for nothing else moves the logit.
     """
 
     def __init__(self, fields):
@@ -207,8 +205,7 @@ class FFM(Recommender):
 class AFM(Recommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM; from noise half of the signs must be
-    unlearned first.
+    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM; of noise half of the signs are wrong.
     """
 
     def __init__(self, fields, attention=8, dropout=0.2):
@@ -266,7 +263,7 @@ class ONN(PNN):
 class AFN(Recommender):
     """first order + MLP on exp(sum_i w_ik ln|e_i|), learned powers. Cheng et al. 2020, Eq. (6)-(8).
 
-    Note: |e| stays above 1e-4, for ln and its gradient blow up at 0; BatchNorm holds ln and exp in range.
+    Note: |e| stays above 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range.
     """
 
     def __init__(self, fields, neurons=32):
@@ -315,8 +312,8 @@ def attend(e, layer, heads):
 class DIFM(Recommender):
     """FM with w_i and e_i times m_i, attention's + MLP's factor. Lu et al. 2020, Eq. (7)-(12).
 
-    Note: it starts at m = 1, a plain FM; m near 0 would stop every gradient. With embeddings of .05 it
-    overfits within three epochs (MovieLens-100K: test AUC .75 instead of .785).
+    Note: it starts at m = 1, a plain FM; m near 0 would stop every gradient. From embeddings of .05 it
+    overfits within three epochs.
     """
 
     def __init__(self, fields, heads=2):
@@ -339,8 +336,7 @@ class FiBiNET(Recommender):
     """first order + MLP on bilinear pairs (e_i W_ij) * e_j of embeddings before and after SENET.
 
     Huang et al. 2019, Eq. (3)-(9). Note: the MLP sees products only. From .05 and W near 1 L2 shrinks them
-    to 0; from .005 and W near 5 they grow in a few epochs, and after the first order, which keeps them
-    from overfitting (MovieLens-100K: .776 instead of .759).
+    to 0; from .005 and W near 5 they grow, and after the first order, so that they do not overfit.
     """
 
     def __init__(self, fields):
@@ -400,7 +396,7 @@ def adam(model, args):
 def train(model, train_rows, validation_rows, stranger, args):
     """Adam on Eq. (9) until validation AUC - logloss stops rising: (facts, state of the best epoch).
 
-    train_rows, validation_rows: of rows_of. stranger: the unknown user's id in column 0, or None.
+    Rows: of rows_of. stranger: the unknown user's id in column 0, or None.
     """
     (ids, labels), wanted = train_rows, validation_rows[1].cpu()
     optimizer, best_score, seconds = adam(model, args), -float("inf"), 0.0
@@ -424,7 +420,7 @@ def train(model, train_rows, validation_rows, stranger, args):
             raise UserError(f"the loss is {loss} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
         scores = predict(model, validation_rows[0])
         found = {"val_auc": auc(wanted, scores), "val_logloss": logloss(wanted, scores)}
-        score = found["val_auc"] - found["val_logloss"]  # an AUC alone keeps absurd probabilities
+        score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
         if score > best_score:
             best, best_score = {**found, "best_epoch": epoch}, score
             state = copy.deepcopy(model.state_dict())
@@ -435,7 +431,7 @@ def train(model, train_rows, validation_rows, stranger, args):
 
 
 def run_one(dataset, model_name, ids, seed, inputs, args, device):
-    """A cell of the table: {row, state, test and cold probabilities}. All --ids share the seeds."""
+    """A cell of the table: {row, state, test and cold probabilities}."""
     codes = codes_of(ids, inputs.banks, np.random.default_rng((args.seed, seed, 4)))
     theta = inputs.theta if ids == "userip" else None
     fields, lookup = build_features(dataset, args.fields, *codes, theta)
@@ -459,12 +455,12 @@ def run_one(dataset, model_name, ids, seed, inputs, args, device):
 # -------- evaluate
 
 def mean_sd(values):
-    """{mean, sd}: the sample standard deviation, 0 of a single value."""
+    """{mean, sd}: of a sample, 0 of a single value."""
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=min(1, len(values) - 1)))}
 
 
 def summarize(rows):
-    """{model: {ids: entry}}: mean_sd over seeds, also of the paired differences to none and random."""
+    """{model: {ids: entry}}: mean_sd over seeds, also of paired differences to none and random."""
     table, cells = {}, {}
     for row in rows:
         cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
@@ -483,25 +479,23 @@ def summarize(rows):
 def show(summary, base_logloss):
     """The results as a table in text."""
     def cell(entry, key):
-        sign = "+" if "minus" in key else ""
-        return f"{entry[key]['mean']:{sign}.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
+        return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
 
-    titles = {"test_auc": "test AUC", "test_gauc": "GAUC", "test_logloss": "logloss",
-              "cold_auc": "cold AUC", "cold_gauc": "cold GAUC",
-              "auc_minus_none": "AUC - none", "auc_minus_random": "AUC - random"}
+    titles = ("test_auc", "test_gauc", "test_logloss", "cold_auc", "cold_gauc", "auc_minus_none",
+              "auc_minus_random")
     lines = [(model, ids, entry) for model, by_ids in summary.items() for ids, entry in by_ids.items()]
     columns = [key for key in titles if any(key in entry for _, _, entry in lines)]
-    print(f"\n{'model':9s}{'ids':12s}" + "".join(f"{titles[key]:18s}" for key in columns))
+    print(f"\n{'model':9s}{'ids':12s}" + "".join(f"{key:18s}" for key in columns))
     for model, ids, entry in lines:
         print(f"{model:9s}{ids:12s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
-    print(f"{'constant':9s}{'base rate':12s}{'0.5000':18s}{'0.5000':18s}{base_logloss:.4f}")
+    print(f"{'constant':9s}{'base rate':12s}{' 0.5000':18s}{' 0.5000':18s}{base_logloss:7.4f}")
 
 
 # -------- main
 
 @dataclass
 class Inputs:
-    """What rows are made from. banks: {name: (codes int (U, M), sizes K_m)}; theta: float (U, M, d)."""
+    """banks: {name: (codes int (U, M), sizes K_m)}; theta: float (U, M, d)."""
 
     banks: dict
     theta: np.ndarray | None = None
@@ -515,7 +509,7 @@ class Inputs:
 
 
 def read_bank(run, name, dataset):
-    """(codes (U, M), sizes) of truth.npy, feature_bank.npy (userip) or feature_bank_NAME.npy, checked."""
+    """(codes (U, M), sizes) of truth.npy (planted), feature_bank.npy (userip) or feature_bank_NAME.npy."""
     if name == "planted":
         truth = load_truth(run)
         if truth is None:
@@ -557,40 +551,35 @@ def read_inputs(args):
         spread = theta.std(axis=(0, 2), keepdims=True)  # of a profile; the projection learns the rest
         theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
     if (args.run / "profiles.json").exists() and load(args.run, "profiles.json").get("rows_kept"):
-        print("WARNING: stage 02 ran with --users: old users' theta has seen the earlier split; test figures "
-              "may be too good")
+        print("WARNING: stage 02 ran with --users: old users' theta has seen the earlier split")
     return dataset, Inputs(banks, theta)
 
 
 def default_user_dropout(dataset):
-    """The rule of --user-dropout, the same for a whole table."""
+    """The rule of --user-dropout."""
     users = dataset.rows(TRAIN)[:, 0]
     dropout = 0.85 if len(users) < SPARSE * len(np.unique(users)) else 0.0
     return max(dropout, 0.5) if len(dataset.rows(COLD)) else dropout
 
 
 def save(args, dataset, inputs, cells, device):
-    """Write results.json, models and predictions from the finished cells {(model, ids, seed): file}."""
+    """Write results.json, models and predictions from the cells {(model, ids, seed): file}."""
     rows, kept = [], "userip" if "userip" in args.ids else args.ids[0]  # the row of ctr_<model>.pt
-    banks = {name: bank for name, bank in inputs.banks.items() if name == bank_name(kept)}
-    fingerprints = Inputs(banks, inputs.theta).fingerprints(dataset)
     for (model, ids, seed), path in cells.items():
         cell = load(path.parent, path.name)
         row = cell["row"]
         rows.append(row)
         for split, ending in (("test", ""), ("cold", "-cold")):
             if split in cell:
-                target = args.run / "predictions" / f"{model}-{ids}-{seed}{ending}.npy"
-                save_npy(target, cell[split].numpy())
+                save_npy(args.run / "predictions" / f"{model}-{ids}-{seed}{ending}.npy", cell[split].numpy())
         if seed == 0 and ids == kept:
             save_torch(args.run / f"ctr_{model}.pt", cell["state"])
             save_json(args.run / f"ctr_{model}.json", {
                 "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input,
-                "seed": args.seed, "fingerprints": fingerprints})
+                "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
         if bank_name(ids) == ids != "none" and row["best_epoch"] <= 2:
-            # Note: ids work through products of embeddings, and these start at a saddle.
             print(f"WARNING: {model} {ids} seed {seed}: best epoch {row['best_epoch']}, it never left the "
-                  "main effects; try more --user-dropout or less --weight-decay")
+                  "main effects; more --user-dropout or less --weight-decay")
     labels, summary = dataset.rows(TEST)[:, 2], summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
     save_json(args.run / "results.json", {
@@ -610,7 +599,7 @@ def main():
     args.batch_size = args.batch_size or min(1024, max(128, len(dataset.rows(TRAIN)) // 80))
     if args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
-    announce("04 train CTR", args, "dataset.json interactions.npy users.json items.json and the banks")
+    announce("04 train CTR", args, "stage 01's files and the banks")
     varied = ("run", "models", "ids", "seeds")  # which cells there are is no setting of a cell
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings)[:12]}"
@@ -619,7 +608,7 @@ def main():
     pieces = [(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()]
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, cells, device))
-    shutil.rmtree(work)  # a student who edits a model and runs again must not get old rows
+    shutil.rmtree(work)  # who edits a model and runs again must not get old rows
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt to {args.run}")
 
 

@@ -1,7 +1,6 @@
 """What the four stages share and what is not the method: errors, artifacts, devices, metrics, loading an LLM.
 
-The one model here is the DCN recommender: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04. The last
-section makes the demo's tiny LM: no part of the method, skip it first.
+The one model here is the DCN recommender: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04.
 
 Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
@@ -14,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ from torch import nn
 from tqdm import tqdm
 
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users strange to the recommender
-SEEN = (TRAIN, SUPPORT)  # what profile inference and the controls may look at
+SEEN = (TRAIN, SUPPORT)  # what inference and controls may look at
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-THREADS = torch.get_num_threads()  # the machine's cores, or what OMP_NUM_THREADS allows
+THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
 SMALL = 20_000_000  # parameters; below, a second thread gains nothing and spins beside busy neighbours
 
 
@@ -56,12 +56,12 @@ def guarded(main):
         fail(f"error: {error}")
     except OSError as error:
         fail(f"error: {error.strerror or error} ({error.filename or 'a file of this run'}); check path, "
-             "rights and free disk space, then run the same command again")
+             "rights and free disk space, then run it again")
     except (MemoryError, RuntimeError) as error:  # PyTorch: OutOfMemoryError on a GPU, RuntimeError on a CPU
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):
             raise
-        fail("error: out of memory (this machine); take a smaller --block-size, --batch-users or --lm")
+        fail("error: out of memory (this machine); lower --block-size or --batch-users, or change --lm")
 
 
 def fail(message, status=2):
@@ -71,7 +71,7 @@ def fail(message, status=2):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags every stage has, and errors in one line."""
+    """argparse with every stage's flags, and errors in one line."""
 
     def __init__(self, doc, device=True):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
@@ -87,11 +87,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low, kind=int, below=float("inf")):
-    """argparse type: a number of this kind, `low` or more and smaller than `below`."""
+    """argparse type: a number, `low` or more and smaller than `below`."""
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, the smallest is {low}, below {below}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
@@ -157,13 +157,13 @@ def remedy(run, name):
 
 
 def load(run, name, keys=()):
-    """An artifact: .json, .npy (memory-mapped) or .pt. UserError if it is missing, broken or lacks keys."""
+    """An artifact: .json, .npy (memory-mapped) or .pt. UserError if missing, broken or without these keys."""
     path = Path(run) / name
     if not path.exists():
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
-    except Exception as error:  # a truncated or foreign file fails in as many ways as there are formats
+    except Exception as error:  # a broken file fails in as many ways as there are formats
         raise UserError(f"{name} cannot be read: {error}", run, remedy(run, name)) from error
     lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
     if lacking:
@@ -172,12 +172,12 @@ def load(run, name, keys=()):
 
 
 def fingerprint(*parts):
-    """SHA-256 hex digest over arrays (dtype, shape and bytes) and JSON-able values, in order."""
+    """SHA-256 hex digest of arrays (dtype, shape and bytes) and JSON-able values, in order."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())
-            for start in range(0, len(part), 65536):  # slices keep a memory-mapped array out of memory
+            for start in range(0, len(part), 65536):  # keeps a memory-mapped array out of memory
                 digest.update(np.ascontiguousarray(part[start:start + 65536]).tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
@@ -185,7 +185,7 @@ def fingerprint(*parts):
 
 
 def check_same(run, artifact, source, found, expected):
-    """Raise UserError unless an artifact's recorded fingerprint is that of what it is read with."""
+    """Raise UserError unless an artifact belongs to what it is read with."""
     if found != expected:
         raise UserError(f"{artifact} was made from another {source}", run, remedy(run, artifact))
 
@@ -196,7 +196,7 @@ class Dataset:
 
     interactions: np.ndarray
     users: list   # raw user id at each user index
-    items: list   # {id, title, attributes: {profile name: [values]}} at each item index
+    items: list   # {id, title, attributes: {profile name: [values]}} at each index
     profiles: list  # {name, prompt, codes}
     task_prompt: str
     name: str = "dataset"
@@ -230,11 +230,7 @@ def load_truth(run):
 # -------- long work, in pieces that survive a kill
 
 def once(path, make, *args):
-    """Write make(*args) to `path` unless it is there: one finished piece of a run that may be killed.
-
-    The file appears by a rename, so it is whole or not there: a run goes on with the missing pieces, and
-    processes can share a folder.
-    """
+    """Write make(*args) to `path` unless it is there, whole: a piece of a run that may be killed."""
     if not path.exists():
         save_torch(path, make(*args))
 
@@ -242,10 +238,10 @@ def once(path, make, *args):
 def do_all(pieces, what, unit, device):
     """once(*piece) for all pieces (path, make, *args): this rank's share, then, from the end, what is left.
 
-    Small models work side by side, a process a core. Those beside this one only help: what they leave undone,
-    by an error too, is done here after them, and the error raised here.
+    Small models work side by side, a process a core. The others only help: what they leave undone, by an
+    error too, is done here.
     """
-    forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe, or there is none
+    forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
 
     def walk(worker):
@@ -269,7 +265,7 @@ def do_all(pieces, what, unit, device):
 
 
 def wait_for_all():
-    """Go on when all processes of torchrun got here; a process alone does not wait."""
+    """Go on when all processes of torchrun got here."""
     if RANKS > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
@@ -289,7 +285,7 @@ def seeded(*seeds):
 
 
 def pick_device(name):
-    """torch.device for auto | cpu | cuda."""
+    """torch.device of --device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device", "--device cuda", "take --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -302,9 +298,9 @@ def auc(labels, scores):
 
 
 def gauc(users, labels, scores):
-    """AUC within each user, averaged with his rows as weight, over users of both labels; None without one.
+    """AUC within each user of both labels, averaged with his rows as weight; None without such. Inputs (n,).
 
-    Inputs (n,). A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
+    A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
     """
     users, level = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (users, scores))
     rows, positive = np.bincount(users), np.bincount(users, labels)
@@ -319,35 +315,33 @@ def logloss(labels, probabilities):
 
 
 def peak_memory_mb(device):
-    """Largest memory so far in MB: a GPU's, or this process's (Linux; 0 where it cannot be read)."""
+    """Largest memory so far in MB: a GPU's, or this process's on Linux (which counts in KB)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    with contextlib.suppress(OSError, IndexError):
-        return round(int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024)
-    return 0
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
 
 
 # -------- the frozen LLM
 
 def load_language_model(name, dtype, device):
     """(model, tokenizer) of a hub name or local folder, frozen; dtype: torch's. UserError if it cannot be."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, activations, logging
+    activations.ACT2FN["gelu_new"] = nn.GELU, {"approximate": "tanh"}  # the same in one kernel, not seven
     logging.set_verbosity_error()
     if Path(name).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    # Note: in bf16 on a CPU the fused kernel's backward pass is slow. Both take the additive mask as it is.
+    # Note: on a CPU the fused kernel's backward pass is slow in bf16.
     attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # network, gate, disk, a folder of something else: transformers says which
+    except Exception as error:  # network, gate, disk, another folder: transformers says which
         why = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
-        raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; "
-                        "a gated model needs its licence accepted and `hf auth login`; a folder, what "
-                        "save_pretrained wrote; or take --lm gpt2 or tiny") from error
-    model = fuse_activations(model).to(device).eval().requires_grad_(False)  # only theta will be trainable
+        raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
+                        "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
+    model = model.to(device).eval().requires_grad_(False)  # only theta will be trainable
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
 
@@ -356,17 +350,8 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def fuse_activations(model):
-    """PyTorch's fused tanh-GELU for transformers' gelu_new: the same function in one kernel, not seven."""
-    for module in model.modules():
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, nn.GELU(approximate="tanh"))
-    return model
-
-
 def pieces_of(tokenizer, texts, anchor=" a;"):
-    """Token ids of each text as in mid-sentence (at the start sentencepiece would put a space before it)."""
+    """Token ids of each text as in mid-sentence: at the start sentencepiece would put a space before it."""
     skip = len(tokenizer.encode(anchor, add_special_tokens=False))
     return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
 
@@ -377,7 +362,7 @@ def pieces_of(tokenizer, texts, anchor=" a;"):
 class Field:
     """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
 
-    vectors: optional float (size, d); then an id stands for its row, projected to the embedding width.
+    vectors: optional float (size, d); an id then stands for its row, projected.
     """
 
     name: str
@@ -390,21 +375,20 @@ class FieldEmbedding(nn.Module):
     """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
 
     Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it does
-    not leave the saddle at zero on small data, where products of embeddings have no gradient.
+    not leave the saddle at 0, where products have no gradient.
     """
 
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
         self.fields = fields
         learned, widths = [field.vectors is None for field in fields], [field.width for field in fields]
-        starts = np.cumsum([0] + [(field.size + 1) * own for field, own in zip(fields, learned)])
-        offsets = np.repeat(starts[:-1] * learned, widths)  # 0 where nothing is learned: a row that exists
-        self.register_buffer("offsets", torch.tensor(offsets), persistent=False)
-        self.register_buffer("learned", torch.tensor(np.repeat(learned, widths)).long(), persistent=False)
+        starts = np.cumsum([0] + [field.size * own + 1 for field, own in zip(fields, learned)])
+        for name, values in (("offsets", starts[:-1]), ("learned", learned)):
+            self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
         # A field's last row is 0 until unknown ids are trained; padding never counts, so there it stays 0.
-        self.table.weight.data[[end - 1 for end, own in zip(starts[1:], learned) if own]] = 0
+        self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
@@ -446,26 +430,23 @@ class CrossNetwork(nn.Module):
 
 
 def linear(width, size):
-    """Xavier weights and bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
+    """Xavier weights, bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
     layer = nn.Linear(width, size)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def mlp(width, hidden=(16, 16), dropout=0.2):
-    """Linear + ReLU + dropout for each hidden width. The defaults are the paper's, section 3.4."""
-    layers = []
-    for size in hidden:
-        layers += [linear(width, size), nn.ReLU(), nn.Dropout(dropout)]
-        width = size
-    return nn.Sequential(*layers)
+def mlp(width):
+    """16-16 with ReLU and dropout .2, section 3.4."""
+    return nn.Sequential(linear(width, 16), nn.ReLU(), nn.Dropout(0.2),
+                         linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017), section 3.4: 3 cross layers, D = 8. ids (B, columns) -> (B,).
+    """Deep & Cross Network (Wang et al. 2017), sizes of section 3.4. ids (B, columns) -> logits (B,).
 
-    logit: field embeddings (B, F, D) -> logits (B,), for stage 03, which appends `extra_fields` of its own.
+    logit: embeddings (B, F, D) -> logits, for stage 03, which appends `extra_fields` of its own.
     """
 
     def __init__(self, fields, dim=8, layers=3, extra_fields=0):
@@ -482,23 +463,22 @@ class DCN(nn.Module):
         return self.logit(self.embed(ids))
 
 
-# -------- the tiny LM: not the method, skip it first
+# -------- the tiny LM: no part of the method, skip it first
 #
-# The demo must not need a download. This small GPT-2 learns from sentences about invented people, made from
-# item metadata alone, what LLMs know from the web: which titles go with which word in a profile's slot.
+# The demo must not need a download. This small GPT-2 learns from sentences about invented people what LLMs
+# know from the web: which titles go with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
 LIKING = 1.4     # rated: log odds of liking a title that fits all his tastes; less this where none fits
-TINY_SIZES = ({"width": 64, "vocabulary": 768, "sentences": 16000},
-              {"width": 128, "vocabulary": 2048, "sentences": 24000})  # up to 500 items, and above
+TINY_SIZES = (64, 768, 16000), (128, 2048, 24000)  # width, words, sentences; from 500 items the second
 
 
 class Trait:
-    """A profile of invented people. words: its values; fits: bool (words, items), which go together."""
+    """A profile of invented people. words: its values; fits: bool (words, items)."""
 
     def __init__(self, profile, items):
         self.name, self.prompt = profile["name"], profile["prompt"]
-        self.likes = profile.get("likes", {})  # a critic's word tells his share of likes, and fits no item
+        self.likes = profile.get("likes", {})  # a critic's word tells his share of likes
         values = [item["attributes"].get(self.name, []) for item in items]
         self.words = sorted(self.likes) or sorted({value for found in values for value in found})
         self.fits = np.array([[word in found for found in values] for word in self.words])
@@ -513,8 +493,7 @@ def make_sentences(traits, items, count, length, rng, rated):
     """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
 
     Half have a word for each profile, half for one only (so that x^m is understood alone, as the strict mask
-    demands); titles fit these words more often than chance. Most texts are short: the word has to tell what
-    other titles cannot; some are long: every position is learned.
+    demands). Most texts are short: the word has to tell what other titles cannot.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
     lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
@@ -528,7 +507,7 @@ def make_sentences(traits, items, count, length, rng, rated):
         chosen = rng.choice(len(items), size=lengths[number % len(lengths)], p=weight / weight.sum())
         words = {m: traits[m].words[value] for m, value in person.items()}
         marks = [""] * len(chosen)
-        if rated:  # log odds of liking: the critic's own, and what fits his tastes more than what does not
+        if rated:  # log odds of liking: the critic's own, and what fits his tastes more
             general = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
             odds = np.full(len(chosen), np.log(general / (1 - general)))
             if tastes:
@@ -540,7 +519,7 @@ def make_sentences(traits, items, count, length, rng, rated):
 
 
 def encode_sentences(tokenizer, traits, task_prompt, sentences):
-    """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 does not count."""
+    """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 is none."""
     *names, task = pieces_of(tokenizer, [*(trait.prompt for trait in traits), task_prompt])
     texts = {f" {word}" for words, _ in sentences for word in words.values()}
     texts = sorted(texts | {text for _, titles in sentences for text in titles})
@@ -575,24 +554,24 @@ def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
 
 @torch.no_grad()
 def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
-    """{profile: nats per history token that these sentences lose under a wrong word for the profile}."""
+    """{profile: nats per history token that these sentences lose under a wrong word for it}."""
     def loss(variant):
         ids, _, history = encode_sentences(tokenizer, traits, task_prompt, variant)
         return float(next_token_loss(model, ids, history))
 
-    result = {}
+    lost = {}
     for m, trait in enumerate(traits):
         told = [pair for pair in sentences if m in pair[0]]
         words = sorted({known[m] for known, _ in told})
         if len(words) > 1:
             wrong = [({**known, m: str(rng.choice([word for word in words if word != known[m]]))}, titles)
                      for known, titles in told]
-            result[trait.name] = loss(wrong) - loss(told)
-    return result
+            lost[trait.name] = loss(wrong) - loss(told)
+    return lost
 
 
 def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
-    """AdamW with a one-cycle step size over batches of sentences of like length."""
+    """AdamW, a one-cycle step size, batches of like length."""
     by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()  # hardly any padding
     batches = by_length[len(ids) % batch:].reshape(-1, batch)
     order = [rows for _ in range(epochs) for rows in rng.permutation(batches)]
@@ -609,27 +588,26 @@ def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
 
 
 def train_tiny(dataset, folder, length, args):
-    """Train a GPT-2 on invented people with up to `length` titles, unless `folder` holds this very LM."""
+    """Train a GPT-2 on people with up to `length` titles, unless `folder` holds this very LM."""
     seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items of other rows stay unknown
     items = [{key: dataset.items[item][key] for key in ("title", "attributes")} for item in seen]
-    size = dict(TINY_SIZES[len(items) > 500])
-    size["sentences"] = args.tiny_sentences or size["sentences"]
-    settings = [args.seed, args.history, TINY_FIT, LIKING, length]
-    key = fingerprint(items, dataset.profiles, dataset.task_prompt, settings, size)
+    width, words, count = TINY_SIZES[len(items) > 500]
+    count = args.tiny_sentences or count
+    settings = [args.seed, args.history, TINY_FIT, LIKING, length, width, words, count]
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, settings)
     with contextlib.suppress(OSError, ValueError, KeyError):
         if json.loads((folder / "tiny.json").read_text())["fingerprint"] == key:
             return
     traits = [Trait(profile, items) for profile in dataset.profiles]
     if not any(trait.words for trait in traits):
-        raise UserError("no item has a value for any profile: the tiny LM has nothing to learn", "items.json",
-                        "take --lm gpt2")
+        raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")
     from transformers import GPT2Config, GPT2LMHeadModel
     rng, rated = seeded(args.seed, 2), args.history == "rated"
-    sentences = make_sentences(traits, items, size["sentences"], length, rng, rated)
-    tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, size["vocabulary"])
+    sentences = make_sentences(traits, items, count, length, rng, rated)
+    tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, words)
     ids, targets, _ = encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=size["width"], n_layer=2,
+        vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=width, n_layer=2,
         n_head=4, activation_function="gelu_pytorch_tanh", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
         bos_token_id=None, eos_token_id=None))
     print(f"training the tiny LM of {count_parameters(model):,d} parameters on {len(ids):,d} sentences")
@@ -641,7 +619,7 @@ def train_tiny(dataset, folder, length, args):
 
 
 def save_tiny(folder, model, tokenizer, facts):
-    """Write aside, then move in; tiny.json, which vouches for the others, goes first and comes last."""
+    """Write aside, then move in; tiny.json, which vouches for the others, comes last."""
     from transformers import logging
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
@@ -649,7 +627,7 @@ def save_tiny(folder, model, tokenizer, facts):
         try:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
-        except Exception as error:  # safetensors has an error of its own for a full disk
+        except Exception as error:  # safetensors has its own for a full disk
             raise UserError(f"the tiny LM cannot be written: {error}", folder, "free disk space") from error
         (folder / "tiny.json").unlink(missing_ok=True)
         for path in Path(aside).iterdir():

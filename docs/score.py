@@ -34,7 +34,8 @@ def open_model(args, device):
     args.ids, args.profile_input = [facts["ids"]], facts["profile_input"]
     dataset, inputs = ctr.read_inputs(args)
     found = inputs.fingerprints(dataset)
-    common.check_same(args.run, f"{name}.pt", "feature bank or dataset", found, facts["fingerprints"])
+    made_from = {key: facts["fingerprints"].get(key) for key in found}
+    common.check_same(args.run, f"{name}.pt", "feature bank or dataset", found, made_from)
     rng = np.random.default_rng((facts["seed"], 0, 4))  # run_one's of the repetition that is kept
     codes = ctr.codes_of(facts["ids"], inputs.banks, rng)
     fields, lookup = ctr.build_features(dataset, facts["fields"], *codes, inputs.theta)

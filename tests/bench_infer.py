@@ -92,11 +92,12 @@ def random_model(shape, dtype, device):
             model = LlamaForCausalLM(LlamaConfig())  # the defaults are Llama-2-7B's
         else:
             size = {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 2000} if shape == "quick" else {}
+            size["activation_function"] = "gelu_pytorch_tanh"  # as load_language_model chooses it
             model = GPT2LMHeadModel(GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0,
                                                eos_token_id=0, **size))
     torch.set_default_dtype(torch.float32)
     model.set_attn_implementation("eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa")
-    return common.fuse_activations(model).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def make_likelihood(model, prompt=20):

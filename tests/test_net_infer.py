@@ -156,7 +156,7 @@ def test_the_other_starts_are_the_mean_of_all_words_and_noise(world):
 # ---------------------------------------------------------------- the descent
 
 def by_hand(likelihood, start, spread, ids, steps, lr, prior):
-    """Barzilai and Borwein's steps on Eq. (4) plus prior / 2 ||z||^2, theta = start + spread z, for one user."""
+    """Barzilai and Borwein's steps on Eq. (4) and prior / 2 ||z||^2, theta = start + spread z, for a user."""
     z, path, last = torch.zeros_like(start), [], None
     lengths = torch.tensor([ids.shape[1]])
     for _ in range(steps):
