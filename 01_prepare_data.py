@@ -54,6 +54,7 @@ SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
 # Interactions, users, items. Note: counts differ by release, category, duplicates and order of filters.
 PAPER_TABLE_1 = {"paper: Clothing": (179_223, 38_764, 22_919), "paper: Movies": (441_783, 7_506, 7_360),
                  "paper: Games": (19_927, 2_490, 8_912), "paper: Yelp": (1_293_247, 27_147, 20_266)}
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
 MAX_BAD = 0.01    # share of bad lines that is skipped
 MAX_TITLE = 200   # characters that the LLM will read
@@ -278,7 +279,7 @@ def good(records, parse, path):
     for count, record in enumerate(progress(records, path.name, "lines"), 1):
         try:
             parsed = parse(record)
-        except Exception as error:  # in as many ways as there are formats
+        except Exception as error:  # in many ways
             bad += 1
             example = example or f"line {count}: {error!r:.150}"
         else:
@@ -378,7 +379,7 @@ def records(path):
         else:
             return lines(path)
         wrong = f"holds a {type(found).__name__} instead of a list"
-    except Exception as error:  # in as many ways as a pickle has opcodes
+    except Exception as error:  # in many ways
         found, wrong = None, f"cannot be read: {error}"
     if not isinstance(found, list):
         raise UserError(f"{path.name} {wrong}", path.parent, "use the file as published")
@@ -449,7 +450,7 @@ def describe_products(facts):
 
 def download(name, needed):
     """data/<name> of GroupLens' archive, fetched unless it is there."""
-    url, target = f"https://files.grouplens.org/datasets/movielens/{name}.zip", Path("data") / name
+    url, target = GROUPLENS + f"{name}.zip", Path("data") / name
     if (target / needed).exists():
         return target
     print(f"downloading {url} to {target}")
@@ -460,7 +461,7 @@ def download(name, needed):
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             archive.extractall(aside)  # checks each file's CRC
             os.replace(Path(aside) / name, target)
-    except Exception as error:  # the network, the archive or the disk
+    except Exception as error:  # network, archive, disk
         raise UserError(f"cannot download {name}: {error}", url,
                         f"give the folder of {needed} as --data-dir") from None
     return target

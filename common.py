@@ -91,7 +91,7 @@ def at_least(low, kind=int, below=float("inf")):
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to below {below}")
+            raise argparse.ArgumentTypeError(f"{text} is out of range, the smallest is {low}, below {below}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
@@ -163,7 +163,7 @@ def load(run, name, keys=()):
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
-    except Exception as error:  # a broken file fails in as many ways as there are formats
+    except Exception as error:  # broken files fail in many ways
         raise UserError(f"{name} cannot be read: {error}", run, remedy(run, name)) from error
     lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
     if lacking:

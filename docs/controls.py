@@ -128,7 +128,7 @@ def main():
     unknown = sorted(set(args.names) - CONTROLS.keys())
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
-    problem, _ = quantize.read_problem(args.run)
+    problem, truth = quantize.read_problem(args.run)
     if args.codes is None and (args.run / "quantize.json").exists():
         args.codes = ",".join(map(str, common.load(args.run, "quantize.json", ("codes",))["codes"]))
     device = common.pick_device(args.device)
@@ -143,7 +143,11 @@ def main():
             "made_by": f"docs/controls.py {name} --seed {args.seed}"})
         used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
                           for m, (_, size) in enumerate(columns))
-        print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}")
+        found = ""
+        if truth is not None and bank.shape == truth.shape:
+            agreed = quantize.agreement(bank[problem.known], truth[problem.known])["nmi_truth"]
+            found = ", NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed)
+        print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}{found}")
     names = ",".join(args.names or CONTROLS)
     print(f"next: python 04_train_ctr.py --run {args.run} --ids none,random,userip,{names}")
 

@@ -3,6 +3,7 @@
     python docs/explain.py --run runs/demo --user u0000 u0001   # a card each
     python docs/explain.py --run runs/demo --all                # over all users: own theta or another's, and
                                                                 # (demo) how often the planted word is near
+    python docs/explain.py --run runs/demo --mask               # the mask of the prompt (Fig. 4) as a grid
 
 Reads:  what 03 reads, and feature_bank.npy codebooks.pt quantize.json (03)
 """
@@ -194,19 +195,34 @@ class Explainer:
         return found
 
 
+def mask_grid(likelihood, tokenizer, history):
+    """Lines of the mask over the prompt and these history tokens: row i attends to the columns marked #."""
+    segments = likelihood.segments + [infer.Segment("history", list(history))]
+    visible = infer.build_visibility(segments, likelihood.mask)
+    labels = [f"<theta^{segment.profile + 1}>" if segment.kind == "theta"
+              else repr(tokenizer.decode([token]))[1:-1] for segment in segments for token in segment.ids]
+    width = max(map(len, labels))
+    return [f"{label:>{width}s} |" + "".join(" #" if cell else " ." for cell in cells)
+            for label, cells in zip(labels, visible.tolist())]
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("--user", nargs="+", default=[], help="raw user ids, a card for each")
     parser.add_argument("--all", action="store_true", help="figures over all users")
+    parser.add_argument("--mask", action="store_true", help="the mask of a user's prompt")
     args = parser.parse_args()
-    if not args.user and not args.all:
-        parser.error("say whom to explain: --user ID ... or --all")
+    if not (args.user or args.all or args.mask):
+        parser.error("say what to explain: --user ID ..., --all or --mask")
     explainer = Explainer(args.run, common.pick_device(args.device))
     index = {str(raw): user for user, raw in enumerate(explainer.problem.dataset.users)}
     strangers = [raw for raw in args.user if raw not in index]
     if strangers:
         raise common.UserError(f"no user has the id {strangers[0]}", "--user",
                                f"take one of feature_bank.csv, for example {next(iter(index))}")
+    if args.mask:
+        longest = max(explainer.histories, key=len)
+        print("\n".join(mask_grid(explainer.likelihood, explainer.tokenizer, longest[:12].tolist())))
     for raw in args.user:
         print("\n".join(explainer.card(index[raw])), end="\n\n")
     for name, values in explainer.statistics(common.seeded(args.seed, 8)).items() if args.all else ():

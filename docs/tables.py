@@ -47,9 +47,10 @@ CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden
 ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
-def variant(first, second, third="", controls="", fourth=""):
-    """Flags of stages 01 to 04 (None: the first variant's artifacts) and the names for docs/controls.py."""
-    return {"flags": (first, second, third, fourth), "controls": controls}
+def variant(first, second, third="", controls="", fourth="", names=None):
+    """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for docs/controls.py and
+    words that are said in the place of the profiles' names."""
+    return {"flags": (first, second, third, fourth), "controls": controls, "names": names}
 
 
 def own(third, fourth="--ids userip"):
@@ -78,8 +79,8 @@ STUDIES = {  # name: {variant: flags}
         "no prior": variant(None, "--prior 0", fourth="--ids userip"),
         "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
         "history of all titles": variant(None, "--history all", fourth="--ids userip"),
-        "nonsense profile names": variant("--profile-words zorp,quell", "--lm {base}/lm-tiny",
-                                          fourth="--ids userip")},
+        "nonsense profile names": variant("", "--lm {base}/lm-tiny", fourth="--ids userip",
+                                          names=("zorp", "quell"))},
     "demo-codes": {"K = 4,3": variant("", "", "", "", "--ids none,random,userip,planted"), **{
         f"K = {sizes}": own(f"--codes {sizes}", "--ids none,random,userip")
         for sizes in ("2,3", "8,3", "16,3", "4,9", "4,27")}},
@@ -136,6 +137,8 @@ def repeat(study, name, seed, data_dir):
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
         words += f" --data-dir {data_dir}" if data_dir and "--dataset" in words else ""
         call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log)
+    if variants[name]["names"]:
+        rename(run, variants[name]["names"])
     if flags[1] is not None:
         if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
@@ -145,6 +148,15 @@ def repeat(study, name, seed, data_dir):
         call("docs/controls.py", run, f"{variants[name]['controls']} --seed {seed}", log)
     call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log)
     common.save_json(run / "code.json", code_fingerprint())
+
+
+def rename(run, names):
+    """Say other words for the profiles' names in the prompt of a prepared run."""
+    facts, dataset = common.load(run, "dataset.json"), common.load_dataset(run)
+    for profile, name in zip(dataset.profiles, names):
+        profile["prompt"] = profile["prompt"].replace(profile["name"], name)
+    facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
+    common.save_json(run / "dataset.json", facts)
 
 
 def folder(study, name, seed):

@@ -44,7 +44,7 @@ common, prepare, infer = (importlib.import_module(name) for name in (
 BEGIN = time.perf_counter()
 BUDGET = 100  # seconds for rounds of the three ways; the first is always done
 DEMO = {"seed": 0, "signal": 1.0, "min_interactions": 1, "positive_above": 3.0, "max_per_user": None,
-        "subsample_users": 200, "cold_users": 0.0, "profile_words": None, "critic": False, "dataset": "demo"}
+        "subsample_users": 200, "cold_users": 0.0, "critic": False, "dataset": "demo"}
 PAPER_USERS = {"Clothing": (38_764, 179_223), "Movies": (7_506, 441_783), "Games": (2_490, 19_927),
                "Yelp": (27_147, 1_293_247)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -116,7 +116,7 @@ def lm(request):
 def prepare_args(**changes):
     return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4,
                               "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
-                              "cold_users": 0.0, "data_dir": None, "profile_words": None, "critic": False,
+                              "cold_users": 0.0, "data_dir": None, "critic": False,
                               **changes})
 
 
@@ -134,7 +134,7 @@ def world():
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
     return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict",
-                              "history": "liked", "max_history": 20, "history_sample": "recent", **changes})
+                              "history": "liked", "max_history": 20, **changes})
 
 
 @pytest.fixture(scope="session")

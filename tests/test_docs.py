@@ -87,7 +87,7 @@ def test_the_card_and_the_figures_over_all_users(inferred):
     expected = float(explainer.likelihood(torch.tensor(theta[5:6]), ids, lengths)) / int(lengths)
     assert explainer.nll(3, theta[5]) == pytest.approx(expected, rel=1e-5)
     assert f"under own theta {explainer.nll(3, theta[3]):.4f}" in printed
-    for flags, message in ((["--user", "nobody"], "no user has the id nobody"), ([], "say whom to explain")):
+    for flags, message in ((["--user", "nobody"], "no user has the id nobody"), ([], "say what to explain")):
         refused = run_stage("docs/explain.py", "--run", inferred, *flags)
         assert refused.returncode == 2 and message in refused.stderr
 
@@ -159,3 +159,12 @@ def test_the_sweep_is_drawn_from_the_kept_study(tmp_path, monkeypatch):
     for panel, sizes in zip(axes, ([2, 4, 16], [3, 27])):
         assert all(line.get_xdata().tolist() == sizes for line in panel.lines if len(line.get_xdata()) > 1)
     assert axes[0].containers[0][0].get_ydata() == pytest.approx([0.5205, 0.5405, 0.6605])
+
+
+def test_the_mask_is_shown_as_a_grid(inferred, capsys):
+    call_stage(explain, "--run", inferred, "--mask")
+    grid = [line for line in capsys.readouterr().out.splitlines() if " |" in line]
+    first, second = (line.split("|")[1].split() for line in grid if "<theta^" in line)
+    last = grid.index(next(line for line in grid if "<theta^2>" in line))
+    assert first.count("#") + second.count("#") == last + 1  # each sees its own name and itself
+    assert grid[-1].count("#") == len(grid)

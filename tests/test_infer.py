@@ -367,16 +367,3 @@ def test_a_sentence_is_its_words_the_task_and_its_titles_and_only_titles_count_a
         assert tokenizer.decode(ids[row][real]) == prompt + "".join(titles)
         assert torch.equal(ids[row][real], targets[row][real])
         assert tokenizer.decode(history[row][history[row] >= 0]) == "".join(titles)
-
-
-def test_long_short_history_takes_its_share_of_every_age():
-    assert list(infer.sample_history(30, 10, "recent")) == list(range(20, 30))
-    assert list(infer.sample_history(7, 10, "long-short")) == list(range(7))
-    places = infer.sample_history(100, 20, "long-short")
-    assert places[8:] == list(range(88, 100))
-    assert sum(place < 44 for place in places) == 2 and sum(44 <= place < 88 for place in places) == 6
-    for length in range(1, 60):
-        for limit in range(1, length):
-            places = infer.sample_history(length, limit, "long-short")
-            assert len(places) == limit == len(set(places)) and places == sorted(places)
-            assert 0 <= places[0] and places[-1] == length - 1

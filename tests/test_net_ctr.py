@@ -240,8 +240,8 @@ def test_the_rule_of_user_dropout(world, cold_world):
         found = dataclasses.replace(world[0], interactions=np.array(interactions, np.int32))
         return ctr.default_user_dropout(found)
 
-    assert [dropout(rows) for rows in (2, 29, 30, 90)] == [0.7, 0.7, 0, 0]
-    assert [dropout(rows, cold=True) for rows in (29, 30)] == [0.7, 0.5]
+    assert [dropout(rows) for rows in (2, 29, 30, 90)] == [0.85, 0.85, 0, 0]
+    assert [dropout(rows, cold=True) for rows in (29, 30)] == [0.85, 0.5]
 
 
 def test_cold_rows_are_scored_and_the_epoch_chosen_with_the_user_hidden(probe, cold_world):
@@ -569,7 +569,7 @@ def test_the_mlp_is_16_16_with_xavier_weights_and_bias_0(name):
 
 def test_the_mlp_is_rectified():
     torch.manual_seed(0)
-    hidden = common.mlp(12, (16, 16), 0.2).eval()(torch.randn(50, 12))
+    hidden = common.mlp(12).eval()(torch.randn(50, 12))
     assert hidden.shape == (50, 16) and (hidden >= 0).all() and 0.2 < (hidden == 0).float().mean() < 0.8
 
 

@@ -411,11 +411,12 @@ def test_users_without_a_history_do_not_move(sparse):
 def test_kept_codebooks_leave_old_users_their_codes(sparse, tmp_path):
     """Also a code that would not be found again; who is not in the file gets the nearest."""
     run = copy_run(sparse, tmp_path / "run")
-    before, lines = np.load(run / "feature_bank.npy"), (run / "feature_bank.csv").read_text().splitlines()
+    before, saved = np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt")
     old, new = np.flatnonzero(before[:, 0] < 4)[:2]
-    lines[1 + old] = f"{lines[1 + old].split(',')[0]},{(before[old, 0] + 1) % 4},{before[old, 1]}"
-    del lines[1 + new]
-    (run / "feature_bank.csv").write_text("\n".join(lines) + "\n")
+    saved["bank"][old, 0] = (before[old, 0] + 1) % 4
+    del saved["users"][new]
+    saved["bank"] = torch.cat([saved["bank"][:new], saved["bank"][new + 1:]])
+    torch.save(saved, run / "codebooks.pt")
     call_stage(quantize, "--run", run, "--keep-codebooks")
     after = np.load(run / "feature_bank.npy")
     assert after[old].tolist() == [(before[old, 0] + 1) % 4, before[old, 1]]
