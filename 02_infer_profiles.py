@@ -332,10 +332,10 @@ def descend(likelihood, start, spread, ids, lengths, args):
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        gradient, = torch.autograd.grad(likelihood.loss_scale * loss.sum(), z)
-        gradient = gradient / likelihood.loss_scale
+        scale = likelihood.loss_scale  # of gradient and curvature, not of a step
+        gradient, = torch.autograd.grad(scale * loss.sum(), z)
         # Shape of curvature and of its least value: (B, 1, 1)
-        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=args.prior + 1e-30)
+        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=scale * args.prior + 1e-30)
         curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
             (move ** 2).sum((1, 2), keepdim=True)
         move, before = -gradient / curvature.fmax(least), gradient  # NaN before the first step: least

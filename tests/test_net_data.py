@@ -370,6 +370,10 @@ def test_a_loaded_lm_computes_what_it_computes_elsewhere(lm_folders):
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
             assert torch.allclose(model(ids).logits, expected, atol=2e-5)
+        if model.config.model_type == "gpt2":
+            x = torch.linspace(-4, 4, 101)
+            expected = x / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x ** 3)))
+            assert torch.allclose(model.transformer.h[0].mlp.act(x), expected, atol=1e-6)
 
 
 def test_an_lm_is_loaded_frozen_and_without_its_dropout(tmp_path):

@@ -178,15 +178,15 @@ def by_hand(likelihood, start, spread, ids, steps, lr, prior):
     return theta, path + [float(likelihood(theta[None], ids, lengths)[0])]
 
 
-@pytest.mark.parametrize("prior", [0.0, 4.0])
-def test_a_block_is_descent_on_eq_4_and_the_prior_of_each_user(world, prior):
+@pytest.mark.parametrize("prior, lr", [(0.0, 0.2), (4.0, 0.2), (0.05, 40.0)])  # what bounds a step
+def test_a_block_is_descent_on_eq_4_and_the_prior_of_each_user(world, prior, lr):
     likelihood = likelihood_of(*make_lm("gpt2"), world[0])
     rng = np.random.default_rng(0)
     histories = [rng.integers(300, size=6 + 3 * user) for user in range(3)]
     start, spread = infer.starting_point(likelihood, "slot", None)
-    theta, path = solve_block(likelihood, start, spread, histories, [0, 1, 2], steps=8, lr=0.2, prior=prior)
+    theta, path = solve_block(likelihood, start, spread, histories, [0, 1, 2], steps=8, lr=lr, prior=prior)
     expected = [
-        by_hand(likelihood, start, spread, torch.from_numpy(ids)[None], 8, 0.2, prior) for ids in histories
+        by_hand(likelihood, start, spread, torch.from_numpy(ids)[None], 8, lr, prior) for ids in histories
     ]
     for user, (wanted, _) in enumerate(expected):
         off = (theta[user] - wanted).abs() / spread[:, None]
