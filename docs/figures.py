@@ -1,11 +1,12 @@
 """Draw what a finished run found, from its artifacts, into RUN/figures.
 
     python docs/figures.py --run runs/demo
-    python docs/figures.py --run runs/demo --codes   # and the sweep over codebook sizes (Figs. 5, 6), which
-                                                     # docs/tables.py demo-codes left in docs/results
+    python docs/figures.py --run runs/demo --codes   # and the sweep over codebook sizes (Figs. 5, 6)
+    python docs/figures.py --run runs/demo --tables  # and the tables of docs/RESULTS.md, a row a dot
 
-Reads:  what 03 reads, feature_bank.npy quantize.json (03), results.json (04)
-Writes: figures/NAME.png for likelihood, attention, mask, theta, usage, results and, with --codes, codes
+Reads:  what 03 reads, feature_bank.npy quantize.json (03), results.json (04); with --codes and --tables what
+        docs/tables.py left in docs/results
+Writes: figures/NAME.png for likelihood, attention, mask, theta, usage, results; codes; demo and cold
 """
 
 import importlib
@@ -32,7 +33,13 @@ except ImportError:
 
 # Okabe and Ito, safe for the colour-blind
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+KEPT = ROOT / "docs" / "results"
 SWEEP = "demo-codes"               # the study of docs/tables.py behind --codes
+PICTURES = {  # name: (study, metric, title) of its panels, behind --tables
+    "demo": (("demo", "test_auc", "demo"), ("demo7", "test_auc", "demo, another world (--seed 7)")),
+    "cold": (("ml-100k-cold", "cold_auc", "over all pairs of rows"),
+             ("ml-100k-cold", "cold_gauc", "within a user"))}
+SHORT = {"rated titles and a critic": "rated"}  # of a variant, beside its ids
 FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
 STAGES = {"\u03b8 is noise": "theta is noise", "\u03b8\u2080": "theta_0", "\u03b8 inferred": "inferred"}
 
@@ -58,7 +65,7 @@ def likelihood_figure(problem):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     steps, values = problem.facts["train_nll_steps"], problem.facts["heldout_nll"] or {}
     left.plot(range(len(steps)), steps, color=COLOURS[0], marker="o", markersize=3)
-    left.set(xlabel="AdamW step", ylabel="nats per token", title="the users' training histories")
+    left.set(xlabel="gradient step", ylabel="nats per token", title="the users' training histories")
     left.xaxis.get_major_locator().set_params(integer=True)
     right.bar(list(values), list(values.values()), color=COLOURS[:3])
     if values:
@@ -113,25 +120,24 @@ def attention_by_word(problem, likelihood, tokenizer, start):
     return users, words, weights
 
 
-def attention_figure(problem, bank, likelihood, tokenizer, start):
+def attention_figure(problem, likelihood, tokenizer, start):
     """Fig. 7 before and after inference: (figure, {profile: for each of STAGES the weight's share of filler
     words, of words of titles and of the marks between them}, the number of words of these three kinds)."""
-    users, words, weights = attention_by_word(problem, likelihood, tokenizer, start)
+    _, words, weights = attention_by_word(problem, likelihood, tokenizer, start)
     kinds = np.array([0 if at < len(FILLERS) else 2 if word in (";", "+", "-") else 1
                       for at, word in enumerate(words)])
-    profiles, shares = problem.dataset.profiles, {}
-    figure, grid = plt.subplots(len(profiles), 3, figsize=(13, 3.2 * len(profiles)), squeeze=False)
-    for m, (row, profile) in enumerate(zip(grid, profiles)):
-        for axes, by_word, stage in zip(row, weights[m], STAGES):
-            share = [float(by_word[:, kinds == kind].sum(1).mean()) for kind in range(3)]
-            shares.setdefault(profile["name"], []).append(share)
-            axes.imshow(by_word, cmap="Blues", vmin=0, aspect="auto")
-            axes.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
-            labels = [f"{problem.dataset.users[user]}: {bank[user, m]}" for user in users]
-            axes.set_yticks(range(len(users)), labels, fontsize=8)
-            fillers = f"{share[0]:.0%} on \"{' '.join(FILLERS)}\""
-            axes.set_title(f"{profile['name']}, {stage}: {fillers}", fontsize=10)
-        row[0].set_ylabel("user: code")
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    shares, width = {}, 0.8 / len(problem.dataset.profiles)
+    for m, profile in enumerate(problem.dataset.profiles):
+        shares[profile["name"]] = [[float(by_word[:, kinds == kind].sum(1).mean()) for kind in range(3)]
+                                   for by_word in weights[m]]
+        places = np.arange(len(STAGES)) + m * width
+        axes.bar(places, [share[0] for share in shares[profile["name"]]], 0.9 * width, label=profile["name"],
+                 color=COLOURS[m % len(COLOURS)])
+    axes.axhline((kinds == 0).mean(), color="gray", linestyle="--", linewidth=1)  # as much as any other word
+    axes.set_xticks(np.arange(len(STAGES)) + 0.4 - width / 2, STAGES)
+    axes.set(ylabel="share", title=f"attention to \u03b8 that comes from \"{' '.join(FILLERS)}\"")
+    axes.legend(fontsize=8)
     return figure, shares, np.bincount(kinds, minlength=3).tolist()
 
 
@@ -189,14 +195,37 @@ def results_figure(results):
     return figure
 
 
+def kept_study(name):
+    """What docs/tables.py found in a study."""
+    if not (KEPT / f"{name}.json").exists():
+        raise common.UserError(f"the study {name} was not run", KEPT, f"run: python docs/tables.py {name}")
+    return common.load(KEPT, f"{name}.json", ("rows",))
+
+
+def tables_figure(panels):
+    """A table as a picture: in each panel the mean of a metric and its sd over repetitions, a row a dot."""
+    figure, grid = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    for axes, (study, metric, title) in zip(grid[0], panels):
+        cells, rows = {}, kept_study(study)["rows"]
+        for row in rows:
+            own = row["variant"] == rows[0]["variant"]
+            name = row["ids"] if own else f"{row['ids']}, {SHORT.get(row['variant'], row['variant'])}"
+            cells.setdefault(name, []).append(row[metric])
+        for place, (name, values) in enumerate(cells.items()):
+            ours = name.startswith(("userip", "words"))
+            axes.errorbar(np.mean(values), place, xerr=np.std(values, ddof=min(1, len(values) - 1)), fmt="o",
+                          capsize=3, color=COLOURS[5 if ours else 0], markersize=6 if ours else 4)
+        axes.axvline(np.mean(cells["none"]), color="gray", linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(cells)), cells)
+        axes.invert_yaxis()
+        axes.set(xlabel=f"{'GAUC' if 'gauc' in metric else 'AUC'}, mean and sd", title=title)
+    return figure
+
+
 def codes_figure():
     """Figs. 5 and 6: test AUC over codebook sizes, of our codes and of random ones with as many codes."""
-    kept = ROOT / "docs" / "results"
-    if not (kept / f"{SWEEP}.json").exists():
-        raise common.UserError("no sweep over codebook sizes was run", kept,
-                               f"run: python docs/tables.py {SWEEP}")
     found = {}  # (ids, K_1, K_2): AUCs
-    for row in common.load(kept, f"{SWEEP}.json", ("rows",))["rows"]:
+    for row in kept_study(SWEEP)["rows"]:
         sizes = map(int, re.fullmatch(r"K = (\d+),(\d+)", row["variant"]).groups())
         found.setdefault((row["ids"], *sizes), []).append(row["test_auc"])
     figure, grid = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
@@ -220,6 +249,7 @@ def codes_figure():
 def main():
     parser = common.Parser(__doc__, device=False)
     parser.add_argument("--codes", action="store_true", help="also draw the sweep over codebook sizes")
+    parser.add_argument("--tables", action="store_true", help="also draw the tables of the kept studies")
     args = parser.parse_args()
     problem, truth = quantize.read_problem(args.run)
     common.load(args.run, "profiles.json", ("train_nll_steps", "heldout_nll"))
@@ -227,13 +257,15 @@ def main():
     results = common.load(args.run, "results.json", ("summary", "rows"))
     bank = np.array(common.load(args.run, "feature_bank.npy"))
     likelihood, histories, start, _, tokenizer = problem.open_likelihood(torch.device("cpu"))
-    attention, shares, words = attention_figure(problem, bank, likelihood, tokenizer, start)
+    attention, shares, words = attention_figure(problem, likelihood, tokenizer, start)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,
                "mask": mask_figure(problem, likelihood, tokenizer, histories),
                "theta": theta_figure(problem, bank, truth), "usage": usage_figure(quantized),
                "results": results_figure(results)}
     if args.codes:
         figures["codes"] = codes_figure()
+    if args.tables:
+        figures |= {name: tables_figure(panels) for name, panels in PICTURES.items()}
     for name, figure in figures.items():
         figure.tight_layout()
         with common.atomic(args.run / "figures" / f"{name}.png") as temporary:

@@ -131,7 +131,7 @@ def ours(likelihood, histories, steps):
     width, device = likelihood.words.weight.shape[1], likelihood.device
     start, spread = torch.zeros(2, width, device=device), torch.full((2,), 0.02, device=device)
     for users in blocks:
-        settings = SimpleNamespace(steps=steps, lr=0.1, prior=1.0)
+        settings = SimpleNamespace(steps=steps, lr=defaults().lr, prior=defaults().prior)
         infer.descend(likelihood, start, spread, *infer.pad(histories, users, device), settings)
 
 
