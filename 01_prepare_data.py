@@ -41,8 +41,8 @@ from common import (
 
 # -------- settings
 
-# Paper: section 2.3 names x^1, x^2 and the task. Note: a prompt is worded to suit the values. codes: stage
-# 03's K_m. likes: share of titles that such a person likes, for the tiny LM's invented people.
+# Paper: section 2.3. Note: a prompt is worded to suit the values. codes: stage 03's K_m. likes: share of
+# titles that such a person likes, for the tiny LM's invented people.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
 ERA = {**BACKGROUND, "prompt": ", and his background is the"}
@@ -51,7 +51,7 @@ CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
 SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
-# Interactions, users, items. Note: counts differ by release, category, duplicates and order of filters.
+# Interactions, users, items. Note: counts differ by release, duplicates and order of filters.
 PAPER_TABLE_1 = {"paper: Clothing": (179_223, 38_764, 22_919), "paper: Movies": (441_783, 7_506, 7_360),
                  "paper: Games": (19_927, 2_490, 8_912), "paper: Yelp": (1_293_247, 27_147, 20_266)}
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"

@@ -2,7 +2,7 @@
 
 The prompt of a user is one ordered list of segments (Eq. 3, then the text to be made likely):
 
-    x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's training history
+    x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
 
 Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
 theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) plus a Gaussian prior around its start. Users
@@ -165,7 +165,7 @@ def tokenize_histories(tokenizer, texts, room):
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
 
-    Padding stays below half of LENGTH_SPREAD. Longest first: if memory does not suffice, it shows at once.
+    Padding stays below LENGTH_SPREAD. Longest first: if memory does not suffice, it shows at once.
     """
     blocks, longest = [], math.inf  # the first one opens a block
     solvable = [user for user, ids in enumerate(histories) if len(ids)]
@@ -321,8 +321,8 @@ def descend(likelihood, start, spread, ids, lengths, args):
     """Minimise Eq. (4) and the prior: (theta fp32 (B, M, d), NLL before each step (steps, B)).
 
     ids (B, H), lengths (B,). Gradient descent whose step size is each user's own: one over the curvature
-    along his last step (Barzilai and Borwein 1988), which is at least the prior's and such that no coordinate
-    moves by more than --lr.
+    along his last step (Barzilai and Borwein 1988). It is taken as no less than the prior's, nor than what
+    keeps every coordinate's move within --lr.
     """
     # theta = theta_0 + spread * z. Shape: (B, M, d)
     z = torch.zeros(len(ids), *start.shape, device=likelihood.device)
@@ -332,13 +332,13 @@ def descend(likelihood, start, spread, ids, lengths, args):
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        scale = likelihood.loss_scale  # of gradient and curvature, not of a step
+        scale = likelihood.loss_scale  # cancels in gradient / curvature
         gradient, = torch.autograd.grad(scale * loss.sum(), z)
         # Shape of curvature and of its least value: (B, 1, 1)
         least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=scale * args.prior + 1e-30)
         curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
             (move ** 2).sum((1, 2), keepdim=True)
-        move, before = -gradient / curvature.fmax(least), gradient  # NaN before the first step: least
+        move, before = -gradient / curvature.fmax(least), gradient  # fmax drops the first step's 0 / 0
         path.append(nll.detach())
         z = (z + move).detach()
     return start + spread[:, None] * z, torch.stack(path)
@@ -351,7 +351,7 @@ def infer_block(likelihood, start, spread, histories, users, args):
     theta, path = descend(likelihood, start, spread, ids, lengths, args)
     with torch.no_grad():
         path = torch.cat([path, likelihood(theta, ids, lengths)[None]])
-    outcome = path[-1] + theta.sum((1, 2))  # a NaN stays to the end
+    outcome = path[-1] + theta.sum((1, 2))  # finite only if both are
     bad = [str(user) for user, value in zip(users, outcome.tolist()) if not math.isfinite(value)]
     if bad:
         raise UserError(f"theta is not finite for users {', '.join(bad[:5])} of users.json",
@@ -372,7 +372,7 @@ def solve(work, blocks, likelihood, start, spread, histories, args):
 def heldout_nll(likelihood, theta, population, histories, solved, rng):
     """Nats per token of validation titles under own, mean and another user's theta; None without titles."""
     ring = rng.permutation(solved).tolist()
-    neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))  # nobody keeps his own
+    neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))
     histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
     total, tokens = {}, 0
     for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
@@ -496,13 +496,15 @@ def infer(dataset, likelihood, tokenizer, tiny, texts, histories, args):
     rng = seeded(args.seed, 3)  # the second number tells a run's random streams apart
     start, spread = starting_point(likelihood, args.init, rng)
     settings = {key: getattr(args, key) for key in RECORDED} | {
-        "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"]}
+        "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"],
+        "profiles": dataset.profiles}
     old, rows = None, {}
     if args.users:
         old, rows, missing = rows_that_stay(args.run, dataset, settings, args.users)  # others: no history
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     elif not args.fresh and all((args.run / name).exists() for name in FILES):
-        if settings.items() <= load(args.run, "profiles.json").items():
+        facts = load(args.run, "profiles.json")
+        if all(facts.get(key) == value for key, value in (settings | {"rows_kept": 0}).items()):
             return print("profiles.npy was made with these settings: nothing to do (--fresh infers again)")
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
     work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
@@ -543,13 +545,15 @@ def main():
         else:
             print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
     wait_for_all()
-    texts = history_texts(dataset, SEEN, args)  # training and support rows
+    texts = history_texts(dataset, SEEN, args)
     longest = max(map(len, history_texts(dataset, TRAIN, args)))
     if not longest:
         raise UserError("no user has a training history", f"--history {args.history}",
                         "take --history all or more data")
     likelihood, tokenizer, tiny = open_model(dataset, args, device, None if args.users else longest)
     histories = tokenize_histories(tokenizer, texts, likelihood.room)
+    if not any(map(len, histories)):
+        raise UserError("no title fits into the LLM's window", args.lm, "change --lm")
     if RANK == 0:
         announce("02 infer profiles", args, "stage 01's files")
         size = len(texts) * likelihood.profiles * likelihood.words.weight.shape[1]

@@ -6,7 +6,7 @@
     L     = l_llm + alpha l_vec                               Eq. (7)
 
 vq (Algorithm 1): codebooks start from k-means over theta; a surrogate DCN is warmed up on these codes; then
-minibatches of users update theta, codebooks and surrogate together. kmeans stops at the start. em learns
+minibatches of users update theta, codebooks and surrogate together. kmeans is the start alone. em learns
 codes that are soft tokens, words takes the LLM's own words: a user's code is then that under which the LLM
 finds his history likeliest.
 
@@ -44,7 +44,7 @@ infer = importlib.import_module("02_infer_profiles")
 
 # -------- settings
 
-COMBINATIONS = 100  # EM tries every combination of codes on every user
+COMBINATIONS = 100  # most that EM tries on every user
 PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "start": "random", "warm_up": 0}  # section 3.4
 
 
@@ -296,7 +296,7 @@ class KMeans:
     def fit(self):
         """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
         theta = self.problem.theta[self.problem.known]
-        self.books = first_codebooks(theta, self.sizes, "kmeans", self.args.seed)
+        self.books = first_codebooks(theta, self.sizes, self.args.start, self.args.seed)
         return self.assign(), []
 
     def assign(self):
@@ -308,7 +308,7 @@ class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As above; problem.theta moves too."""
+        """As KMeans.fit; problem.theta moves too."""
         args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
         theta, known = problem.theta, problem.known
         # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot: lr,
@@ -525,7 +525,7 @@ def bank_of(codes, known, sizes):
 
 
 def save(run, problem, bank, quantizer, facts):
-    """Write codebooks, bank and, last, the facts that vouch for them."""
+    """Write codebooks, bank and, last, the facts."""
     names = [profile["name"] for profile in problem.dataset.profiles]
     tables = {"feature_bank.csv": bank.tolist()}
     if quantizer.words:
@@ -533,7 +533,7 @@ def save(run, problem, bank, quantizer, facts):
         tables["feature_bank_words.csv"] = [[words[code] for words, code in zip(named, row)] for row in bank]
     for name in ("quantize.json", "feature_bank_words.csv"):
         (run / name).unlink(missing_ok=True)
-    save_torch(run / "codebooks.pt", {  # all that --keep-codebooks needs
+    save_torch(run / "codebooks.pt", {
         "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
         "profiles": names, "users": problem.dataset.users, "bank": torch.from_numpy(bank), "facts": facts,
         "made_with": problem.made_with()})

@@ -205,7 +205,7 @@ class FFM(Recommender):
 class AFM(Recommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM; of noise half of the signs are wrong.
+    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM.
     """
 
     def __init__(self, fields, attention=8, dropout=0.2):
@@ -564,7 +564,7 @@ def default_user_dropout(dataset):
 
 def save(args, dataset, inputs, cells, device):
     """Write results.json, models and predictions from the cells {(model, ids, seed): file}."""
-    rows, kept = [], "userip" if "userip" in args.ids else args.ids[0]  # the row of ctr_<model>.pt
+    rows, kept = [], "userip" if "userip" in args.ids else args.ids[0]  # of ctr_<model>.pt
     for (model, ids, seed), path in cells.items():
         cell = load(path.parent, path.name)
         row = cell["row"]

@@ -747,7 +747,7 @@ MUTANTS["04_train_ctr.py"] = [
      "+ctr:test_differences_are_paired_with_none_and_with_random_of_the_same_model"),
     ("the checkpoint is the last seed's", "if seed == 0 and ids == kept:", "if ids == kept:",
      "+ctr:test_the_checkpoint_is_userip_of_seed_0_and_figures_are_those_of_the_predictions"),
-    ("the checkpoint is of none", '"userip" if "userip" in args.ids else args.ids[0]  # the row',
+    ("the checkpoint is of none", '"userip" if "userip" in args.ids else args.ids[0]  # of ctr_',
      "args.ids[0]  # the row",
      "+ctr:test_the_checkpoint_is_userip_of_seed_0_and_figures_are_those_of_the_predictions"),
     ("the base rate is the test rows' own", "np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean())",

@@ -148,17 +148,32 @@ def test_a_bank_of_other_codes_is_refused(inferred, tmp_path):
 
 
 def test_the_sweep_is_drawn_from_the_kept_study(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "ROOT", tmp_path)
-    with pytest.raises(common.UserError, match="no sweep .* run: python docs/tables.py demo-codes"):
+    monkeypatch.setattr(figures, "KEPT", tmp_path)
+    with pytest.raises(common.UserError, match="demo-codes was not run .*python docs/tables.py demo-codes"):
         figures.codes_figure()
     rows = [{"variant": f"K = {first},{second}", "ids": ids, "test_auc": 0.5 + first / 100 + seed / 1000}
             for first, second in ((4, 3), (2, 3), (16, 3), (4, 27)) for ids in ("none", "random", "userip")
             for seed in range(2)]
-    common.save_json(tmp_path / "docs" / "results" / "demo-codes.json", {"rows": rows})
+    common.save_json(tmp_path / "demo-codes.json", {"rows": rows})
     axes = figures.codes_figure().axes
     for panel, sizes in zip(axes, ([2, 4, 16], [3, 27])):
         assert all(line.get_xdata().tolist() == sizes for line in panel.lines if len(line.get_xdata()) > 1)
     assert axes[0].containers[0][0].get_ydata() == pytest.approx([0.5205, 0.5405, 0.6605])
+
+
+def test_a_table_is_drawn_a_row_a_dot_with_its_spread(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "KEPT", tmp_path)
+    rows = [{"variant": variant, "ids": ids, "test_auc": value + seed / 50}
+            for variant, ids, value in (("default", "none", 0.5), ("default", "userip", 0.7),
+                                        ("EM", "userip", 0.6))
+            for seed in range(2)]
+    common.save_json(tmp_path / "demo.json", {"rows": rows})
+    axes, = figures.tables_figure([("demo", "test_auc", "a world")]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["none", "userip", "userip, EM"]
+    dots = [container[0].get_xdata()[0] for container in axes.containers]
+    assert dots == pytest.approx([0.51, 0.71, 0.61])
+    low, high = axes.containers[1][2][0].get_segments()[0][:, 0]
+    assert (high - low) / 2 == pytest.approx(np.std([0.7, 0.72], ddof=1))
 
 
 def test_the_mask_is_shown_as_a_grid(inferred, capsys):

@@ -231,6 +231,14 @@ def test_quantizers_and_starts_of_stage_03_change_the_codebooks(inferred, tmp_pa
 
 # ---------------------------------------------------------------- bad input
 
+def long_prompt(run):
+    """The profiles' names fill the LLM's window, so that no title fits behind them."""
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    dataset.profiles[0]["prompt"] = "a hobby " * 400
+    common.save_json(run / "dataset.json",
+                     facts | {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()})
+
+
 def break_interactions(run):
     (run / "interactions.npy").write_bytes(b"\x93NUMPY" + bytes(40))
 
@@ -297,6 +305,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, [], put("users.json", "{"), ["users.json cannot be read", "01_prepare_data.py"]),
     (infer, [], empty_training, ["no user has a training history", "--history all"]),
     (infer, ["--lm", "tiny"], empty_training, ["no user has a training history", "--history all"]),
+    (infer, [], long_prompt, ["no title fits", "change --lm"]),
     (infer, ["--users", "/nowhere"], None, ["other settings (steps)", "the first run"]),
     (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),

@@ -278,6 +278,13 @@ def test_em_from_words_begins_where_words_ends_and_its_codes_then_lose_their_nam
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(quantizer.books, words.books))
 
 
+def test_random_codes_of_k_means_are_random(inferred):
+    args = SimpleNamespace(seed=0, start="random")
+    quantizer = quantize.KMeans(problem_of(inferred), [4, 3], args, CPU)
+    quantizer.fit()
+    assert all(float(book.abs().max()) <= 1 / len(book) for book in quantizer.books)
+
+
 def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")
     owners = json.loads((run / "profiles_users.json").read_text())
@@ -382,7 +389,7 @@ def problem_of(run):
 
 def test_assignment_is_a_pure_function_of_theta_and_codebooks(inferred):
     problem, order = problem_of(inferred), np.random.default_rng(0).permutation(120)
-    quantizer = quantize.KMeans(problem, [4, 3], SimpleNamespace(seed=0), CPU)
+    quantizer = quantize.KMeans(problem, [4, 3], SimpleNamespace(seed=0, start="kmeans"), CPU)
     codes, _ = quantizer.fit()
     theta = problem.theta.copy()
     assert np.array_equal(quantizer.assign(), codes) and np.array_equal(problem.theta, theta)

@@ -688,6 +688,21 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     for row in fresh:
         distances = [((new[row, m] - book.numpy()) ** 2).sum(1) for m, book in enumerate(books)]
         assert ids[row].tolist() == [int(found.argmin()) for found in distances]
+    call_stage(infer, "--run", run, *flags[:4])  # without --users: everybody, also the five not asked for
+    everybody = json.loads((run / "profiles_users.json").read_text())["inferred"]
+    assert {users.index(raw) for raw in added[15:]} & set(everybody) and len(everybody) > len(inferred)
+
+
+def test_new_users_are_not_inferred_under_another_prompt(run, lm_folders):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    dataset.profiles[0]["prompt"] = "This user's pet is"
+    facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
+    common.save_json(run / "dataset.json", facts)
+    (run / "new.txt").write_text(dataset.users[0] + "\n")
+    with pytest.raises(common.UserError, match="other settings \\(profiles\\)"):
+        call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
 
 
 def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
