@@ -120,6 +120,20 @@ def mf(problem, sizes, device, seed):
 CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
 
 
+def save_bank(run, name, columns, dataset, made_by):
+    """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M')."""
+    bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
+    (run / f"feature_bank_{name}.json").unlink(missing_ok=True)
+    common.save_npy(run / f"feature_bank_{name}.npy", bank)
+    common.save_json(run / f"feature_bank_{name}.json", {
+        "codes": [int(size) for _, size in columns], "dataset_fingerprint": dataset.fingerprint(),
+        "made_by": made_by})
+    used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
+                      for m, (_, size) in enumerate(columns))
+    print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}")
+    return bank
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CONTROLS)} (default: all)")
@@ -135,19 +149,11 @@ def main():
     sizes = quantize.parse_codes(args.codes, problem.dataset.profiles)
     for name in args.names or CONTROLS:
         columns = CONTROLS[name](problem, sizes, device, args.seed)
-        bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
-        (args.run / f"feature_bank_{name}.json").unlink(missing_ok=True)
-        common.save_npy(args.run / f"feature_bank_{name}.npy", bank)
-        common.save_json(args.run / f"feature_bank_{name}.json", {
-            "codes": [int(size) for _, size in columns], "dataset_fingerprint": problem.dataset.fingerprint(),
-            "made_by": f"docs/controls.py {name} --seed {args.seed}"})
-        used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
-                          for m, (_, size) in enumerate(columns))
-        found = ""
+        bank = save_bank(args.run, name, columns, problem.dataset,
+                         f"docs/controls.py {name} --seed {args.seed}")
         if truth is not None and bank.shape == truth.shape:
             agreed = quantize.agreement(bank[problem.known], truth[problem.known])["nmi_truth"]
-            found = ", NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed)
-        print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}{found}")
+            print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
     names = ",".join(args.names or CONTROLS)
     print(f"next: python 04_train_ctr.py --run {args.run} --ids none,random,userip,{names}")
 

@@ -1,0 +1,280 @@
+"""The paper's LLM baselines on the same LM, split and recommender as ours: minimal, honest stand-ins.
+
+    python docs/baselines.py --run runs/demo lm      # a tiny LM that reads in both directions: for 02 --lm
+    python docs/baselines.py --run runs/demo kar     # then 04 --ids none,random,kar,kar-text,kar-text0,userip
+    python docs/baselines.py --run runs/demo pepler  # then 04 --ids none,random,pepler,userip
+    python docs/baselines.py --run runs/demo rella   # of a run with 02 --history rated
+KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of the question. PEPLER (arXiv
+2202.07371): a soft token a user and one an item, trained to make the item's text likely and to predict the
+rating. ReLLa (arXiv 2308.11131): the user's titles most like the target are in the prompt, yes against no is
+the score. Missing: instruction tuning, world knowledge, size. Training and support rows are read; validation
+rows choose epoch and scale. Writes feature_bank_NAME.npy .json, baselines_NAME.json (a score a row), lm-both/
+"""
+
+import importlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
+common, infer, quantize, controls = (importlib.import_module(name) for name in (
+    "common", "02_infer_profiles", "03_quantize", "controls"))
+
+ANSWER, TITLES = 4, 10  # tokens of KAR's answer; titles in a prompt of ReLLa's
+WEIGHT, LR, BATCH, EPOCHS, PATIENCE = 1.0, 0.01, 128, 30, 5  # PEPLER: of the rating's loss; Adam; stopping
+
+
+class World:
+    """A run opened once: problem (03), frozen likelihood (02), histories, tokenizer, sizes K_m."""
+
+    def __init__(self, args):
+        self.args, self.device, self.passes = args, common.pick_device(args.device), 0
+        self.problem, _ = quantize.read_problem(args.run)
+        self.dataset = self.problem.dataset
+        self.sizes = [profile["codes"] for profile in self.dataset.profiles]
+        opened = self.problem.open_likelihood(self.device)
+        self.likelihood, self.histories, self.start, _, self.tokenizer = opened
+        segments = self.likelihood.segments
+        self.begin = [token for segment in segments if segment.kind == "begin" for token in segment.ids]
+        self.names = [segment.ids for segment in segments if segment.kind == "name"]
+        self.task = segments[-1].ids
+
+    def states(self, rows, pool):
+        """float32 (n, d): each token list's last hidden state, or the mean one; NaN of an empty list."""
+        rows, found = list(map(np.array, rows)), torch.full((len(rows), self.start.shape[1]), torch.nan)
+        for block in infer.make_blocks(rows, None, infer.token_budget_of(self.likelihood), 0):
+            ids, lengths = infer.pad(rows, block, self.device)  # on the right, where no token looks
+            states = self.likelihood.body(ids, use_cache=False).last_hidden_state.float()
+            self.passes += len(block)
+            place = torch.arange(ids.shape[1], device=self.device)
+            wanted = place < lengths[:, None] if pool == "mean" else place == lengths[:, None] - 1
+            found[block] = ((states * wanted[..., None]).sum(1) / wanted.sum(1, keepdim=True)).cpu()
+        return found
+
+    def logits(self, rows):
+        """What the LM expects after each token list: float32 (n, vocabulary)."""
+        states = self.states(rows, "last").to(self.device, self.likelihood.dtype)
+        return self.likelihood.head(states).float()
+
+    def report(self, name, scores, clock):
+        """A row of figures from {split: probabilities of its rows}, printed too."""
+        row = {"name": name, "lm_passes": self.passes, "seconds": round(time.perf_counter() - clock)}
+        for kind, split in {"test": common.TEST, "cold": common.COLD}.items():
+            found = scores.get(split, ())
+            users, _, labels = self.dataset.rows(split)[:len(found)].T
+            if len(labels):
+                row |= {f"{kind}_auc": common.auc(labels, found), f"{kind}_logloss": common.logloss(
+                    labels, found), f"{kind}_gauc": common.gauc(users, labels, found)}
+        print(*(f"{key} {value}" for key, value in row.items()), sep=", ")
+        return row
+
+
+# -------- KAR
+
+@torch.no_grad()
+def kar_slot(world, histories):
+    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM,
+    slot and space as ours, the direction reversed; an empty history gives 02's slot start."""
+    words, theta = world.likelihood.words.weight.float(), []
+    for name in world.names:
+        logits = world.logits([world.begin + list(ids) + name for ids in histories])
+        probability, index = logits.softmax(1).topk(infer.SLOT_WORDS)
+        probability = probability / probability.sum(1, keepdim=True)
+        theta.append((probability[..., None] * words[index]).sum(1))
+    return torch.stack(theta, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def kar_text(world, histories, answer):
+    """Mean hidden state over history, "This user's hobby is" and `answer` greedy tokens: (n, d)."""
+    rows = [world.begin + list(ids) + world.names[0] if len(ids) else [] for ids in histories]
+    asked = [row for row in rows if row]
+    for _ in range(answer):
+        for row, token in zip(asked, world.logits(asked).argmax(1).tolist()):
+            row.append(token)  # Note: asked and rows share their lists
+    return world.states(rows, "mean").numpy()
+
+
+def kar(world):
+    seed, theta, known = world.args.seed, kar_slot(world, world.histories), world.problem.known
+    columns = zip(theta.swapaxes(0, 1), world.sizes)
+    banks = {"kar": [(controls.clusters(vectors, known, size, seed), size) for vectors, size in columns]}
+    print(f"KAR-slot: {world.passes / len(world.histories):.1f} LM passes a user")
+    for name, answer in (("kar-text", ANSWER), ("kar-text0", 0)):
+        banks[name] = controls.text_clusters(kar_text(world, world.histories, answer), world.sizes, seed)[:1]
+    return banks, []
+
+
+def both_directions(world):
+    """RUN/lm-both: the run's tiny LM, but a third of its sentences have the history first."""
+    from transformers import GPT2LMHeadModel
+    args, dataset, facts = world.args, world.dataset, world.problem.facts
+    items = [dataset.items[item] for item in np.unique(dataset.rows(common.TRAIN)[:, 1])]
+    traits = [common.Trait(profile, items) for profile in dataset.profiles]
+    rng, rated = common.seeded(args.seed, 9), facts["history"] == "rated"
+    count, length = args.tiny_sentences or common.TINY_SIZES[len(items) > 500][2], facts["max_history"]
+    people = common.make_sentences(traits, items, count, length, rng, rated)
+    ids, targets, titles = common.encode_sentences(world.tokenizer, traits, dataset.task_prompt, people)
+    rows = [row[real] for row, real in zip(ids, targets != -100)]
+    for at in range(0, count, 3):
+        words = common.pieces_of(world.tokenizer, [f" {word}" for word in people[at][0].values()])
+        asked = [token for m, word in zip(people[at][0], words) for token in world.names[m] + word]
+        rows[at] = torch.cat([ids[at][titles[at] != -100], torch.tensor(asked)])
+    ids, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+                    for value in (0, -100))
+    model = GPT2LMHeadModel(world.likelihood.model.config)
+    common.fit_tiny(model, ids, targets, rng)
+    fresh = common.make_sentences(traits, items, 400, length, rng, rated)
+    lost = common.sensitivity(model.eval(), world.tokenizer, traits, dataset.task_prompt, fresh, rng)
+    common.save_tiny(args.run / "lm-both", model, world.tokenizer, {"sensitivity": lost})
+    print("tiny LM, loss under a wrong word: " + ", ".join(f"{name} {lost[name]:.4f}" for name in lost))
+    return {}, []
+
+
+# -------- PEPLER
+
+class Pepler(nn.Module):
+    """A soft token (d,) and a bias a user and an item, U(-.1, .1) and 0; the last index is nobody, 0."""
+
+    def __init__(self, users, items, width):
+        super().__init__()
+        self.user, self.item = (nn.Embedding(size + 1, width + 1, sparse=True) for size in (users, items))
+        for table in (self.user, self.item):
+            nn.init.uniform_(table.weight, -0.1, 0.1)
+            table.weight.data[:, -1] = table.weight.data[-1] = 0
+
+    def forward(self, users, items):
+        """(soft tokens (n, 2, d), logits (n,) = theta_u . phi_i / sqrt(d) + b_u + b_i)."""
+        both = torch.stack([self.user(users), self.item(items)], dim=1)
+        soft, bias = both[..., :-1], both[..., -1]
+        return soft, soft.prod(1).sum(1) / soft.shape[2] ** 0.5 + bias.sum(1)
+
+
+def pepler_loss(model, world, titles, users, items, labels, with_lm=True):
+    """PEPLER's joint loss: nats a token of the item's title behind theta_u phi_i + weight * BCE(y, logit)."""
+    soft, logits = model(users, items)
+    loss = WEIGHT * nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    if with_lm:
+        text = map(torch.tensor, [titles[item] for item in items.tolist()])
+        text = nn.utils.rnn.pad_sequence(list(text), batch_first=True, padding_value=-100).to(world.device)
+        words = world.likelihood.words(text.clamp(min=0))
+        inputs = torch.cat([soft.to(words.dtype), words], dim=1)
+        states = world.likelihood.body(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:-1]
+        world.passes += len(users)
+        expected = world.likelihood.head(states).float().flatten(0, 1)
+        loss = loss + nn.functional.cross_entropy(expected, text.flatten(), ignore_index=-100)
+    return loss
+
+
+@torch.no_grad()
+def pepler_scores(model, dataset, rows):
+    """Probabilities of rows (n, 3); a user without a training row is nobody."""
+    trained = np.isin(rows[:, 0], dataset.rows(common.TRAIN)[:, 0])
+    pairs = np.stack([np.where(trained, rows[:, 0], len(dataset.users)), rows[:, 1]])
+    return torch.sigmoid(model(*torch.from_numpy(pairs).long().to(model.user.weight.device))[1]).cpu().numpy()
+
+
+def fit_pepler(world, titles, with_lm):
+    """Minibatches of rows, sparse Adam, the epoch of the best validation AUC - logloss."""
+    dataset, rng, done = world.dataset, common.seeded(world.args.seed, 10), []
+    model = Pepler(len(dataset.users), len(dataset.items), world.start.shape[1]).to(world.device)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=LR)
+    rows, validation = dataset.rows(common.TRAIN), dataset.rows(common.VALIDATION)
+    for _ in common.progress(range(EPOCHS), "PEPLER", "epoch"):
+        for batch in np.array_split(rng.permutation(rows), math.ceil(len(rows) / BATCH)):
+            users, items, labels = torch.from_numpy(batch.T.copy()).long().to(world.device)
+            optimizer.zero_grad()
+            pepler_loss(model, world, titles, users, items, labels.float(), with_lm).backward()
+            optimizer.step()
+        scores = pepler_scores(model, dataset, validation)
+        done.append(common.auc(validation[:, 2], scores) - common.logloss(validation[:, 2], scores))
+        if done[-1] == max(done):
+            state = {name: table.clone() for name, table in model.state_dict().items()}
+        elif max(done) not in done[-PATIENCE:]:
+            break
+    model.load_state_dict(state)
+    return model
+
+
+def pepler(world):
+    dataset, figures, size = world.dataset, [], math.prod(world.sizes)
+    titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
+    for name, with_lm in (("matrix factorization of the same width", False), ("pepler", True)):
+        clock = time.perf_counter()
+        model = fit_pepler(world, titles, with_lm)
+        figures.append(world.report(name, {split: pepler_scores(model, dataset, dataset.rows(split))
+                                           for split in (common.TEST, common.COLD)}, clock))
+    users = model.user.weight.detach()[:-1].cpu().numpy()
+    known = np.isin(np.arange(len(users)), dataset.rows(common.TRAIN)[:, 0])
+    return {"pepler": [(controls.clusters(users, known, size, world.args.seed), size)]}, figures
+
+
+# -------- ReLLa
+
+def retrieve(vectors, item, own, count, how):
+    """Places in own (item, label), oldest first, of `count` rows: the most similar to item, or the latest."""
+    places = [at for at, (other, _) in enumerate(own) if other != item]  # never the target itself
+    if how != "recent":
+        cosine = vectors[[own[at][0] for at in places]] @ vectors[item]
+        places = sorted(places[at] for at in np.argsort(-cosine, kind="stable")[:count])
+    return places[max(0, len(places) - count):]
+
+
+def rella_scores(world, rows, how, count, vectors, texts, rng):
+    """logit(" +") - logit(" -") after task, `count` rated titles of the user, the target's title: (n,)."""
+    own = quantize.rows_by_user(world.dataset.rows(common.SEEN), len(world.dataset.users))
+    readers = rng.permutation(len(own))[rows[:, 0]] if how == "another user" else rows[:, 0]
+    minus, plus = common.pieces_of(world.tokenizer, [" -;", " +;"])
+    differ = next(at for at, (first, second) in enumerate(zip(minus, plus)) if first != second)
+    prompts = []
+    for reader, item in zip(readers, rows[:, 1].tolist()):
+        seen = own[reader][:, 1:].tolist()
+        said = [token for at in retrieve(vectors, item, seen, count, how)
+                for token in texts[seen[at][1]][seen[at][0]]]
+        prompts.append(world.begin + world.task + said + texts[2][item] + minus[:differ])
+    logits = world.logits(prompts)
+    return (logits[:, plus[differ]] - logits[:, minus[differ]]).cpu().numpy()
+
+
+@torch.no_grad()
+def rella(world):
+    args, dataset, figures = world.args, world.dataset, []
+    if world.problem.facts["history"] != "rated":
+        raise common.UserError("this LM has not read rated titles", args.run, "run 02 with --history rated")
+    texts = [common.pieces_of(world.tokenizer, [f" {item['title']}{mark}" for item in dataset.items])
+             for mark in (" -;", " +;", "")]
+    vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
+    for how, count in (("similar", TITLES), ("recent", TITLES), ("another user", TITLES), ("recent", 0)):
+        clock, world.passes, rng = time.perf_counter(), 0, np.random.default_rng((args.seed, 11))
+        raw = {split: rella_scores(world, dataset.rows(split)[:args.rows], how, count, vectors, texts, rng)
+               for split in (common.VALIDATION, common.TEST, common.COLD) if len(dataset.rows(split))}
+        labels = dataset.rows(common.VALIDATION)[:args.rows, 2]
+        platt = LogisticRegression(C=1e6).fit(raw[common.VALIDATION][:, None], labels)
+        scores = {split: platt.predict_proba(values[:, None])[:, 1] for split, values in raw.items()}
+        figures.append(world.report(f"rella, {how}: {count} titles", scores, clock))
+    return {}, figures
+
+
+def main():
+    methods = {"lm": both_directions, "kar": kar, "pepler": pepler, "rella": rella}
+    parser = common.Parser(__doc__)
+    parser.add_argument("method", choices=methods, help="which")
+    parser.add_argument("--tiny-sentences", type=common.at_least(64), help="lm: how many (default: as 02)")
+    parser.add_argument("--rows", type=common.at_least(1), help="rella: the first so many rows of a split")
+    world = World(parser.parse_args())
+    banks, figures = methods[world.args.method](world)
+    for name, columns in banks.items():
+        controls.save_bank(world.args.run, name, columns, world.dataset, f"docs/baselines.py: {name}")
+    if figures:
+        common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
+            "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})
+
+
+if __name__ == "__main__":
+    common.guarded(main)

@@ -1,0 +1,176 @@
+"""docs/baselines.py: each stand-in against the long way round, and what it may read."""
+
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_bytes_equal, call_stage, infer, load_script, prepare, quantize
+from test_pipeline import poisoned
+
+import common
+from common import COLD, SEEN, TEST, TRAIN, VALIDATION
+
+baselines = load_script("baselines")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two rated runs with cold users and a tiny LM: clean, and poisoned where only evaluation may look."""
+    top = tmp_path_factory.mktemp("baselines")
+    call_stage(prepare, "--run", top / "clean", "--subsample-users", 100, "--min-interactions", 2,
+               "--cold-users", 0.2)
+    poisoned(top / "clean", top / "poisoned", (TEST, COLD))
+    for run in (top / "clean", top / "poisoned"):
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
+                   "--history", "rated")
+    return top
+
+
+@pytest.fixture(scope="module")
+def world(runs):
+    return baselines.World(SimpleNamespace(run=runs / "clean", device="cpu", seed=0, rows=None,
+                                           tiny_sentences=64))
+
+
+def digest(world):
+    state = world.likelihood.model.state_dict().values()
+    return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state)).hexdigest()
+
+
+def test_kar_slot_with_an_empty_history_is_the_slot_start(world):
+    found = baselines.kar_slot(world, [np.array([], dtype=np.int32)] * 2)
+    assert np.allclose(found, world.start.numpy(), atol=1e-5)
+
+
+def test_kar_slot_is_the_expected_word_behind_history_and_name(world):
+    history = world.histories[3]
+    assert len(history)
+    for m, name in enumerate(world.names):
+        logits = world.likelihood.model(torch.tensor([[*history.tolist(), *name]])).logits[0, -1]
+        probability, index = logits.softmax(0).topk(infer.SLOT_WORDS)
+        expected = (probability[:, None] * world.likelihood.words.weight[index]).sum(0) / probability.sum()
+        assert np.allclose(baselines.kar_slot(world, [history, history[:2]])[0, m], expected, atol=1e-4)
+
+
+def test_kar_text_is_the_mean_state_over_history_question_and_greedy_answer(world):
+    histories = [world.histories[3], np.array([], dtype=np.int32), world.histories[5][:4]]
+    for answer in (0, 3):
+        found = baselines.kar_text(world, histories, answer)
+        assert np.isnan(found[1]).all()
+        for at in (0, 2):
+            ids = [*histories[at].tolist(), *world.names[0]]
+            for _ in range(answer):
+                ids.append(int(world.likelihood.model(torch.tensor([ids])).logits[0, -1].argmax()))
+            states = world.likelihood.body(torch.tensor([ids])).last_hidden_state[0]
+            assert np.allclose(found[at], states.mean(0).numpy(), atol=1e-4)
+
+
+def test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihood(world):
+    torch.manual_seed(0)
+    model = baselines.Pepler(5, 6, world.start.shape[1])
+    titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in world.dataset.items[:6]])
+    users, items, labels = torch.tensor([1, 3]), torch.tensor([0, 5]), torch.tensor([1.0, 0.0])
+    loss = baselines.pepler_loss(model, world, titles, users, items, labels)
+    loss.backward()
+    for table, rows in ((model.user, [1, 3]), (model.item, [0, 5])):
+        moved = table.weight.grad.to_dense().abs().sum(1)
+        assert torch.equal(moved > 0, torch.isin(torch.arange(len(moved)), torch.tensor(rows)))
+    total, tokens, bce = 0.0, 0, 0.0
+    for user, item, label in zip(users, items, labels):
+        u, i = model.user.weight[user], model.item.weight[item]
+        logit = (u[:-1] @ i[:-1]) / (len(u) - 1) ** 0.5 + u[-1] + i[-1]
+        bce += float(torch.nn.functional.softplus(-logit if label else logit).detach()) / 2
+        ids = torch.tensor(titles[item])
+        embedded = torch.cat([torch.stack([u[:-1], i[:-1]]), world.likelihood.words(ids)])[None]
+        log_p = world.likelihood.model(inputs_embeds=embedded).logits[0].log_softmax(1)
+        total -= sum(float(log_p[1 + at, token].detach()) for at, token in enumerate(ids))
+        tokens += len(ids)
+    assert float(loss.detach()) == pytest.approx(total / tokens + baselines.WEIGHT * bce, rel=1e-4)
+    alone = baselines.pepler_loss(model, world, titles, users, items, labels, with_lm=False)
+    assert float(alone.detach()) == pytest.approx(baselines.WEIGHT * bce, rel=1e-4)
+
+
+def test_a_user_without_training_rows_is_nobody_to_pepler(world):
+    model = baselines.Pepler(len(world.dataset.users), len(world.dataset.items), 4)
+    rows = world.dataset.rows(COLD)
+    found = baselines.pepler_scores(model, world.dataset, rows)
+    expected = torch.sigmoid(model.item.weight[torch.from_numpy(rows[:, 1]).long(), -1]).detach().numpy()
+    assert np.allclose(found, expected)
+
+
+def test_rella_retrieves_what_brute_force_does_and_never_the_target():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(20, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    own = [[int(item), 1] for item in rng.permutation(20)[:12]]
+    target = own[4][0]
+    others = [at for at in range(12) if at != 4]
+    best = sorted(others, key=lambda at: -float(vectors[own[at][0]] @ vectors[target]))[:3]
+    assert baselines.retrieve(vectors, target, own, 3, "similar") == sorted(best)
+    assert baselines.retrieve(vectors, target, own, 3, "recent") == [9, 10, 11]
+    assert baselines.retrieve(vectors, own[11][0], own, 3, "recent") == [8, 9, 10]
+    assert baselines.retrieve(vectors, target, own, 0, "recent") == []
+    assert baselines.retrieve(vectors, target, own[:2], 3, "similar") == [0, 1]
+
+
+def test_rella_s_score_is_plus_against_minus_after_the_whole_text(world):
+    texts = [common.pieces_of(world.tokenizer, [f" {item['title']}{mark}" for item in world.dataset.items])
+             for mark in (" -;", " +;", "")]
+    rows = world.dataset.rows(VALIDATION)[:4]
+    with torch.no_grad():
+        found = baselines.rella_scores(world, rows, "recent", 2, None, texts, None)
+    seen = world.dataset.rows(SEEN)
+    for score, (user, item, _) in zip(found, rows.tolist()):
+        own = [row for row in seen.tolist() if row[0] == user and row[1] != item][-2:]
+        said = "".join(f" {world.dataset.items[i]['title']} {'-+'[label]};" for _, i, label in own)
+        parts = common.pieces_of(world.tokenizer, [
+            world.dataset.task_prompt, said, f" {world.dataset.items[item]['title']}", " +;", " -;"])
+        logits = world.likelihood.model(torch.tensor([sum(parts[:3], [])])).logits[0, -1]
+        assert parts[3][0] != parts[4][0]  # else the marks part later
+        assert score == pytest.approx(float(logits[parts[3][0]] - logits[parts[4][0]]), abs=1e-3)
+
+
+def test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was(runs, world, monkeypatch):
+    monkeypatch.setattr(baselines, "EPOCHS", 2)
+    untouched = digest(world)
+    for method in ("kar", "pepler", "rella"):
+        for run in (runs / "clean", runs / "poisoned"):
+            call_stage(baselines, method, "--run", run)
+    assert digest(baselines.World(world.args)) == untouched
+    for name in ("kar", "kar-text", "kar-text0", "pepler"):
+        assert_bytes_equal(*(runs / run / f"feature_bank_{name}.npy" for run in ("clean", "poisoned")))
+        card = common.load(runs / "clean", f"feature_bank_{name}.json")
+        assert card["codes"] == ([4, 3] if name == "kar" else [12])
+    for method, count in (("pepler", 2), ("rella", 4)):
+        rows = common.load(runs / "clean", f"baselines_{method}.json")["rows"]
+        assert len(rows) == count and all(0 < row["test_auc"] < 1 and 0 < row["cold_auc"] < 1 for row in rows)
+        assert all(row["lm_passes"] > 0 for row in rows[-1:])
+    labels = world.dataset.rows(TRAIN)[:, 2]
+    assert 0 < labels.mean() < 1
+
+
+def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferred):
+    call_stage(baselines, "rella", "--run", runs / "clean")
+    whole = common.load(runs / "clean", "baselines_rella.json")["rows"][0]["lm_passes"]
+    call_stage(baselines, "rella", "--run", runs / "clean", "--rows", 12)
+    assert common.load(runs / "clean", "baselines_rella.json")["rows"][0]["lm_passes"] == 36 < whole
+    with pytest.raises(common.UserError, match="has not read rated titles"):
+        call_stage(baselines, "rella", "--run", inferred)
+
+
+def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([ids, targets]))
+    call_stage(baselines, "lm", "--run", runs / "clean", "--tiny-sentences", 90)
+    world, (ids, targets) = baselines.World(SimpleNamespace(run=runs / "clean", device="cpu", seed=0)), seen
+    texts = [world.tokenizer.decode(row[real]) for row, real in zip(ids, targets != -100)]
+    name = world.dataset.profiles[0]["prompt"]
+    for at, text in enumerate(texts):
+        history_first = at % 3 == 0
+        assert text.startswith((name, world.dataset.profiles[1]["prompt"])) != history_first
+        assert (world.dataset.task_prompt in text) != history_first
+    call_stage(infer, "--run", runs / "clean", "--lm", runs / "clean" / "lm-both", "--steps", 1,
+               "--history", "rated", "--fresh")
+    call_stage(quantize, "--run", runs / "clean", "--quantizer", "kmeans")
