@@ -39,7 +39,6 @@ PICTURES = {  # name: (study, metric, title) of its panels, behind --tables
     "demo": (("demo", "test_auc", "demo"), ("demo7", "test_auc", "demo, another world (--seed 7)")),
     "cold": (("ml-100k-cold", "cold_auc", "over all pairs of rows"),
              ("ml-100k-cold", "cold_gauc", "within a user"))}
-SHORT = {"rated titles and a critic": "rated"}  # of a variant, beside its ids
 FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
 STAGES = {"\u03b8 is noise": "theta is noise", "\u03b8\u2080": "theta_0", "\u03b8 inferred": "inferred"}
 
@@ -209,7 +208,7 @@ def tables_figure(panels):
         cells, rows = {}, kept_study(study)["rows"]
         for row in rows:
             own = row["variant"] == rows[0]["variant"]
-            name = row["ids"] if own else f"{row['ids']}, {SHORT.get(row['variant'], row['variant'])}"
+            name = row["ids"] if own else f"{row['ids']}, {row['variant']}"
             cells.setdefault(name, []).append(row[metric])
         for place, (name, values) in enumerate(cells.items()):
             ours = name.startswith(("userip", "words"))

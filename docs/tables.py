@@ -94,11 +94,13 @@ STUDIES = {  # name: {variant: flags}
     "ml-100k-cold": {
         "liked titles": variant(f"{ML} --cold-users 0.2", "--lm tiny", "",
                                 "metadata text generosity mf words", f"{COLD} {ROWS},generosity,mf"),
-        "EM": own("--assign likelihood", f"{COLD} userip"),
-        "rated titles and a critic": variant(f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated",
-                                             "", "words", f"{COLD} none,random,words,userip")},
+        "EM": own("--assign likelihood", f"{COLD} userip")},
+    "ml-100k-cold-rated": {
+        "rated titles and a critic": variant(
+            f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
+            f"{COLD} none,random,metadata,generosity,userip")},
 }
-FOLDS = ("ml-100k-cold",)  # studies in which a repetition is a fold of the data too
+FOLDS = ("ml-100k-cold", "ml-100k-cold-rated")  # studies in which a repetition is a fold of the data too
 
 
 # ---------------------------------------------------------------- run
