@@ -1,12 +1,12 @@
 """Stage 01: turn a rating source into the arrays the other stages read. Paper: sections 3.1 and 3.2.
 
-Labels ratings above 3 as liked, removes users and items with few interactions, and makes the one random
-8:1:1 split that every later stage obeys. An item gets a title and, for each latent profile, words that
-could name it: a film's genre and era, a product's brand and price.
+Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random 8:1:1
+split that all stages obey. An item gets a title and, for each latent profile, words that could name it: a
+film's genre and era, a product's brand and price.
 
 Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json      facts, prompts, fingerprints of the rest
-    interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if there are times
+    interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if known
     users.json        (U) raw user ids;  items.json (I) {id, title, attributes}
     truth.npy         int16 (U, M) the demo's planted profiles, for evaluation
 
@@ -22,14 +22,12 @@ import html
 import io
 import json
 import math
-import os
 import pickle
 import re
 import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,12 +35,12 @@ import numpy as np
 
 from common import (
     COLD, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded, progress,
-    save_json, save_npy)
+    save_json, save_npy, together)
 
 # -------- settings
 
 # Paper: section 2.3. Note: a prompt is worded to suit the values. codes: stage 03's K_m. likes: share of
-# titles that such a person likes, for the tiny LM's invented people.
+# titles that such a person likes, for the tiny LM.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
 ERA = {**BACKGROUND, "prompt": ", and his background is the"}
@@ -51,13 +49,10 @@ CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
 SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
-# Interactions, users, items. Note: counts differ by release, duplicates and order of filters.
-PAPER_TABLE_1 = {"paper: Clothing": (179_223, 38_764, 22_919), "paper: Movies": (441_783, 7_506, 7_360),
-                 "paper: Games": (19_927, 2_490, 8_912), "paper: Yelp": (1_293_247, 27_147, 20_266)}
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
-MAX_BAD = 0.01    # share of bad lines that is skipped
-MAX_TITLE = 200   # characters that the LLM will read
+MAX_BAD = 0.01    # share of bad lines to skip
+MAX_TITLE = 200   # characters the LLM reads
 
 
 def parse_arguments():
@@ -69,21 +64,19 @@ def parse_arguments():
     add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
     add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
     add("--subsample-users", type=at_least(1), help="keep so many random users")
-    add("--cold-users", type=at_least(0, float, 1), default=0.0,
-        help="share of users strange to recommenders; their training rows are support")
+    add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
     add("--critic", action="store_true", help="a third profile, for rated histories")
-    add("--signal", type=at_least(0, float), default=1.0, help="demo: strength of the profiles; 0: none")
-    add = parser.add_argument_group("csv: comma- or tab-separated files with a header").add_argument
+    add("--signal", type=at_least(0, float, 100), default=1.0, help="demo: strength of the profiles; 0: none")
+    add = parser.add_argument_group("csv: comma- or tab-separated, with a header").add_argument
     add("--ratings-file", type=Path, help="a row an interaction")
     add("--items-file", type=Path, help="a row an item")
-    columns = {"user": "user_id", "item": "item_id", "rating": "rating", "time": None, "title": None,
-               "hobby": None, "background": None, "item-id": None}
-    for name, default in columns.items():
-        add(f"--{name}-col", default=default, help=f"column of the {name}")
+    columns = {"user": "user_id", "item": "item_id", "rating": "rating"}
+    for name in [*columns, "time", "title", "hobby", "background", "item-id"]:
+        add(f"--{name}-col", default=columns.get(name), help=f"column of the {name}")
     add("--value-sep", default="|", help="between values")
     args = parser.parse_args()
     if not args.value_sep or args.dataset == "csv" and not args.ratings_file:
-        parser.error("csv needs a --ratings-file and a --value-sep")
+        parser.error("csv needs --ratings-file and --value-sep")
     return args
 
 
@@ -101,7 +94,7 @@ class Source:
     times: np.ndarray | None
     titles: dict         # raw item id -> title
     attributes: dict     # raw item id -> {profile name: [values]}
-    profiles: list | tuple = (HOBBY, BACKGROUND)
+    profiles: tuple = (HOBBY, BACKGROUND)
     truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
 
 
@@ -109,39 +102,35 @@ def rating(user, item, value, time=0, low=1.0, high=5.0):
     """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
     value, time = float(value), float(time or 0)
     if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
-        raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time is infinite")
+        raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
     return raw_id(user), raw_id(item), value, time
 
 
 def collect(rows, profiles=(HOBBY, BACKGROUND)):
-    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last one stays."""
-    user_index, item_index = {}, {}
-    indexed = ((user_index.setdefault(user, len(user_index)),
-                item_index.setdefault(item, len(item_index)), *rest) for user, item, *rest in rows)
-    found = np.fromiter(indexed, [("user", "i4"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
-    pairs = found["user"].astype(np.int64) * len(item_index) + found["item"]
-    order = np.lexsort((found["time"], pairs))  # stable: rows of the same time stay in source order
+    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last stays."""
+    users, items = {}, {}  # raw id -> index
+    indexed = ((users.setdefault(user, len(users)), items.setdefault(item, len(items)), *rest)
+               for user, item, *rest in rows)
+    found = np.fromiter(indexed, [("user", "i8"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
+    pairs = found["user"] * len(items) + found["item"]
+    order = np.lexsort((found["time"], pairs))  # stable: rows of one time stay in source order
     last = np.diff(pairs[order], append=-1) != 0
     kept = found[np.sort(order[last])]
     if len(kept) < len(found):
-        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last of each stays")
-    users, items, ratings, times = (kept[name] for name in kept.dtype.names)
-    return Source(list(user_index), list(item_index), users, items, ratings,
-                  times if times.any() else None, {}, {}, profiles)
+        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last stays")
+    return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
+                  kept["time"] if kept["time"].any() else None, {}, {}, profiles)
 
 
-DEMO_HOBBIES = {
-    "music": ("Guitar Piano Violin Drum Trumpet Microphone Ukulele Songbook "
-              "Cello Flute Amplifier Banjo").split(),
-    "fishing": "Rod Reel Lure Net Waders Bait Float Hook Kayak Tackle Bobber Sinker".split(),
-    "cooking": "Pan Knife Cookbook Mixer Oven Wok Blender Apron Teapot Grill Whisk Ladle".split(),
-    "cycling": "Bike Helmet Saddle Pedal Jersey Pump Chain Tyre Gloves Bell Fork Spokes".split(),
-}
-DEMO_BACKGROUNDS = {
-    "student": "Budget Basic Starter Compact Secondhand Mini".split(),
-    "family": "Classic Everyday Reliable Standard Practical Sturdy".split(),
-    "wealthy": "Premium Deluxe Handmade Signature Gold Exclusive".split(),
-}
+DEMO_HOBBIES = dict(
+    music="Guitar Piano Violin Drum Trumpet Microphone Ukulele Songbook Cello Flute Amplifier Banjo".split(),
+    fishing="Rod Reel Lure Net Waders Bait Float Hook Kayak Tackle Bobber Sinker".split(),
+    cooking="Pan Knife Cookbook Mixer Oven Wok Blender Apron Teapot Grill Whisk Ladle".split(),
+    cycling="Bike Helmet Saddle Pedal Jersey Pump Chain Tyre Gloves Bell Fork Spokes".split())
+DEMO_BACKGROUNDS = dict(
+    student="Budget Basic Starter Compact Secondhand Mini".split(),
+    family="Classic Everyday Reliable Standard Practical Sturdy".split(),
+    wealthy="Premium Deluxe Handmade Signature Gold Exclusive".split())
 EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
 TASTE = (2.8, 2.2)      # log odds of liking it
 GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of types, to all
@@ -150,16 +139,16 @@ GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15])
 def load_demo(args):
     """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, 14 ratings each.
 
-    Items whose category fits a user's hobby, or tier his background, are met and liked more often.
+    Items whose category fits a user's hobby, or tier his background, are met and liked more.
     """
     rng = np.random.default_rng((args.seed, 1))
     n_users, n_items = 2000, 400
     hobby, background = rng.integers(4, size=(n_users, 1)), rng.integers(3, size=(n_users, 1))
     kinds = rng.permutation(np.arange(n_items) % 12)
-    category, tier = kinds // 3, kinds % 3  # Shape: (I,)
-    names = [list(rng.permutation([f"{adjective} {noun}" for adjective in adjectives for noun in nouns]))
+    category, tier = divmod(kinds, 3)  # Shape: (I,)
+    names = [rng.permutation([f"{adjective} {noun}" for adjective in adjectives for noun in nouns]).tolist()
              for nouns in DEMO_HOBBIES.values() for adjectives in DEMO_BACKGROUNDS.values()]
-    titles = [str(names[kind].pop()) for kind in kinds]
+    titles = [names[kind].pop() for kind in kinds]
 
     fits_hobby, fits_background = hobby == category, background == tier  # Shape: (U, I)
     popularity, quality = rng.normal(0, 0.5, n_items), rng.normal(0, 0.3, n_items)
@@ -177,16 +166,16 @@ def load_demo(args):
     ratings = np.where(liked[users, items], rng.integers(4, 6, len(users)), rng.integers(1, 4, len(users)))
     raw_users = [f"u{user:04d}" for user in range(n_users)]
     raw_items = [f"i{item:03d}" for item in range(n_items)]
-    values = [{"hobby": [name], "background": [level]}
-              for name in DEMO_HOBBIES for level in DEMO_BACKGROUNDS]
-    return Source(raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
-                  {raw: values[kind] for raw, kind in zip(raw_items, kinds)},
-                  truth=dict(zip(raw_users, np.hstack([hobby, background]))))
+    values = [{"hobby": [name], "background": [level]} for name in DEMO_HOBBIES for level in DEMO_BACKGROUNDS]
+    return Source(
+        raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
+        {raw: values[kind] for raw, kind in zip(raw_items, kinds)},
+        truth=dict(zip(raw_users, np.hstack([hobby, background]))))
 
 
 def load_movielens(args):
     """MovieLens-100K (u.*), -1M (*.dat) or any release with ratings.csv and movies.csv."""
-    needed = {"ml-100k": "u.data", "ml-1m": "ratings.dat"}[args.dataset]
+    needed = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
     folder = args.data_dir or download(args.dataset, needed)
     if args.dataset == "ml-100k":
         genres = [name for name, _ in cells(folder / "u.genre", "|", 2)]
@@ -209,25 +198,24 @@ def load_movielens(args):
 
 
 NO_GENRE = ("unknown", "(no genres listed)", "")
-RELEASES = {  # data set: (what to fetch, pattern of the reviews file, of the products file)
-    "amazon": ("reviews and meta_*.json.gz of a category from https://amazon-reviews-2023.github.io",
+RELEASES = {  # what to fetch, patterns of the reviews and the products file
+    "amazon": ("reviews and meta_*.json.gz of a category from amazon-reviews-2023.github.io",
                r"(?!meta_).*\.jsonl?(\.gz)?", r"meta_.*\.jsonl?(\.gz)?"),
-    "yelp": ("*review.json and *business.json from https://www.yelp.com/dataset",
+    "yelp": ("*review.json and *business.json from www.yelp.com/dataset",
              r".*review\.json(\.gz)?", r".*business\.json(\.gz)?"),
-    "nete": ("reviews.pickle and item.json from https://github.com/lileipisces/NETE",
-             r"reviews\.pickle", r"item\.json"),
+    "nete": ("reviews.pickle, item.json from github.com/lileipisces/NETE", r"reviews\.pickle", r"item\.json"),
 }
 
 
 def load_release(args):
     """Amazon (2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
-    folder = args.data_dir or Path("data") / args.dataset
+    folder = args.data_dir or Path("data", args.dataset)
     what, *patterns = RELEASES[args.dataset]
-    files = [path for path in folder.glob("*") if path.is_file()]
-    reviews, products = ([path for path in files if re.fullmatch(form, path.name)] for form in patterns)
+    reviews, products = ([path for path in folder.glob("*")
+                          if path.is_file() and re.fullmatch(form, path.name)] for form in patterns)
     if len(reviews) != 1 or len(products) != 1:
         raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
-                        folder, f"fetch {what}, or name another --data-dir")
+                        folder, f"fetch {what}, or change --data-dir")
     source = collect(good(records(reviews[0]), parse_review, reviews[0]))
     known, found = set(source.item_ids), good(records(products[0]), parse_product, products[0])
     facts = {fact["id"]: fact for fact in found if fact["id"] in known}
@@ -239,13 +227,13 @@ def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
     wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
     rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
-    source = collect(rows, [HOBBY] + [BACKGROUND] * bool(args.background_col))
-    columns = {"title": args.title_col, "hobby": args.hobby_col, "background": args.background_col}
-    columns = {name: column for name, column in columns.items() if column}
+    source = collect(rows, (HOBBY,) + (BACKGROUND,) * bool(args.background_col))
+    columns = {name: column for name in ("title", "hobby", "background")
+               if (column := getattr(args, f"{name}_col"))}
     if columns:
-        id_column = (args.items_file and args.item_id_col) or args.item_col
-        for raw, *texts in table(args.items_file or args.ratings_file, [id_column, *columns.values()],
-                                 lambda identity, *cells: (raw_id(identity), *map(clean_text, cells))):
+        wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
+        for raw, *texts in table(args.items_file or args.ratings_file, wanted,
+                                 lambda raw, *cells: (raw_id(raw), *map(clean_text, cells))):
             found = dict(zip(columns, texts))
             source.titles[raw] = found.pop("title", None)
             source.attributes[raw] = {
@@ -254,11 +242,11 @@ def load_csv(args):
     return source
 
 
-LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens, "amazon": load_release,
-           "nete": load_release, "yelp": load_release, "csv": load_csv}
+LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens,
+           **dict.fromkeys(sorted(RELEASES), load_release), "csv": load_csv}
 
 
-# -------- reading files that may be broken
+# -------- files that may be broken
 
 def lines(path):
     """Non-empty lines of a file or .gz, as bytes."""
@@ -278,12 +266,10 @@ def good(records, parse, path):
     count, bad, example = 0, 0, None
     for count, record in enumerate(progress(records, path.name, "lines"), 1):
         try:
-            parsed = parse(record)
+            yield parse(record)
         except Exception as error:  # in many ways
             bad += 1
             example = example or f"line {count}: {error!r:.150}"
-        else:
-            yield parsed
     if bad > MAX_BAD * count:
         raise UserError(f"{bad:,d} of {count:,d} lines are not what they should be, the first is {example}",
                         path, "check --dataset and columns")
@@ -296,7 +282,7 @@ def cells(path, separator, count, parse=lambda *cells: cells):
     def parse_line(line):
         found = line.decode("latin-1").rstrip("\r\n").split(separator)
         if len(found) != count:
-            raise ValueError(f"{len(found)} cells instead of {count}")
+            raise ValueError(f"{len(found)} cells, not {count}")
         return parse(*found)
 
     return good(lines(path), parse_line, path)
@@ -309,16 +295,15 @@ def table(path, columns, parse=lambda *cells: cells):
         header = next(rows, b"").decode("utf-8-sig").rstrip("\r\n")
         separator = "\t" if "\t" in header else ","
         names = next(csv.reader([header], delimiter=separator))
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeError, csv.Error) as error:
         raise UserError(f"cannot read {path.name}: {error}", path, "give a header line") from None
-    missing = [column for column in columns if column not in names]
-    if missing:
+    if missing := [column for column in columns if column not in names]:
         raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path,
-                        "name columns by the --...-col flags")
+                        "use the --...-col flags")
     places = [names.index(column) for column in columns]
 
     def parse_line(line):
-        row = next(csv.reader([line.decode("utf-8").rstrip("\r\n")], delimiter=separator, strict=True))
+        row = next(csv.reader([line.decode().rstrip("\r\n")], delimiter=separator, strict=True))
         return parse(*[row[place] for place in places])
 
     return good(rows, parse_line, path)
@@ -372,13 +357,12 @@ def records(path):
     """Records of a pickled list, a JSON array or, unparsed, of a file of one a line."""
     try:
         if path.suffix == ".pickle":
-            with open(path, "rb") as file:
-                found = PlainUnpickler(file).load()
+            found = PlainUnpickler(path.open("rb")).load()
         elif path.suffix == ".json" and path.open("rb").read(1) == b"[":
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text("utf-8"))
         else:
             return lines(path)
-        wrong = f"holds a {type(found).__name__} instead of a list"
+        wrong = f"holds a {type(found).__name__}, not a list"
     except Exception as error:  # in many ways
         found, wrong = None, f"cannot be read: {error}"
     if not isinstance(found, list):
@@ -388,12 +372,10 @@ def records(path):
 
 def parse_record(line):
     """A record from its line: JSON or, Amazon 2014, a Python literal, which is not run."""
-    if not isinstance(line, bytes):
-        return line
     try:
-        return json.loads(line)
+        return json.loads(line) if isinstance(line, bytes) else line
     except ValueError:
-        return ast.literal_eval(line.decode("utf-8").strip())
+        return ast.literal_eval(line.decode().strip())
 
 
 def first(record, *keys):
@@ -405,10 +387,10 @@ def parse_review(line):
     """rating() of a review in any release's spelling."""
     record = parse_record(line)
     date = re.sub(r"\D", "", str(first(record, "date")))[:14]  # Yelp: year to second
-    return rating(first(record, "reviewerID", "user_id", "user"),
-                  first(record, "parent_asin", "asin", "business_id", "item"),
-                  first(record, "overall", "rating", "stars"),
-                  first(record, "unixReviewTime", "timestamp") or date)
+    return rating(
+        first(record, "reviewerID", "user_id", "user"),
+        first(record, "parent_asin", "asin", "business_id", "item"),
+        first(record, "overall", "rating", "stars"), first(record, "unixReviewTime", "timestamp") or date)
 
 
 def parse_product(line):
@@ -421,12 +403,13 @@ def parse_product(line):
     details = record.get("attributes")
     details = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
     price = re.search(r"\d[\d,]*\.?\d*", str(first(record, "price")))
-    return {"id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
-            "title": clean_text(first(record, "title", "name")),
-            "brand": clean_text(first(record, "brand", "store")).lower(),
-            "categories": [name for name in (clean_text(part).lower() for part in found) if name][:3],
-            "price": float(price[0].replace(",", "")) if price else None,
-            "level": YELP_PRICES.get(re.sub(r"\D", "", str(details)))}
+    return {
+        "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
+        "title": clean_text(first(record, "title", "name")),
+        "brand": clean_text(first(record, "brand", "store")).lower(),
+        "categories": [name for part in found if (name := clean_text(part).lower())][:3],
+        "price": float(price[0].replace(",", "")) if price else None,
+        "level": YELP_PRICES.get(re.sub(r"\D", "", str(details)))}
 
 
 def describe_products(facts):
@@ -450,7 +433,7 @@ def describe_products(facts):
 
 def download(name, needed):
     """data/<name> of GroupLens' archive, fetched unless it is there."""
-    url, target = GROUPLENS + f"{name}.zip", Path("data") / name
+    url, target = f"{GROUPLENS}{name}.zip", Path("data", name)
     if (target / needed).exists():
         return target
     print(f"downloading {url} to {target}")
@@ -460,7 +443,7 @@ def download(name, needed):
         target.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             archive.extractall(aside)  # checks each file's CRC
-            os.replace(Path(aside) / name, target)
+            Path(aside, name).replace(target)
     except Exception as error:  # network, archive, disk
         raise UserError(f"cannot download {name}: {error}", url,
                         f"give the folder of {needed} as --data-dir") from None
@@ -476,12 +459,12 @@ def thin_out(source, args):
     if args.max_per_user:
         shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
         order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
-        start = np.searchsorted(users[order], users[order])           # where his rows begin
+        start = np.searchsorted(users[order], users[order])  # where his rows begin
         kept = np.sort(order[np.arange(len(order)) - start < args.max_per_user])
     if args.subsample_users:
         shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
         kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
-    enough = np.zeros(len(kept), dtype=bool)
+    enough = np.zeros(1)
     while not enough.all():
         enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
         enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
@@ -490,14 +473,14 @@ def thin_out(source, args):
 
 
 def in_order(indices, raw_ids):
-    """(raw ids that occur, each row's index among them). Numbers stand first, by value, then the alphabet."""
+    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet."""
     def key(index):
         text = raw_ids[index]
         number = text.isascii() and text.isdecimal()
         return not number, text.zfill(200) if number else text
 
     order = sorted(np.unique(indices).tolist(), key=key)
-    renumber = np.zeros(len(raw_ids), dtype=np.int32)
+    renumber = np.zeros(len(raw_ids), np.int32)
     renumber[order] = np.arange(len(order))
     return [raw_ids[index] for index in order], renumber[indices]
 
@@ -507,84 +490,75 @@ def build(source, args):
     kept = thin_out(source, args)
     n = len(kept)
     if n < 10:
-        raise UserError(f"{n} interactions are left", f"--min-interactions {args.min_interactions}",
-                        "lower it or give more data")
+        raise UserError(f"{n} interactions are left", "--min-interactions", "lower it or give more data")
     users, user_rows = in_order(source.users[kept], source.user_ids)
     items, item_rows = in_order(source.items[kept], source.item_ids)
-    split = np.empty(n, dtype=np.int32)
+    split = np.empty(n, np.int32)
     order = np.random.default_rng(args.seed).permutation(n)
     split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])  # Paper: 8:1:1, here 0, 1, 2
     shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
     cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
     split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
     labels = source.ratings[kept] > args.positive_above
-    interactions = np.stack([user_rows, item_rows, labels, split], axis=1).astype(np.int32)
+    interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
     described, untitled = [], 0
     for raw in items:
         attributes, title = source.attributes.get(raw, {}), source.titles.get(raw)
         untitled += not title
-        title = title or next(iter(attributes.get("hobby", [])), raw)
+        title = title or [*attributes.get("hobby", []), raw][0]
         described.append({"id": raw, "title": title, "attributes": attributes})
     if untitled:
         print(f"{untitled:,d} of {len(items):,d} items have no title: brand, category or id stands in")
     profiles = [*source.profiles] + [CRITIC] * args.critic
-    truth = source.truth and np.array([source.truth[raw] for raw in users], dtype=np.int16)
+    truth = source.truth and np.array([source.truth[raw] for raw in users], np.int16)
     return Dataset(interactions, users, described, profiles, TASK_PROMPT, args.dataset), truth
 
 
 # -------- evaluate
 
 def show(dataset, facts):
-    """Table 1 beside the paper's; splits; values of items; what the LLM will read of three users."""
-    print(f"\n{'Table 1':16s}{'interactions':>12s}{'users':>10s}{'items':>10s}{'sparsity':>10s}")
-    here = {f"here: {dataset.name}": (facts["n_interactions"], facts["n_users"], facts["n_items"])}
-    for name, (n, users, items) in (here | PAPER_TABLE_1).items():
-        print(f"{name:16s}{n:12,d}{users:10,d}{items:10,d}{100 * (1 - n / users / items):9.2f}%")
-    print(f"positive rate {facts['positive_rate']:.3f}")
+    """The paper's Table 1; splits; what the LLM reads of three users."""
+    print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
+          "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
     for split, name in enumerate(SPLITS[:5 if "cold_users" in facts else 3]):
         labels = dataset.rows(split)[:, 2]
         print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
         if len(np.unique(labels)) < 2:
-            print(f"WARNING: all labels of the {name} split are equal: give more data or another "
-                  "--positive-above")
-    for profile in dataset.profiles:
-        counts = Counter()
-        for item in dataset.items:
-            counts.update(item["attributes"].get(profile["name"], []))
-        top = ", ".join(f"{value} {count:,d}" for value, count in counts.most_common(6))
-        print(f"items by {profile['name']} ({len(counts):,d} values): {top}")
+            print(f"WARNING: all labels of the {name} split are equal: try more data or --positive-above")
     prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
     rows = dataset.rows(TRAIN)
     for user in np.unique(rows[:, 0])[:3]:
         items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
         titles = "".join(f" {dataset.items[item]['title']};" for item in items)
-        text = f"{prompt}{dataset.task_prompt}{titles}".replace("\n", " ")
-        print(f"prompt of user {dataset.users[user]}: {text}")
+        text = f"prompt of user {dataset.users[user]}: {prompt}{dataset.task_prompt}{titles}"
+        print(text.replace("\n", " "))
 
 
 # -------- save
 
 def save(run, dataset, truth, args):
-    """Write all artifacts and return the facts; dataset.json, which vouches for the others, goes last."""
+    """Write all artifacts and return the facts."""
     n, users, items = len(dataset.interactions), len(dataset.users), len(dataset.items)
-    settings = ["seed", "min_interactions", "positive_above", "max_per_user", "subsample_users", "critic"]
-    settings += ["signal"] + ["cold_users"] * bool(args.cold_users)
-    facts = {"dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
-             "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
-             "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
-             "fingerprint": dataset.fingerprint(),
-             "truth_fingerprint": None if truth is None else fingerprint(truth),
-             **{key: getattr(args, key) for key in settings}}
-    for stale in ("dataset.json", "truth.npy"):
-        (run / stale).unlink(missing_ok=True)
-    save_npy(run / "interactions.npy", dataset.interactions)
-    save_json(run / "users.json", dataset.users)
-    save_json(run / "items.json", dataset.items)
-    if truth is not None:
-        save_npy(run / "truth.npy", truth)
-    save_json(run / "dataset.json", facts)
+    settings = "seed min_interactions positive_above max_per_user subsample_users critic signal".split()
+    settings += ["cold_users"] * bool(args.cold_users)
+    facts = {
+        "dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
+        "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
+        "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
+        "fingerprint": dataset.fingerprint(),
+        "truth_fingerprint": truth is not None and fingerprint(truth),
+        **{key: getattr(args, key) for key in settings}}
+    with together(run, "dataset.json") as aside:
+        save_npy(aside / "interactions.npy", dataset.interactions)
+        save_json(aside / "users.json", dataset.users)
+        save_json(aside / "items.json", dataset.items)
+        if truth is not None:
+            save_npy(aside / "truth.npy", truth)
+        save_json(aside / "dataset.json", facts)
+    if truth is None:
+        (run / "truth.npy").unlink(missing_ok=True)  # of another data set
     return facts
 
 

@@ -1,6 +1,6 @@
 """Stage 02: infer latent profiles of users as soft tokens of a frozen LLM. Paper: section 2.3, Eq. (2)-(4).
 
-The prompt of a user is one ordered list of segments (Eq. 3, then the text to be made likely):
+A user's prompt is an ordered list of segments (Eq. 3, then the text to be made likely):
 
     x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
 
@@ -17,9 +17,8 @@ Run:
     torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
+import contextlib
 import functools
-import math
-import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -32,17 +31,17 @@ from torch import nn
 
 from common import (
     RANK, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, check_same,
-    count_parameters, do_all, fingerprint, guarded, load, load_dataset, load_language_model,
-    peak_memory_mb, pick_device, pieces_of, save_json, seeded, train_tiny, wait_for_all)
+    count_parameters, do_all, fingerprint, guarded, lm_fingerprint, load, load_dataset, load_language_model,
+    once, peak_memory_mb, pick_device, pieces_of, progress, save_json, seeded, train_tiny, wait_for_all)
 
 # -------- settings
 
-LLAMA = "meta-llama/Llama-2-7b-hf"  # the paper's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SLOT_WORDS = 12       # theta_0 averages the LLM's likeliest words in theta's place
+SLOT_WORDS = 12       # the start averages the LLM's likeliest words in theta's place
 LOGIT_CHUNK = 4096    # target tokens with vocabulary logits at once
-LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most this much shorter than its longest
-ACTIVATIONS = 40      # numbers that a layer keeps per token, in units of its width
+POPULATION_STEPS, POPULATION_USERS = 40, 64  # of the theta that all share; users a step
+LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most so much below its longest
+ACTIVATIONS = 40      # numbers a layer keeps per token, in units of its width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history",
             "tiny_sentences", "seed")  # what theta depends on
 
@@ -50,21 +49,21 @@ RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "m
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--lm", default="auto", help="tiny (trained here), gpt2, llama2-7b (paper), a hub name or a folder; "
+    add("--lm", default="auto", help="tiny (trained here), gpt2, llama2-7b (paper), hub name or folder; "
         "auto: tiny on the demo, llama2-7b on a GPU of 20 GiB, else gpt2")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp32, on cuda fp16 but for tiny")
     add("--steps", type=at_least(1), default=6, help="gradient steps a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.3,
-        help="most that a coordinate moves in a step, in units of the slot's spread (paper: Adam's 0.001)")
-    add("--prior", type=at_least(0, float), default=1.0, help="weight of the prior around theta_0 (paper: 0)")
+        help="most a coordinate moves in a step, in units of the slot's spread (paper: Adam's 0.001)")
+    add("--prior", type=at_least(0, float, 1e6), default=1.0, help="weight of theta's prior (paper: 0)")
     add("--init", choices=("slot", "random", "vocab"), default="slot",
-        help="theta_0: the LLM's next words after x^m; noise (authors' code); mean of all words")
+        help="start: the LLM's next words after x^m; noise (authors' code); mean of all words")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
     add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")
     add("--max-history", type=at_least(1), default=20, help="most titles of a user, the latest")
-    add("--block-size", type=at_least(1), help="most users at once (default: as suits cache or memory)")
+    add("--block-size", type=at_least(1), help="most users at once (default: by cache or memory)")
     add("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: by items)")
-    add("--users", type=Path, help="file of raw ids of new users, one a line: infer these alone")
+    add("--users", type=Path, help="file of new users' raw ids, one a line: infer these alone")
     add("--fresh", action="store_true", help="forget unfinished runs and infer again")
     return parser.parse_args()
 
@@ -128,8 +127,7 @@ def build_visibility(segments, mask):
 
 def additive_mask(visible, dtype):
     """(1, 1, S, S): 0 where visible, else the dtype's lowest number (-inf makes NaN in some kernels)."""
-    floats = torch.zeros(visible.shape, dtype=dtype)
-    return floats.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
 
 
 # -------- data: the histories
@@ -137,8 +135,8 @@ def additive_mask(visible, dtype):
 def history_texts(dataset, splits, settings):
     """Per user: texts of his latest rows of these splits, oldest first; ' A Title;' or, rated, ' A Title +;'.
 
-    DEVIATION(9): the paper does not say which interactions y holds, and takes a data point a user-item
-    pair; here a user is one data point and y what he liked.
+    DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
+    here it is a user, with what he liked as y.
     """
     marks = (" -", " +") if settings.history == "rated" else ("", "")  # of a dislike and a like
     titles = [[f" {item['title']}{mark};" for mark in marks] for item in dataset.items]
@@ -151,23 +149,22 @@ def history_texts(dataset, splits, settings):
 
 def tokenize_histories(tokenizer, texts, room):
     """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens."""
-    distinct = sorted({text for lines in texts for text in lines})
+    distinct = sorted(set(chain(*texts)))
     ids_of = dict(zip(distinct, pieces_of(tokenizer, distinct)))
     histories = []
     for lines in texts:
-        used = np.cumsum([len(ids_of[text]) for text in reversed(lines)])
+        used = np.cumsum([len(ids_of[text]) for text in lines[::-1]])
         dropped = len(lines) - sum(used <= room)
-        ids = [token for text in lines[dropped:] for token in ids_of[text]]
-        histories.append(np.array(ids, dtype=np.int32))
+        histories.append(np.array([token for text in lines[dropped:] for token in ids_of[text]], np.int32))
     return histories
 
 
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
 
-    Padding stays below LENGTH_SPREAD. Longest first: if memory does not suffice, it shows at once.
+    Padding stays below LENGTH_SPREAD. Longest first: too little memory shows at once.
     """
-    blocks, longest = [], math.inf  # the first one opens a block
+    blocks, longest = [], np.inf  # the first one opens a block
     solvable = [user for user, ids in enumerate(histories) if len(ids)]
     for user in sorted(solvable, key=lambda user: -len(histories[user])):
         length = prompt_length + len(histories[user])
@@ -181,33 +178,33 @@ def make_blocks(histories, block_size, token_budget, prompt_length):
 
 def token_budget_of(likelihood):
     """Tokens a block: what keeps a layer in a CPU's cache, or half of a GPU's memory beside the LLM."""
-    width, size = likelihood.words.weight.shape[1], likelihood.words.weight.element_size()
+    width, size = likelihood.words.weight.shape[1], likelihood.dtype.itemsize
     if likelihood.device.type == "cpu":
         return max(768, 2_400_000 // (width * size))
-    # Note: of all memory, not of what is free: a run that goes on must cut the same blocks.
-    memory = torch.cuda.get_device_properties(likelihood.device).total_memory
-    room = memory - size * count_parameters(likelihood.model)
+    # Note: not of the free memory: a run that goes on must cut the same blocks.
+    room = torch.cuda.get_device_properties(likelihood.device).total_memory
+    room -= size * count_parameters(likelihood.model)
     return max(2048, room // 2 // (ACTIVATIONS * width * likelihood.model.config.num_hidden_layers * size))
 
 
 def pad(histories, users, device):
     """(ids (B, H), lengths (B,)) of these users; padded with 0 on the right, where no token looks."""
     rows = [torch.from_numpy(histories[user]).long() for user in users]
-    lengths = torch.tensor([len(row) for row in rows], device=device)
+    lengths = torch.tensor(list(map(len, rows)), device=device)
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
 # -------- model
 
 class TokenNLL(torch.autograd.Function):
-    """-log softmax(hidden W^T + b)[target] per token, with `chunk` rows of vocabulary logits at a time.
+    """-log softmax(hidden W^T + b)[target] per token, `chunk` rows of logits at a time.
 
-    The gradient of hidden, (softmax - onehot) W, is made on the way forward while the logits are there.
+    The gradient of hidden, (softmax - onehot) W, is made in forward(), while the logits are there.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
-        nll = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        nll = hidden.new_empty(len(hidden), dtype=torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -230,7 +227,7 @@ class TokenNLL(torch.autograd.Function):
 class ProfileLikelihood:
     """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) per user, summed over y's tokens.
 
-    segments: the prompt without y. This one list gives embeddings, mask, positions and targets.
+    segments: the prompt without y; it alone gives embeddings, mask, positions and targets.
     """
 
     def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
@@ -239,7 +236,8 @@ class ProfileLikelihood:
         self.words = model.get_input_embeddings()
         self.dtype, self.device = self.words.weight.dtype, self.words.weight.device
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        self.room = getattr(model.config, "max_position_embeddings", 4096) - self.prompt_length  # for y
+        limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
+        self.room = min(getattr(model.config, key, None) or 4096 for key in limits) - self.prompt_length
         self.profiles = sum(segment.kind == "theta" for segment in segments)
         self.loss_scale = 1024.0 if self.dtype == torch.float16 else 1.0  # against underflow in the LLM
         self.layout = functools.lru_cache(1)(self.layout)  # the same for all steps of a block
@@ -261,6 +259,11 @@ class ProfileLikelihood:
                 parts.append(self.words(ids).expand(len(theta), -1, -1))      # Shape: (B, tokens, d)
         return torch.cat(parts + [self.words(history_ids)], dim=1)
 
+    def vectors(self, ids=None):
+        """float32 embeddings (n, d) of these words or of all. Note: some LLMs scale them after the table."""
+        everything = torch.arange(len(self.words.weight), device=self.device)
+        return self.words(everything if ids is None else ids).float()
+
     def hidden(self, theta, history_ids):
         """Last hidden states (B, S, d)."""
         mask, positions = self.layout(history_ids.shape[1])
@@ -273,7 +276,7 @@ class ProfileLikelihood:
         states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]
         real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
         nll = TokenNLL.apply(states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
-        return torch.zeros(len(theta), device=self.device).index_add(0, real.nonzero()[:, 0], nll)
+        return nll.new_zeros(len(theta)).index_add(0, real.nonzero()[:, 0], nll)
 
     @torch.no_grad()
     def next_word(self, m):
@@ -284,23 +287,13 @@ class ProfileLikelihood:
 
 
 @torch.no_grad()
-def check_head(likelihood):
-    """Raise UserError if the LLM does more to its hidden states than its output layer."""
-    ids = torch.arange(4, device=likelihood.device)[None]
-    plain = likelihood.head(likelihood.body(ids).last_hidden_state)
-    if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
-        raise UserError("this LLM rescales its logits", likelihood.model.config.model_type, "change --lm")
-
-
-@torch.no_grad()
 def starting_point(likelihood, init, generator):
-    """(theta_0 (M, d), spread (M,)): where the search starts and the unit of its steps and of the prior.
+    """(start (M, d), spread (M,)): where fit_population starts; the unit of steps and of the prior.
 
     slot: probability-weighted mean and spread (root mean squared deviation a coordinate) of the words
     the LLM expects after x^m; vocab: mean of all words; random: U(-.1, .1). The spread is always the slot's.
     """
-    words = likelihood.words.weight.float()
-    start, spread = [], []
+    words, start, spread = likelihood.vectors(), [], []
     for m in range(likelihood.profiles):
         probability, index = likelihood.next_word(m).topk(SLOT_WORDS)
         probability = (probability / probability.sum())[:, None]
@@ -317,16 +310,36 @@ def starting_point(likelihood, init, generator):
 
 # -------- loss and train
 
+def fit_population(likelihood, start, spread, histories, args):
+    """The one theta (M, d) for all users: each starts there, with his prior around it, so that he wins
+    only by what is his own (empirical Bayes). Adam from start (M, d), some users a step."""
+    rng, z = np.random.default_rng(args.seed), torch.zeros_like(start).requires_grad_()
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, POPULATION_STEPS)
+    known, budget = [ids for ids in histories if len(ids)], token_budget_of(likelihood)
+    for _ in progress(range(POPULATION_STEPS), "population", "step"):
+        chosen = rng.choice(len(known), min(POPULATION_USERS, len(known)), replace=False)
+        some = [known[at] for at in chosen]
+        optimizer.zero_grad()
+        for block in make_blocks(some, args.block_size, budget, likelihood.prompt_length):
+            theta = (start + spread[:, None] * z).expand(len(block), -1, -1)
+            nll = likelihood(theta, *pad(some, block, likelihood.device))
+            (likelihood.loss_scale * nll.sum()).backward()  # Adam does not see the scale
+        optimizer.step()
+        schedule.step()
+    return (start + spread[:, None] * z).detach().cpu()
+
+
 def descend(likelihood, start, spread, ids, lengths, args):
     """Minimise Eq. (4) and the prior: (theta fp32 (B, M, d), NLL before each step (steps, B)).
 
     ids (B, H), lengths (B,). Gradient descent whose step size is each user's own: one over the curvature
-    along his last step (Barzilai and Borwein 1988). It is taken as no less than the prior's, nor than what
+    along his last step (Barzilai and Borwein 1988), taken as no less than the prior's, nor than what
     keeps every coordinate's move within --lr.
     """
     # theta = theta_0 + spread * z. Shape: (B, M, d)
-    z = torch.zeros(len(ids), *start.shape, device=likelihood.device)
-    move, before, path = torch.zeros_like(z), torch.zeros_like(z), []
+    z, path = start.new_zeros(len(ids), *start.shape), []
+    move = before = torch.zeros_like(z)
     for _ in range(args.steps):
         z.requires_grad_()
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
@@ -334,7 +347,7 @@ def descend(likelihood, start, spread, ids, lengths, args):
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
         scale = likelihood.loss_scale  # cancels in gradient / curvature
         gradient, = torch.autograd.grad(scale * loss.sum(), z)
-        # Shape of curvature and of its least value: (B, 1, 1)
+        # Shape of curvature and least: (B, 1, 1)
         least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=scale * args.prior + 1e-30)
         curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
             (move ** 2).sum((1, 2), keepdim=True)
@@ -351,17 +364,21 @@ def infer_block(likelihood, start, spread, histories, users, args):
     theta, path = descend(likelihood, start, spread, ids, lengths, args)
     with torch.no_grad():
         path = torch.cat([path, likelihood(theta, ids, lengths)[None]])
-    outcome = path[-1] + theta.sum((1, 2))  # finite only if both are
-    bad = [str(user) for user, value in zip(users, outcome.tolist()) if not math.isfinite(value)]
+    finite = (path[-1] + theta.sum((1, 2))).isfinite().tolist()  # only if both are
+    bad = [str(user) for user, good in zip(users, finite) if not good]
     if bad:
-        raise UserError(f"theta is not finite for users {', '.join(bad[:5])} of users.json",
+        raise UserError(f"theta is not finite for users {', '.join(bad[:5])}",
                         f"--lr {args.lr}, {likelihood.dtype}", "lower --lr or take --dtype bf16 or fp32")
-    return {"theta": theta.cpu(), "nll": path.cpu().numpy().sum(axis=1, dtype=np.float64).tolist(),
+    return {"theta": theta.cpu(), "nll": path.cpu().numpy().sum(1, dtype=np.float64).tolist(),
             "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
 
 
 def solve(work, blocks, likelihood, start, spread, histories, args):
-    """Infer every block that has no file yet in `work`; processes share the blocks."""
+    """Infer what has no file yet in `work`: the population's theta, then blocks, which processes share."""
+    if RANK == 0:
+        once(work / "population.pt", fit_population, likelihood, start, spread, histories, args)
+    wait_for_all()
+    start = load(work, "population.pt").to(likelihood.device)
     do_all([(work / f"{number:06d}.pt", infer_block, likelihood, start, spread, histories, users, args)
             for number, users in enumerate(blocks)], "inferring", "block", likelihood.device)
 
@@ -386,93 +403,118 @@ def heldout_nll(likelihood, theta, population, histories, solved, rng):
     return {name: value / tokens for name, value in total.items()} or None
 
 
-def show_users(dataset, theta, texts, solved, likelihood, tokenizer):
-    """Histories beside the four words of the vocabulary nearest to each theta by cosine [Table 5]."""
-    words = nn.functional.normalize(likelihood.words.weight.float(), dim=1)
-    for user in solved[:: max(1, len(solved) // 3)][:3]:
-        print(f"user {dataset.users[user]}:{''.join(texts[user][-6:])[:150]}")
-        for profile, vector in zip(dataset.profiles, torch.tensor(theta[user], device=words.device)):
-            nearest = tokenizer.batch_decode((words @ vector).topk(4).indices[:, None])
-            print(f"    {profile['name']:12s} {' | '.join(map(str.strip, nearest))}")
-
-
 # -------- here the method ends; opening the LLM
 
-def open_model(dataset, args, device, length):
-    """(likelihood, tokenizer, the tiny LM's facts or None); fills in args.lm and args.dtype.
+@torch.no_grad()
+def find_flaw(likelihood):
+    """What this LLM does that the method cannot have, or None: not every architecture obeys a 4-D mask."""
+    ids = torch.arange(4, device=likelihood.device)[None]
+    plain = likelihood.head(likelihood.body(ids).last_hidden_state)
+    if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
+        return "this LLM rescales its logits"
+    kinds = [segment.kind for segment in likelihood.segments for _ in segment.ids]
+    theta = likelihood.vectors(ids[0, :1]).repeat(1, likelihood.profiles, 1)
+    states, visible = likelihood.hidden(theta, ids), likelihood.layout(4)[0][0, 0] == 0
+    first, last = theta.clone(), ids.clone()
+    first[:, 0, 0] += 1
+    last[0, -1] += 1
+    for column, changed in ((kinds.index("theta"), (first, ids)), (-1, (theta, last))):
+        change = (likelihood.hidden(*changed) - states).abs()
+        noticed = (change > 9 * torch.finfo(change.dtype).eps * states.abs().max()).any(2)[0]
+        if (noticed & ~visible[:, column]).any():
+            return "this LLM sees through the mask"
 
-    length: most titles of a history, for the tiny LM's training; None: it must be there.
+
+def open_model(dataset, args, device, length):
+    """(likelihood, tokenizer, {fingerprint, sensitivity} of the LLM); fills in args.lm and args.dtype.
+
+    length: a history's most titles, to train the tiny LM; None: it must be there.
     """
     cuda = device.type == "cuda"
     if args.lm == "auto":
         roomy = cuda and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
         args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
         print(f"--lm auto chose {args.lm}")
+    tiny = args.lm == "tiny"
     if args.dtype == "auto":
-        args.dtype = "fp16" if cuda and args.lm != "tiny" else "fp32"
-    name = {"tiny": args.run / "lm-tiny", "llama2-7b": LLAMA}.get(args.lm, args.lm)
-    if args.lm != "tiny" and not Path(name).is_dir():
-        print(f"loading {name}: a download (gpt2 0.5 GB, llama2-7b 13.5 GB) unless in the cache")
-    if args.lm == "tiny" and length and RANK == 0:
+        args.dtype = "fp16" if cuda and not tiny else "fp32"
+    name = {"tiny": args.run / "lm-tiny", "llama2-7b": "meta-llama/Llama-2-7b-hf"}.get(args.lm, args.lm)
+    if tiny and length and RANK == 0:
         train_tiny(dataset, name, length, args)
-    wait_for_all()  # the others load what the first process made
-    tiny = load(args.run, "lm-tiny/tiny.json", ("fingerprint", "sensitivity")) if args.lm == "tiny" else None
+    wait_for_all()  # the others load what the first made
+    facts = load(args.run, "lm-tiny/tiny.json", ("sensitivity",)) if tiny else {}
+    if not Path(name).is_dir():
+        print(f"loading {name}: unless cached, a download (gpt2 0.5 GB, llama2-7b 13.5 GB)")
     model, tokenizer = load_language_model(str(name), DTYPES[args.dtype], device)
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask)
-    check_head(likelihood)
-    return likelihood, tokenizer, tiny
+    likelihood.layout(4)  # a bug in your mask or positions shows here
+    try:
+        flaw = find_flaw(likelihood) if likelihood.room > 4 else "no title fits into the LLM's window"
+    except Exception as error:  # it takes no embeddings, mask or positions
+        flaw = f"this LLM cannot read the prompt: {error!r:.150}"
+    if flaw:
+        raise UserError(flaw, model.config.model_type, "change --lm")
+    lm = {"fingerprint": lm_fingerprint(model, tokenizer), "sensitivity": facts.get("sensitivity")}
+    return likelihood, tokenizer, lm
 
 
 # -------- save
 
-def rows_that_stay(run, dataset, settings, path):
-    """--users: (old theta (n, M, d), {user: his row in it}, the users of the file who have none)."""
-    facts, old = load(run, "profiles.json", (*settings, "fingerprint")), load(run, "profiles.npy")
+def read_profiles(run):
+    """profiles.json, profiles.npy (U, M, d) and profiles_users.json; UserError unless they are of one run."""
+    keys = (*RECORDED, "dataset_fingerprint", "lm_fingerprint", "profiles", "start", "spread", "rows_kept",
+            "train_tokens", "train_nll_steps", "seconds", "fingerprint", "users_fingerprint")
+    facts, theta = load(run, "profiles.json", keys), load(run, "profiles.npy")
     owners = load(run, "profiles_users.json", ("users", "inferred"))
+    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"])
+    check_same(run, "profiles_users.json", "profiles.json", fingerprint(owners), facts["users_fingerprint"])
+    return facts, theta, owners
+
+
+def rows_that_stay(run, dataset, settings, path):
+    """--users: (old facts, old theta (n, M, d), {user: his row in it}, users of the file who have none)."""
+    facts, old, owners = read_profiles(run)
     changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
     if changed:  # lm_fingerprint is among them
-        raise UserError(f"profiles.npy was made with other settings ({', '.join(changed)})", run,
-                        "give those of the first run")
-    check_same(run, "profiles.npy", "profiles.json", fingerprint(old), facts["fingerprint"])
+        raise UserError(f"profiles.npy has other settings ({', '.join(changed)})", run, "use the first run's")
     index = {raw: user for user, raw in enumerate(dataset.users)}
-    asked = set(map(str.strip, path.read_text("utf-8", errors="replace").splitlines())) - {""}
+    asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}
     strangers = sorted(asked - index.keys())
     if strangers:
         raise UserError(f"{len(strangers)} users are not in the data set, the first is '{strangers[0]}'",
-                        path, "run 01 again with their rows")
+                        path, "run 01 with their rows")
     rows = {index[raw]: row for row in owners["inferred"] if (raw := owners["users"][row]) in index}
-    return old, rows, {index[raw] for raw in asked} - rows.keys()
+    return facts, old, rows, {index[raw] for raw in asked} - rows.keys()
 
 
-def gather(work, blocks, old, rows, shape):
+def gather(work, blocks, old, rows, start, n_users, before):
     """Write work/profiles.npy from the blocks, one in memory at a time, and the rows that stay.
 
-    Returns (mean theta (M, d), users with a theta, sums over the blocks). Who has none holds the mean.
+    Returns (users with a theta, sums over their histories). Who has none holds start (M, d).
     """
-    total, sums = np.zeros(shape[1:]), {"nll": np.zeros(1), "tokens": 0, "seconds": 0.0}
+    sums = {"tokens": before["train_tokens"], "seconds": before["seconds"]}
+    sums["nll"], shape = np.array(before["train_nll_steps"]) * sums["tokens"], (n_users, *start.shape)
     for stale in work.glob(".profiles.npy.*"):  # of a process killed here
         stale.unlink()
     with atomic(work / "profiles.npy") as temporary, open(temporary, "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         begin = file.tell()
 
-        def write(user, theta):  # Note: a memory map has no way to say that the disk is full
+        def write(user, theta):  # Note: a memory map cannot say that the disk is full
             file.seek(begin + user * theta.nbytes)
             file.write(theta.tobytes())
-            return theta
 
         for user, row in rows.items():
-            total += write(user, old[row])
+            write(user, old[row])
         for number, users in enumerate(blocks):
-            part = load(work, f"{number:06d}.pt")
+            part = load(work, f"{number:06d}.pt", ("theta", *sums))
             for user, theta in zip(users, part["theta"].numpy()):
-                total += write(user, theta)
-            sums = {key: value + np.array(part[key]) for key, value in sums.items()}
-        known = sorted([*rows, *chain(*blocks)])
-        mean = (total / len(known)).astype(np.float32)
-        for user in np.setdiff1d(np.arange(shape[0]), known).tolist():
-            write(user, mean)
-    return mean, known, sums
+                write(user, theta)
+            sums = {key: value + part[key] for key, value in sums.items()}
+        known = sorted(chain(rows, *blocks))
+        for user in set(range(n_users)).difference(known):
+            write(user, start)
+    return known, sums
 
 
 FILES = ("profiles.npy", "profiles_users.json", "profiles.json")  # the last vouches for the others
@@ -483,55 +525,57 @@ def publish(work, run):
     if (work / FILES[-1]).exists():
         for part in work.glob("*.pt"):
             part.unlink()
-        for name in FILES:
-            if (work / name).exists():
-                os.replace(work / name, run / name)
+        for path in (work / name for name in FILES):
+            if path.exists():
+                path.replace(run / path.name)
         shutil.rmtree(work)
 
 
 # -------- main
 
-def infer(dataset, likelihood, tokenizer, tiny, texts, histories, args):
+def infer(dataset, likelihood, tokenizer, lm, histories, args):
     """All users, or with --users those who are new. The first process saves and reports."""
-    rng = seeded(args.seed, 3)  # the second number tells a run's random streams apart
+    rng = seeded(args.seed, 3)  # the 3 tells a run's random streams apart
     start, spread = starting_point(likelihood, args.init, rng)
-    settings = {key: getattr(args, key) for key in RECORDED} | {
-        "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": tiny and tiny["fingerprint"],
-        "profiles": dataset.profiles}
-    old, rows = None, {}
+    settings = {key: getattr(args, key) for key in RECORDED} | {"profiles": dataset.profiles} | {
+        "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": lm["fingerprint"]}
+    before, old, rows = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}, None, {}
     if args.users:
-        old, rows, missing = rows_that_stay(args.run, dataset, settings, args.users)  # others: no history
+        before, old, rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
-    elif not args.fresh and all((args.run / name).exists() for name in FILES):
-        facts = load(args.run, "profiles.json")
-        if all(facts.get(key) == value for key, value in (settings | {"rows_kept": 0}).items()):
-            return print("profiles.npy was made with these settings: nothing to do (--fresh infers again)")
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
     work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
+    with contextlib.suppress(UserError):  # a damaged run is made again
+        made = read_profiles(args.run)[0].items() >= (settings | {"rows_kept": 0}).items()
+        if made and not (args.users or args.fresh):
+            return print("profiles.npy has these settings: nothing to do (--fresh infers again)")
+    if rows and RANK == 0:
+        once(work / "population.pt", torch.tensor, before["start"])
     solve(work, blocks, likelihood, start, spread, histories, args)
-    wait_for_all()  # else the first process would publish while another still writes a block
+    wait_for_all()  # else the first would publish while another still writes
     if RANK > 0:
         return
-    mean, known, sums = gather(work, blocks, old, rows, (len(texts), *start.shape))
-    theta = load(work, "profiles.npy")
+    start = load(work, "population.pt").numpy()
+    known, sums = gather(work, blocks, old, rows, start, len(histories), before)
+    theta, owners = load(work, "profiles.npy"), {"users": dataset.users, "inferred": known}
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
-    heldout = heldout_nll(likelihood, theta, mean, validation, known, rng)
+    heldout = heldout_nll(likelihood, theta, start, validation, known, rng)
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
-    worked = (sums["tokens"] + sum(map(len, blocks)) * likelihood.prompt_length) * args.steps
-    speed, lost = round(worked / max(sums["seconds"], 1e-9)), tiny and tiny["sensitivity"]
-    save_json(work / "profiles_users.json", {"users": dataset.users, "inferred": known})
+    worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
+    speed, lost = round(worked / max(sums["seconds"], 1e-9)), lm["sensitivity"]
+    save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", settings | {
-        "spread": spread.tolist(), "rows_kept": len(rows), "lm_sensitivity": lost,
+        "start": start.tolist(), "spread": spread.tolist(), "rows_kept": len(rows), "lm_sensitivity": lost,
         "users_without_history": len(theta) - len(known), "heldout_nll": heldout,
         "train_nll": {"before": steps[0], "after": steps[-1]}, "train_nll_steps": steps,
-        "tokens_per_second": speed, "seconds": round(sums["seconds"], 1),
-        "peak_memory_mb": peak_memory_mb(likelihood.device), "fingerprint": fingerprint(theta)})
+        "train_tokens": sums["tokens"], "tokens_per_second": speed, "seconds": round(sums["seconds"], 1),
+        "peak_memory_mb": peak_memory_mb(likelihood.device), "fingerprint": fingerprint(theta),
+        "users_fingerprint": fingerprint(owners)})
     publish(work, args.run)
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}; {speed:,d} tokens x steps/s")
     for what, values in (("validation NLL per token", heldout), ("tiny LM, loss under a wrong word", lost)):
         if values:
             print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    show_users(dataset, theta, texts, known, likelihood, tokenizer)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 
 
@@ -539,7 +583,7 @@ def main():
     args = parse_arguments()
     dataset, device = load_dataset(args.run), pick_device(args.device)
     for work in args.run.glob("blocks-*") if RANK == 0 else ():
-        publish(work, args.run)  # if its process was killed at the very end
+        publish(work, args.run)
         if args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
@@ -548,17 +592,16 @@ def main():
     texts = history_texts(dataset, SEEN, args)
     longest = max(map(len, history_texts(dataset, TRAIN, args)))
     if not longest:
-        raise UserError("no user has a training history", f"--history {args.history}",
-                        "take --history all or more data")
-    likelihood, tokenizer, tiny = open_model(dataset, args, device, None if args.users else longest)
+        raise UserError("no user has a training history", args.history, "take --history all or more data")
+    likelihood, tokenizer, lm = open_model(dataset, args, device, None if args.users else longest)
     histories = tokenize_histories(tokenizer, texts, likelihood.room)
     if not any(map(len, histories)):
         raise UserError("no title fits into the LLM's window", args.lm, "change --lm")
     if RANK == 0:
         announce("02 infer profiles", args, "stage 01's files")
-        size = len(texts) * likelihood.profiles * likelihood.words.weight.shape[1]
+        size = len(histories) * likelihood.profiles * likelihood.words.weight.shape[1]
         print(f"parameters: theta {size:,d} trainable, LLM {count_parameters(likelihood.model):,d} frozen")
-    infer(dataset, likelihood, tokenizer, tiny, texts, histories, args)
+    infer(dataset, likelihood, tokenizer, lm, histories, args)
     if RANK == 0:
         print(f"next: python 03_quantize.py --run {args.run}")
 

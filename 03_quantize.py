@@ -6,18 +6,17 @@
     L     = l_llm + alpha l_vec                               Eq. (7)
 
 vq (Algorithm 1): codebooks start from k-means over theta; a surrogate DCN is warmed up on these codes; then
-minibatches of users update theta, codebooks and surrogate together. kmeans is the start alone. em learns
-codes that are soft tokens, words takes the LLM's own words: a user's code is then that under which the LLM
-finds his history likeliest.
+minibatches of users update theta, codebooks and surrogate. kmeans is the start alone. em learns codes that
+are soft tokens, words takes the LLM's own words: a user's code is then the one that makes his history
+likeliest.
 
-Reads:  01's files, truth.npy for the evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
+Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
 Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  feature_bank.npy int16 (U, M), .csv;
         feature_bank_words.csv where codes are words;  quantize.json
 
 Run:
     python 03_quantize.py  # the demo: 15 s
-    python 03_quantize.py --assign likelihood  # EM
-    python 03_quantize.py --keep-codebooks     # after 02 --users: codes for new users
+    python 03_quantize.py --keep-codebooks  # after 02 --users: codes for new users
 """
 
 import argparse
@@ -36,16 +35,16 @@ from sklearn import cluster, metrics
 from torch import nn
 
 from common import (
-    DCN, SEEN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, atomic, check_same,
+    DCN, SEEN, TRAIN, Dataset, Field, Parser, UserError, announce, at_least, check_same,
     count_parameters, fingerprint, guarded, load, load_dataset, load_truth, pick_device, progress, save_json,
-    save_npy, save_torch, seeded)
+    save_npy, save_torch, seeded, together)
 
 infer = importlib.import_module("02_infer_profiles")
 
 # -------- settings
 
-COMBINATIONS = 100  # most that EM tries on every user
-PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "start": "random", "warm_up": 0}  # section 3.4
+COMBINATIONS = 100  # most that EM tries a user
+PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}  # section 3.4
 
 
 def parse_arguments():
@@ -56,26 +55,25 @@ def parse_arguments():
     add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
-        help="of theta and codebooks, in units of the spread (paper: 0.001, unscaled)")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="in units of the spread (paper: 0.001)")
     add("--start", choices=("kmeans", "random", "words"), default="kmeans",
-        help="first codebooks; random: U(-1/K, 1/K), the authors' code; words: for em")
-    add("--alpha", type=at_least(0, float), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
-    add("--beta", type=at_least(0, float), default=0.25, help="of commitment, Eq. 5 (paper: 0.001)")
+        help="first codebooks; random: U(-1/K, 1/K), the authors'; words: for em")
+    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
+    add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
-    add("--paper", action="store_true", help=f"section 3.4's defaults: {PAPER}")
+    add("--paper", action="store_true", help=f"section 3.4: theta unscaled, {PAPER}")
     add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
     if "--paper" in sys.argv:
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
     args.quantizer = args.quantizer or ("em" if args.assign == "likelihood" else "vq")
-    by_likelihood = args.quantizer in ("em", "words")
-    args.assign = args.assign or ("likelihood" if by_likelihood else "nearest")
-    if (args.assign == "likelihood") != by_likelihood:
+    fitting = "likelihood" if args.quantizer in ("em", "words") else "nearest"
+    args.assign = args.assign or fitting
+    if args.assign != fitting:
         parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}")
-    if args.start == "words" and not by_likelihood:
-        parser.error("--start words goes with --quantizer em alone")
+    if args.start == "words" and fitting == "nearest":
+        parser.error("--start words goes with --quantizer em")
     if args.keep_codebooks and args.codes:
         parser.error("--codes does not go with --keep-codebooks")
     return args
@@ -89,9 +87,8 @@ def parse_codes(text, profiles):
             return sizes
     except ValueError:
         pass
-    names = ", ".join(profile["name"] for profile in profiles)
     raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
-                    f"give one for each of {names}")
+                    "give them for " + ", ".join(profile["name"] for profile in profiles))
 
 
 # -------- data
@@ -99,7 +96,7 @@ def parse_codes(text, profiles):
 @dataclass
 class Problem:
     """What a quantizer may look at: no truth. theta float32 (U, M, d); known bool (U,): whose theta was
-    inferred; facts: stage 02's settings."""
+    inferred; facts: 02's settings."""
 
     run: Path
     dataset: Dataset
@@ -110,33 +107,28 @@ class Problem:
     def open_likelihood(self, device):
         """As 02 was run: (likelihood, histories, theta_0 (M, d), spread (M,), tokenizer)."""
         settings = argparse.Namespace(run=self.run, **self.facts)
-        likelihood, tokenizer, tiny = infer.open_model(self.dataset, settings, device, None)
-        found = tiny and tiny["fingerprint"]
-        check_same(self.run, "profiles.npy", "lm-tiny", found, settings.lm_fingerprint)
+        likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
+        check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
         texts = infer.history_texts(self.dataset, SEEN, settings)
         histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
-        start, spread = infer.starting_point(likelihood, settings.init, seeded(settings.seed, 3))
-        return likelihood, histories, start, spread, tokenizer
+        start, spread = torch.tensor(settings.start), torch.tensor(settings.spread)
+        return likelihood, histories, start.to(device), spread.to(device), tokenizer
 
     def made_with(self):
-        """What decides the space of theta and codebooks; not the data."""
-        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint")]
+        """What decides the space of theta and codebooks."""
+        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "start")]
 
 
 def read_problem(run):
     """(Problem, truth or None), checked to belong together."""
-    dataset, theta = load_dataset(run), np.array(load(run, "profiles.npy"))
-    keys = (*infer.RECORDED, "spread", "dataset_fingerprint", "lm_fingerprint", "fingerprint")
-    facts = load(run, "profiles.json", keys)
+    dataset, (facts, theta, owners) = load_dataset(run), infer.read_profiles(run)
     check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
-    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"])
-    known = np.zeros(len(dataset.users), dtype=bool)
-    known[load(run, "profiles_users.json", ("inferred",))["inferred"]] = True
-    return Problem(run, dataset, theta, known, facts), load_truth(run)
+    known = np.isin(np.arange(len(theta)), owners["inferred"])
+    return Problem(run, dataset, np.array(theta), known, facts), load_truth(run)
 
 
 def rows_by_user(rows, n_users):
-    """Each user's rows (user, item, label): a list of U arrays (n_u, 3)."""
+    """Rows (user, item, label) of each user: U arrays (n_u, 3)."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
@@ -188,14 +180,13 @@ def first_codebooks(theta, sizes, start, seed):
     codebooks = []
     for m, size in enumerate(sizes):
         if start == "kmeans":
-            distinct = len(np.unique(theta[:, m], axis=0))
-            if size > distinct:
-                raise UserError(f"{size} codes for {distinct} distinct theta", "--codes",
-                                f"choose fewer for profile {m + 1}")
+            count = len(np.unique(theta[:, m], axis=0))
+            if size > count:
+                raise UserError(f"{size} codes for {count} distinct theta^{m + 1}", "--codes", "choose fewer")
             found = cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_
         else:
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2]))
-        codebooks.append(torch.tensor(found, dtype=torch.float32))
+        codebooks.append(torch.tensor(found).float())
     return codebooks
 
 
@@ -206,10 +197,9 @@ def vec_loss(theta, rows, quantizers, surrogate, beta):
 
     theta (B, M, d) in the units of --lr; rows: B arrays (n_u, 3) user, item, label.
     """
-    outputs = [quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)]
-    quantized, codebook, commitment = zip(*outputs)
+    quantized, codebook, commitment = zip(*(quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)))
     owner = np.repeat(np.arange(len(rows)), list(map(len, rows)))
-    quantized = torch.stack(quantized, dim=1)[torch.from_numpy(owner)]  # Shape: (n, M, d)
+    quantized = torch.stack(quantized, dim=1)[owner]  # Shape: (n, M, d)
     batch = torch.from_numpy(np.concatenate(rows)).long().to(theta.device)
     logits = surrogate(batch[:, :2], quantized)
     rec = F.binary_cross_entropy_with_logits(logits, batch[:, 2].float(), reduction="sum") / len(rows)
@@ -223,52 +213,44 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
     rows = torch.from_numpy(rows).long().to(quantized.device)
     size = min(1024, max(128, len(rows) // 160))
-    surrogate.train()
     for _ in progress(range(epochs), "warming up the surrogate", "epoch"):
         for batch in torch.from_numpy(rng.permutation(len(rows))).split(size):
             logits = surrogate(rows[batch, :2], quantized[rows[batch, 0]])
             loss = F.binary_cross_entropy_with_logits(logits, rows[batch, 2].float())
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()
 
 
-def train_jointly(table, quantizers, surrogate, rows, users, llm, args, rng):
+def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
     """Algorithm 1: minibatches of users update theta (their rows only), codebooks and surrogate.
 
-    table: nn.Embedding (U, M * d) of z, theta in JointVQ's units, with sparse gradients: absent users stay.
-    llm: None or what JointVQ.llm_loss returns. Returns the log.
+    z: float (U, M, d), theta in JointVQ's units, moved in place; llm: of JointVQ.llm_loss. Returns the log.
     """
-    books = [quantizer.codebook for quantizer in quantizers]
-    optimizers = [torch.optim.SparseAdam([table.weight], lr=args.lr),
-                  torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
+    books, squares = list(quantizers.parameters()), torch.zeros_like(z)
+    optimizers = [torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
                   torch.optim.AdamW(surrogate.parameters(), lr=1e-3, weight_decay=0.0)]
-
-    def z_of(users):
-        rows = table(torch.from_numpy(users).to(table.weight.device))
-        return rows.unflatten(1, (len(books), -1))  # Shape: (B, M, d)
-
-    log, codes = [], assign_all(z_of(users), books)
+    log, codes = [], assign_all(z[users], books)
     for epoch in range(1, args.epochs + 1):
-        surrogate.train()
-        sums, batch_count = {}, math.ceil(len(users) / args.batch_users)
-        batches = np.array_split(rng.permutation(users), batch_count)
+        sums = {}
+        batches = np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
         for batch in progress(batches, f"joint epoch {epoch}", "batch"):
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            own = [rows[user] for user in batch]
-            loss, parts = vec_loss(z_of(batch), own, quantizers, surrogate, args.beta)
+            own = z[batch].requires_grad_()  # Shape: (B, M, d)
+            loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
             (getattr(llm, "scale", 1.0) * args.alpha * loss).backward()  # scale: fp16, as in llm
             if llm:
-                parts["llm"] = llm(z_of, batch)  # adds its gradient
+                parts["llm"] = llm(own, batch)  # adds its gradient
             if not math.isfinite(sum(parts.values())):
                 raise UserError(f"the loss is {parts} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
-            for name, part in parts.items():
-                sums[name] = sums.get(name, 0.0) + part * len(batch) / len(users)
-        before, codes = codes, assign_all(z_of(users), books)
+                optimizer.zero_grad()
+            # DEVIATION(7): Adagrad's step size depends on a user's own steps alone, Adam's on all
+            squares[batch] += own.grad ** 2
+            z[batch] -= args.lr * own.grad / (squares[batch].sqrt() + 1e-10)
+            sums = {key: sums.get(key, 0.0) + part * len(batch) / len(users) for key, part in parts.items()}
+        before, codes = codes, assign_all(z[users], books)
         figures = {"epoch": epoch, **sums, "ids_changed": int((codes != before).any(1).sum())}
         used = [round(perplexity(codes[:, m], len(book)), 3) for m, book in enumerate(books)]
         print(*(f"{name} {value:.4g}" for name, value in figures.items()), f"perplexity {used}")
@@ -311,7 +293,7 @@ class JointVQ(KMeans):
         """As KMeans.fit; problem.theta moves too."""
         args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
         theta, known = problem.theta, problem.known
-        # DEVIATION(5): theta is centred and divided by the spread of the LLM's own words for the slot: lr,
+        # DEVIATION(5): theta is centred and divided by the spread of the LLM's words for the slot: lr,
         # alpha and beta then mean the same for every LLM.
         centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
         if args.paper:  # theta as it is
@@ -319,32 +301,31 @@ class JointVQ(KMeans):
         z = (torch.tensor(theta) - centre) / unit
         books = first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed)
         llm = self.llm_loss(centre.to(device), unit.to(device)) if args.llm_loss and args.epochs else None
-        rng = seeded(args.seed, 6)  # Note: after the LLM is open, for that seeds torch by stage 02's seed
+        rng, z = seeded(args.seed, 6), z.to(device)
         quantizers = nn.ModuleList(map(VectorQuantizer, books)).to(device)
-        table = nn.Embedding(len(z), z[0].numel(), sparse=True, _weight=z.flatten(1).clone()).to(device)
-        surrogate = Surrogate(len(dataset.users), len(dataset.items), *theta.shape[1:]).to(device)
-        rows = rows_by_user(dataset.rows(TRAIN), len(dataset.users))
-        print(f"parameters: trainable theta {count_parameters(table):,d}, codebooks "
+        surrogate = Surrogate(len(theta), len(dataset.items), *theta.shape[1:]).to(device)
+        rows = rows_by_user(dataset.rows(TRAIN), len(theta))
+        print(f"parameters: trainable theta {z.numel():,d}, codebooks "
               f"{count_parameters(quantizers):,d}, surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
-            quantized = [quantizer(z[:, m].to(device))[0].detach() for m, quantizer in enumerate(quantizers)]
+            quantized = [quantizer(z[:, m])[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
-        log = train_jointly(table, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
-        # Note: stage 02's file stays as it is; a new user is assigned by what 02 infers for him.
-        problem.theta = (centre + unit * table.weight.detach().cpu().view(z.shape)).numpy()
+        log = train_jointly(z, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
+        # Note: stage 02's file stays; a new user is assigned by what 02 infers for him.
+        problem.theta = (centre + unit * z.cpu()).numpy()
         self.books = [origin + size * quantizer.codebook.detach().cpu()
                       for origin, size, quantizer in zip(centre, unit, quantizers)]
         return self.assign(), log
 
     def llm_loss(self, centre, unit):
-        """A function (z_of, users (B,)) -> mean l_llm with prior; it adds its gradient, a block at a time."""
+        """A function (z (B, M, d), users (B,)) -> mean l_llm with prior, which adds its gradient to z's."""
         likelihood, histories, start, spread, _ = self.problem.open_likelihood(self.device)
         budget, prior = infer.token_budget_of(likelihood), self.problem.facts["prior"]
 
-        def llm(z_of, users):
+        def llm(z, users):
             total, own = 0.0, [histories[user] for user in users]
             for block in infer.make_blocks(own, None, budget, likelihood.prompt_length):
-                theta = centre + unit * z_of(users[block])
+                theta = centre + unit * z[block]
                 # Eq. (4) and the prior, DEVIATION(4)
                 nll = likelihood(theta, *infer.pad(own, block, self.device))
                 nll = nll + prior / 2 * (((theta - start) / spread[:, None]) ** 2).sum((1, 2))
@@ -359,22 +340,22 @@ class JointVQ(KMeans):
 class SoftCodeEM(KMeans):
     """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
-    The codebooks start as --start says; theta is not used after that. A round is an E-step over all users and
-    an M-step: the weights pi in closed form, the codes by AdamW on -log P(y | c) with c drawn from the
-    responsibilities, an unbiased gradient. The likeliest round is kept.
+    Codebooks start as --start says; theta is not used after that. A round: an E-step over all users, then an
+    M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the responsibilities, an
+    unbiased gradient. The likeliest round is kept.
     """
 
     def open(self):
         """Open the LLM; list combinations of codes (C, M) and blocks of users."""
         count = math.prod(self.sizes)
         if count > COMBINATIONS:
-            raise UserError(f"{count} combinations of codes are too many for EM", "--codes",
-                            f"choose sizes of a product of at most {COMBINATIONS}, or --quantizer vq")
-        likelihood, self.histories, _, spread, self.tokenizer = self.problem.open_likelihood(self.device)
-        self.likelihood, self.spread = likelihood, spread.cpu()
+            raise UserError(f"{count} combinations are too many for EM", "--codes",
+                            f"choose a product of at most {COMBINATIONS}, or --quantizer vq")
+        opened = self.problem.open_likelihood(self.device)
+        self.likelihood, self.histories, _, self.spread, self.tokenizer = opened
         self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
-        self.blocks = infer.make_blocks(self.histories, None, infer.token_budget_of(likelihood),
-                                        likelihood.prompt_length)
+        budget = infer.token_budget_of(self.likelihood)
+        self.blocks = infer.make_blocks(self.histories, None, budget, self.likelihood.prompt_length)
 
     def theta(self, codes):
         """codes (B, M) -> their soft tokens (B, M, d) on the LLM's device."""
@@ -383,15 +364,15 @@ class SoftCodeEM(KMeans):
     @torch.no_grad()
     def log_joint(self, users):
         """log pi_c + log P(y_u | c): float (B, C), a forward pass a column."""
-        ids, lengths = infer.pad(self.histories, users, self.device)
+        padded = infer.pad(self.histories, users, self.device)
         weights = sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))  # (C,)
-        columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), ids, lengths)
+        columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), *padded)
                    for codes in self.combinations]
         return weights + torch.stack(columns, dim=1).cpu()
 
     def e_step(self, codes):
         """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
-        M tensors of expected counts (K_m,)). Users without a history keep their codes (U, M)."""
+        M tensors of expected counts (K_m,)). Users without a history keep their codes."""
         codes = torch.tensor(codes)
         drawn, total, usage = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes]
         for users in progress(self.blocks, "E-step", "block"):
@@ -406,10 +387,10 @@ class SoftCodeEM(KMeans):
 
     def take_words(self):
         """Codes: the LLM's K_m likeliest words after x^m; weights: how likely. Returns the words."""
-        table, self.books, self.log_weights, words = self.likelihood.words.weight, [], [], []
+        self.books, self.log_weights, words = [], [], []
         for m, size in enumerate(self.sizes):
             probability, index = self.likelihood.next_word(m).topk(size)
-            self.books.append(table[index].float().cpu())
+            self.books.append(self.likelihood.vectors(index).cpu())
             self.log_weights.append((probability / probability.sum()).log().cpu())
             words.append([self.tokenizer.decode([token]).strip() for token in index.tolist()])
         return words
@@ -428,7 +409,7 @@ class SoftCodeEM(KMeans):
         optimizer = torch.optim.AdamW(shifts, lr=args.lr, weight_decay=0.0)
 
         def move():
-            self.books = [base + unit * shift for base, unit, shift in zip(bases, self.spread, shifts)]
+            self.books = [base + unit * shift for base, unit, shift in zip(bases, self.spread.cpu(), shifts)]
 
         codes = assign_all(torch.tensor(theta), bases)
         for number in range(args.epochs + 1):
@@ -445,8 +426,8 @@ class SoftCodeEM(KMeans):
             for users in progress([self.blocks[index] for index in order], "M-step", "block"):
                 move()
                 optimizer.zero_grad()
-                ids, lengths = infer.pad(self.histories, users, self.device)
-                nll = self.likelihood(self.theta(drawn[users]), ids, lengths)
+                padded = infer.pad(self.histories, users, self.device)
+                nll = self.likelihood(self.theta(drawn[users]), *padded)
                 (self.likelihood.loss_scale * nll.mean()).backward()
                 optimizer.step()
             move()
@@ -456,7 +437,7 @@ class SoftCodeEM(KMeans):
     def assign(self):
         """K_1 x ... x K_M forward passes a user; no gradient, no theta."""
         self.open()
-        return self.e_step(np.zeros(self.problem.theta.shape[:2], dtype=int))[1]
+        return self.e_step(np.zeros(self.problem.theta.shape[:2], int))[1]
 
 
 class Words(SoftCodeEM):
@@ -468,7 +449,7 @@ class Words(SoftCodeEM):
     def fit(self):
         self.open()
         self.words = self.take_words()
-        evidence, codes, *_ = self.e_step(np.zeros(self.problem.theta.shape[:2], dtype=int))
+        evidence, codes, *_ = self.e_step(np.zeros(self.problem.theta.shape[:2], int))
         return codes, [{"epoch": 0, "log_likelihood": evidence}]
 
 
@@ -486,32 +467,33 @@ def perplexity(codes, size):
 def health(codes, sizes, profiles):
     """How the codes (U, M) are used: a dict a profile."""
     report = []
-    for m, (profile, size) in enumerate(zip(profiles, sizes)):
-        counts = np.bincount(codes[:, m], minlength=size)
-        report.append({"name": profile["name"], "active": int((counts > 0).sum()),
-                       "perplexity": perplexity(codes[:, m], size),
-                       "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist()})
+    for profile, size, own in zip(profiles, sizes, codes.T):
+        counts = np.bincount(own, minlength=size)
+        report.append({
+            "name": profile["name"], "active": int((counts > 0).sum()), "perplexity": perplexity(own, size),
+            "max_share": float(counts.max() / counts.sum()), "counts": counts.tolist()})
     return report
 
 
 def agreement(codes, truth):
-    """AMI and NMI of the codes with the planted values; NMI across profiles (should be 0)."""
+    """AMI and NMI of codes with planted values; NMI across profiles (should be 0)."""
     ami, nmi = metrics.adjusted_mutual_info_score, metrics.normalized_mutual_info_score
     return {"ami_truth": list(map(ami, truth.T, codes.T)), "nmi_truth": list(map(nmi, truth.T, codes.T)),
-            "nmi_across": [nmi(one, other) for one, other in itertools.combinations(codes.T, 2)]}
+            "nmi_across": [nmi(one, other) if np.ptp(one) else 0.0  # sklearn: two constants agree
+                           for one, other in itertools.combinations(codes.T, 2)]}
 
 
 def show(report, agreed):
-    """Code usage as a histogram in text, with warnings."""
+    """Code usage, with warnings."""
     for profile in report:
         counts = profile["counts"]
         print("{name}: {active} of {size} codes active, perplexity {perplexity:.2f}, largest share "
               "{max_share:.2f}".format(size=len(counts), **profile))
-        for name, count in zip(profile.get("words", range(len(counts))), counts):
-            print(f"    {name!s:>12s} {count:7,d} {'#' * round(50 * count / max(counts))}")
+        names = profile.get("words", range(len(counts)))
+        print("   ", *(f"{name}: {count:,d}" for name, count in zip(names, counts)), sep="  ")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
-            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, fewer "
-                  "--epochs or a smaller --lr")
+            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, lower "
+                  "--epochs or --lr")
     if agreed:
         ami, nmi, across = (" ".join(f"{value:.3f}" for value in values) for values in agreed.values())
         print(f"with the planted truth: adjusted MI {ami}, NMI {nmi}; NMI across profiles {across}")
@@ -520,43 +502,46 @@ def show(report, agreed):
 # -------- save
 
 def bank_of(codes, known, sizes):
-    """int16 (U, M): codes; who has no history gets the unknown code K_m, as an unseen user does."""
+    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
     return np.where(known[:, None], codes, sizes).astype(np.int16)
 
 
 def save(run, problem, bank, quantizer, facts):
-    """Write codebooks, bank and, last, the facts."""
+    """Write codebooks, bank and the facts."""
     names = [profile["name"] for profile in problem.dataset.profiles]
-    tables = {"feature_bank.csv": bank.tolist()}
+    tables = {"feature_bank.csv": bank}
     if quantizer.words:
         named = [[*words, "unknown"] for words in quantizer.words]
         tables["feature_bank_words.csv"] = [[words[code] for words, code in zip(named, row)] for row in bank]
-    for name in ("quantize.json", "feature_bank_words.csv"):
-        (run / name).unlink(missing_ok=True)
-    save_torch(run / "codebooks.pt", {
-        "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
-        "profiles": names, "users": problem.dataset.users, "bank": torch.from_numpy(bank), "facts": facts,
-        "made_with": problem.made_with()})
-    save_npy(run / "feature_bank.npy", bank)
-    for name, rows in tables.items():
-        with atomic(run / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["user_id", *names])
-            writer.writerows([user, *row] for user, row in zip(problem.dataset.users, rows))
-    facts |= {"fingerprint": fingerprint(bank),
-              "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))}
-    save_json(run / "quantize.json", facts)
+    with together(run, "quantize.json") as aside:
+        save_torch(aside / "codebooks.pt", {
+            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
+            "profiles": names, "users": problem.dataset.users, "bank": torch.from_numpy(bank), "facts": facts,
+            "made_with": problem.made_with()})
+        save_npy(aside / "feature_bank.npy", bank)
+        for name, rows in tables.items():
+            with open(aside / name, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(["user_id", *names])
+                writer.writerows([user, *row] for user, row in zip(problem.dataset.users, rows))
+        save_json(aside / "quantize.json", facts | {
+            "fingerprint": fingerprint(bank),
+            "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))})
+    if not quantizer.words:
+        (run / "feature_bank_words.csv").unlink(missing_ok=True)  # of other codes
 
 
 def saved_quantizer(problem, args, device):
     """--keep-codebooks: (the last quantizer, its settings, {raw user id: his codes then})."""
-    names = ("codebooks", "log_weights", "words", "users", "bank", "facts", "made_with")
-    saved = load(args.run, "codebooks.pt", names)
+    saved = load(args.run, "codebooks.pt", (
+        "codebooks", "log_weights", "words", "users", "bank", "facts", "made_with"))
     if saved["made_with"] != problem.made_with():
-        raise UserError("codebooks.pt was made with another LLM or other settings of 02", args.run,
-                        "run: python 03_quantize.py")
+        raise UserError("codebooks.pt was made with another LLM or 02 flags", args.run, "run 03_quantize.py")
     books, facts = saved["codebooks"], saved["facts"]
-    quantizer = QUANTIZERS[facts["quantizer"]](problem, list(map(len, books)), args, device)
+    name = facts["quantizer"]
+    if name not in QUANTIZERS or len(books) != problem.theta.shape[1]:
+        raise UserError(f"codebooks.pt has {len(books)} books of {name}", args.run, "drop --keep-codebooks")
+    quantizer = QUANTIZERS[name](problem, list(map(len, books)), args, device)
     quantizer.books, quantizer.log_weights, quantizer.words = books, saved["log_weights"], saved["words"]
     return quantizer, facts, dict(zip(saved["users"], saved["bank"].tolist()))
 

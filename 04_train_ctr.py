@@ -3,15 +3,15 @@
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
     loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), completed
 
-No LLM is loaded: a profile is M small integers. Controls tell whether they say anything: `none` (no
-ids), `random` (uniform codes), `shuffled` (the real codes on other users). The row NAME is your own
-feature_bank_NAME.npy, int (U, M'), with feature_bank_NAME.json {codes: [K_1, ...], dataset_fingerprint,
-made_by}; random-NAME and shuffled-NAME are its controls.
+No LLM is loaded: a profile is M small integers. Controls tell if they say anything: `none` (no ids),
+`random` (uniform codes), `shuffled` (real codes on other users). The row NAME is your own
+feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its
+controls: random-NAME, shuffled-NAME.
 
 Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.npy (02) for --profile-input embedding
 Writes: results.json (a row per model x ids x seed, a summary), ctr_<model>.pt .json (best epoch, sources),
-        predictions/ (of test and cold rows); until all is done rows-*/, a file a row
+        predictions/ (of test and cold rows); until done rows-*/, a file a row
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -43,7 +43,7 @@ SPARSE = 30  # training rows a user; below, the user id is a trap
 
 def nonempty_names(text):
     """argparse type: comma-separated names, each once."""
-    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
     if not names:
         raise ValueError
     return names
@@ -52,13 +52,12 @@ def nonempty_names(text):
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--models", type=nonempty_names, default="dcn", help=f"all, or some of: {', '.join(MODELS)}")
+    add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
     add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
     add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
-    add("--fields", choices=FIELDS, default="ids",
-        help="ids: user, item (the paper's); ids+attributes: item attributes too; attributes: no user")
+    add("--fields", choices=FIELDS, default="ids", help="paper: ids, of user and item; attributes: no user")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
-        help="of userip: its codes, or theta projected (Table 3, without VQ)")
+        help="of userip and its controls: codes, or theta projected (Table 3, no VQ)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
@@ -69,8 +68,7 @@ def parse_arguments():
     args = parser.parse_args()
     if args.models == ["all"]:
         args.models = list(MODELS)
-    unknown = [name for name in args.models if name not in MODELS]
-    if unknown:
+    if unknown := [name for name in args.models if name not in MODELS]:
         parser.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(MODELS)}")
     return args
 
@@ -80,8 +78,8 @@ def parse_arguments():
 def attribute_table(dataset, name):
     """(int64 (I + 1, width), size): an attribute's values; `size` pads and is the unseen item's."""
     found = [*(item["attributes"].get(name, []) for item in dataset.items), []]
-    index = {value: i for i, value in enumerate(sorted({value for values in found for value in values}))}
-    table = np.full((len(found), max(map(len, found))), len(index), dtype=np.int64)
+    index = {value: i for i, value in enumerate(sorted(set().union(*found)))}
+    table = np.full((len(found), max(map(len, found))), len(index))
     for row, values in zip(table, found):
         row[:len(values)] = [index[value] for value in values]
     return table, len(index)
@@ -93,11 +91,10 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or float (U, M, d) instead of codes.
     """
     users, items = (np.arange(len(raw) + 1)[:, None] for raw in (dataset.users, dataset.items))
-    columns = []  # field, 0 of users or 1 of items, table of its ids
-    if kind != "attributes":
-        columns.append((Field("user", len(dataset.users)), 0, users))
+    # columns: field, 0 of users or 1 of items, table of its ids
+    columns = [] if kind == "attributes" else [(Field("user", len(dataset.users)), 0, users)]
     if theta is not None:
-        theta = torch.tensor(np.concatenate([theta, 0 * theta[:1]]))
+        theta = torch.tensor(np.vstack([theta, 0 * theta[:1]]))
         for m, vectors in enumerate(theta.unbind(1)):
             columns.append((Field(f"profile_{m}", len(users), vectors=vectors), 0, users))
     elif codes is not None:
@@ -126,21 +123,19 @@ def rows_of(dataset, split, lookup, device, stranger=None):
 
 
 def bank_name(ids):
-    """The bank of a row: userip of random and shuffled, NAME of random-NAME and shuffled-NAME."""
+    """The bank of a row: userip of random, shuffled; NAME of random-NAME, shuffled-NAME."""
     kind, _, name = ids.partition("-")
     return (name or "userip") if kind in ("random", "shuffled") else ids
 
 
 def codes_of(ids, banks, rng):
     """A row's (codes int (U, M), sizes K_m), twice None for `none`. banks: {name: (codes, sizes)}."""
-    if ids == "none":
-        return None, None
-    codes, sizes = banks[bank_name(ids)]
+    codes, sizes = banks.get(bank_name(ids), (None, None))
     if bank_name(ids) == ids:
         return codes, sizes
-    if ids.startswith("random"):  # as many codes as the real ones, uniform: what a meaningless id does
+    if ids.startswith("random"):  # as many codes, uniform: what a meaningless id does
         return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
-    return codes[rng.permutation(len(codes))], sizes  # the real counts on the wrong users
+    return rng.permutation(codes), sizes  # the real counts on the wrong users
 
 
 # -------- models: ids (B, columns) -> logits (B,)
@@ -152,7 +147,7 @@ class Recommender(nn.Module):
     """What models share: field embeddings, first order, pairs of fields."""
 
     def __init__(self, fields, dim=8, per_id=1, first_order=True, std=0.05):
-        """per_id: embeddings an id: 0, 1, or in field-aware models one a field."""
+        """per_id: embeddings an id: 0, 1, or one a field (field-aware)."""
         super().__init__()
         self.F, self.D = len(fields), dim
         if per_id:
@@ -167,7 +162,7 @@ class Recommender(nn.Module):
 
     def towards(self, ids):
         """Field-aware embeddings (B, F, F, D): [:, i, j] is e_ij, what field i shows to field j."""
-        return self.embed(ids).view(-1, self.F, self.F, self.D)
+        return self.embed(ids).unflatten(2, (self.F, -1))
 
     def field_aware_pairs(self, towards):
         """<e_ij, e_ji> of all pairs: (B, P)."""
@@ -208,17 +203,17 @@ class AFM(Recommender):
     Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM.
     """
 
-    def __init__(self, fields, attention=8, dropout=0.2):
+    def __init__(self, fields, attention=8):
         super().__init__(fields)
         self.W, self.h = linear(self.D, attention), nn.Linear(attention, 1, bias=False)
         self.p = nn.Linear(self.D, 1, bias=False)
         nn.init.ones_(self.p.weight)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.2)
 
     def forward(self, ids):
         e = self.embed(ids)
         products = e[:, self.left] * e[:, self.right]  # Shape: (B, P, D)
-        attention = torch.softmax(self.h(torch.relu(self.W(products))), dim=1)  # Shape: (B, P, 1)
+        attention = self.h(self.W(products).relu()).softmax(dim=1)  # Shape: (B, P, 1)
         return self.first_order(ids) + self.p(self.dropout((attention * products).sum(1))).squeeze(1)
 
 
@@ -244,7 +239,7 @@ class PNN(Recommender):
     def forward(self, ids):
         e = self.embed(ids)
         inner = (e[:, self.left] * e[:, self.right]).sum(2)
-        return self.deep(torch.cat([e.flatten(1), inner], dim=1)).squeeze(1)
+        return self.deep(torch.hstack([e.flatten(1), inner])).squeeze(1)
 
 
 class ONN(PNN):
@@ -255,15 +250,14 @@ class ONN(PNN):
 
     def forward(self, ids):
         towards = self.towards(ids)
-        copies = towards.diagonal(dim1=1, dim2=2).transpose(1, 2)  # Shape: (B, F, D)
-        inner = self.field_aware_pairs(towards)
-        return self.deep(torch.cat([copies.flatten(1), inner], dim=1)).squeeze(1)
+        copies = towards.diagonal(dim1=1, dim2=2).mT  # Shape: (B, F, D)
+        return self.deep(torch.hstack([copies.flatten(1), self.field_aware_pairs(towards)])).squeeze(1)
 
 
 class AFN(Recommender):
     """first order + MLP on exp(sum_i w_ik ln|e_i|), learned powers. Cheng et al. 2020, Eq. (6)-(8).
 
-    Note: |e| stays above 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range.
+    Note: |e| >= 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range.
     """
 
     def __init__(self, fields, neurons=32):
@@ -274,51 +268,48 @@ class AFN(Recommender):
 
     def forward(self, ids):
         logs = self.embed(ids).abs().clamp(min=1e-4).log()
-        logs = self.log_norm(logs.flatten(1)).view(-1, self.F, self.D)
-        crossed = self.powers(logs.transpose(1, 2)).exp()  # Shape: (B, D, neurons)
+        logs = self.log_norm(logs.flatten(1)).view_as(logs)
+        crossed = self.powers(logs.mT).exp()  # Shape: (B, D, neurons)
         return self.first_order(ids) + self.deep(self.exp_norm(crossed.flatten(1))).squeeze(1)
 
 
 class AutoInt(Recommender):
     """first order + a linear logit on layers of attend(). Song et al. 2019, Eq. (5)-(9)."""
 
-    def __init__(self, fields, layers=2, heads=2):
+    def __init__(self, fields, layers=2):
         super().__init__(fields)
-        self.heads = heads
         self.layers = nn.ModuleList(attention_layer(self.D) for _ in range(layers))
         self.head = linear(self.F * self.D, 1)
 
     def forward(self, ids):
         e = self.embed(ids)
         for layer in self.layers:
-            e = attend(e, layer, self.heads)
+            e = attend(e, layer)
         return self.first_order(ids) + self.head(e.flatten(1)).squeeze(1)
 
 
-def attention_layer(width):
-    names = ("query", "key", "value", "skip")
-    return nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in names})
+def attention_layer(dim):
+    return nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "query key value skip".split()})
 
 
-def attend(e, layer, heads):
-    """ReLU(multi-head dot-product self-attention over the fields + W e). (B, F, D) -> (B, F, D)."""
+def attend(e, layer, heads=2):
+    """ReLU(multi-head dot-product self-attention over fields + W e). (B, F, D) -> (B, F, D)."""
     query, key, value = (layer[name](e).unflatten(2, (heads, -1)).transpose(1, 2)
                          for name in ("query", "key", "value"))  # Shape: (B, heads, F, D / heads)
-    weights = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
     mixed = (weights @ value).transpose(1, 2).flatten(2)  # Shape: (B, F, D)
-    return torch.relu(mixed + layer["skip"](e))
+    return (mixed + layer["skip"](e)).relu()
 
 
 class DIFM(Recommender):
     """FM with w_i and e_i times m_i, attention's + MLP's factor. Lu et al. 2020, Eq. (7)-(12).
 
-    Note: it starts at m = 1, a plain FM; m near 0 would stop every gradient. From embeddings of .05 it
-    overfits within three epochs.
+    Note: starts at m = 1, a plain FM; m near 0 would stop every gradient. From embeddings of .05 it
+    overfits.
     """
 
-    def __init__(self, fields, heads=2):
+    def __init__(self, fields):
         super().__init__(fields, std=0.01)
-        self.heads = heads
         self.attention = attention_layer(self.D)
         self.deep = mlp(self.F * self.D)
         self.from_vectors = nn.Linear(self.F * self.D, self.F)
@@ -327,16 +318,16 @@ class DIFM(Recommender):
 
     def forward(self, ids):
         e = self.embed(ids)
-        vectors, bits = attend(e, self.attention, self.heads), self.deep(e.flatten(1))
-        m = self.from_vectors(vectors.flatten(1)) + self.from_bits(bits)  # Shape: (B, F)
+        m = self.from_vectors(attend(e, self.attention).flatten(1))  # Shape: (B, F)
+        m = m + self.from_bits(self.deep(e.flatten(1)))
         return (m * self.weights(ids).squeeze(2)).sum(1) + self.bias + factorization(m.unsqueeze(2) * e)
 
 
 class FiBiNET(Recommender):
     """first order + MLP on bilinear pairs (e_i W_ij) * e_j of embeddings before and after SENET.
 
-    Huang et al. 2019, Eq. (3)-(9). Note: the MLP sees products only. From .05 and W near 1 L2 shrinks them
-    to 0; from .005 and W near 5 they grow, and after the first order, so that they do not overfit.
+    Huang et al. 2019, Eq. (3)-(9). Note: from .05 and W near 1 L2 shrinks the products to 0, all that the
+    MLP sees; from .005 and 5 they grow after the first order.
     """
 
     def __init__(self, fields):
@@ -349,10 +340,10 @@ class FiBiNET(Recommender):
 
     def forward(self, ids):
         e = self.embed(ids)
-        gates = torch.relu(self.excite(torch.relu(self.squeeze(e.mean(2)))))  # Shape: (B, F)
+        gates = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # Shape: (B, F)
         pairs = [torch.einsum("bpd,pdk->bpk", v[:, self.left], W) * v[:, self.right]  # Shape: (B, P, D)
                  for v, W in zip((e, gates.unsqueeze(2) * e), self.W)]
-        return self.first_order(ids) + self.deep(torch.cat(pairs, dim=1).flatten(1)).squeeze(1)
+        return self.first_order(ids) + self.deep(torch.hstack(pairs).flatten(1)).squeeze(1)
 
 
 class DCNv2(Recommender):
@@ -369,7 +360,7 @@ class DCNv2(Recommender):
         x = x0 = self.embed(ids).flatten(1)
         for layer in self.cross:
             x = x0 * layer(x) + x
-        return self.head(torch.cat([x, self.deep(x0)], dim=1)).squeeze(1)
+        return self.head(torch.hstack([x, self.deep(x0)])).squeeze(1)
 
 
 MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN,
@@ -380,15 +371,15 @@ MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "a
 
 @torch.no_grad()
 def predict(model, ids, batch=16384):
-    """Probabilities of the rows of ids: float32 (n,)."""
+    """Probabilities of rows of ids: float32 (n,)."""
     model.eval()
-    return torch.cat([torch.sigmoid(model(part)) for part in ids.split(batch)]).cpu().numpy()
+    return torch.cat([model(part).sigmoid() for part in ids.split(batch)]).cpu().numpy()
 
 
 def adam(model, args):
-    """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper says nothing of one."""
+    """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper names none."""
     tables = [part.table.weight for part in model.modules() if isinstance(part, FieldEmbedding)]
-    others = [weight for weight in model.parameters() if all(weight is not table for table in tables)]
+    others = [weight for weight in model.parameters() if id(weight) not in map(id, tables)]
     groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": others}]
     return torch.optim.Adam(groups, lr=args.lr, fused=True)
 
@@ -399,24 +390,24 @@ def train(model, train_rows, validation_rows, stranger, args):
     Rows: of rows_of. stranger: the unknown user's id in column 0, or None.
     """
     (ids, labels), wanted = train_rows, validation_rows[1].cpu()
-    optimizer, best_score, seconds = adam(model, args), -float("inf"), 0.0
+    optimizer, best_score, seconds = adam(model, args), -np.inf, 0
     for epoch in range(1, args.epochs + 1):
         model.train()
         start = time.perf_counter()
         order = torch.randperm(len(ids), device=ids.device)
         shuffled, targets = ids[order], labels[order]  # once an epoch; a step is a slice
         if stranger is not None and args.user_dropout:
-            # DEVIATION(10): user dropout. What ids say must not hide behind what the user id remembers.
+            # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
             shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
         for at in range(0, len(ids) - 1, args.batch_size):  # BatchNorm needs two rows
             rows = slice(at, at + args.batch_size)
-            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper's formula lacks.
+            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper lacks.
             loss = nn.functional.binary_cross_entropy_with_logits(model(shuffled[rows]), targets[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         seconds += time.perf_counter() - start
-        if not torch.isfinite(loss):
+        if not loss.isfinite():
             raise UserError(f"the loss is {loss} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
         scores = predict(model, validation_rows[0])
         found = {"val_auc": auc(wanted, scores), "val_logloss": logloss(wanted, scores)}
@@ -432,11 +423,9 @@ def train(model, train_rows, validation_rows, stranger, args):
 
 def run_one(dataset, model_name, ids, seed, inputs, args, device):
     """A cell of the table: {row, state, test and cold probabilities}."""
-    codes = codes_of(ids, inputs.banks, np.random.default_rng((args.seed, seed, 4)))
-    theta = inputs.theta if ids == "userip" else None
-    fields, lookup = build_features(dataset, args.fields, *codes, theta)
+    fields, lookup = build_features(dataset, args.fields, *inputs.of(ids, (args.seed, seed, 4)))
     stranger = len(dataset.users) if args.fields != "attributes" else None
-    has_cold = len(dataset.rows(COLD)) > 0  # then the epoch, too, is chosen for unknown users
+    has_cold = len(dataset.rows(COLD)) > 0  # then the epoch, too, is for unknown users
     hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
@@ -456,11 +445,11 @@ def run_one(dataset, model_name, ids, seed, inputs, args, device):
 
 def mean_sd(values):
     """{mean, sd}: of a sample, 0 of a single value."""
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=min(1, len(values) - 1)))}
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=len(values) > 1))}
 
 
 def summarize(rows):
-    """{model: {ids: entry}}: mean_sd over seeds, also of paired differences to none and random."""
+    """{model: {ids: entry}}: mean_sd over seeds, and of paired differences to none, random."""
     table, cells = {}, {}
     for row in rows:
         cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
@@ -481,8 +470,7 @@ def show(summary, base_logloss):
     def cell(entry, key):
         return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
 
-    titles = ("test_auc", "test_gauc", "test_logloss", "cold_auc", "cold_gauc", "auc_minus_none",
-              "auc_minus_random")
+    titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
     lines = [(model, ids, entry) for model, by_ids in summary.items() for ids, entry in by_ids.items()]
     columns = [key for key in titles if any(key in entry for _, _, entry in lines)]
     print(f"\n{'model':9s}{'ids':12s}" + "".join(f"{key:18s}" for key in columns))
@@ -500,6 +488,16 @@ class Inputs:
     banks: dict
     theta: np.ndarray | None = None
 
+    def of(self, ids, seeds):
+        """A row's (codes, sizes, theta). With theta, random is noise, shuffled another user's: codes are no
+        control, as d numbers a user are a user id in disguise."""
+        rng = np.random.default_rng(seeds)
+        codes, theta = codes_of(ids, self.banks, rng), self.theta if bank_name(ids) == "userip" else None
+        if theta is not None and ids != "userip":
+            noise = rng.standard_normal(theta.shape, dtype=np.float32)
+            theta = noise if "random" in ids else rng.permutation(theta)
+        return *codes, theta
+
     def fingerprints(self, dataset):
         """{"dataset", each bank's name, "theta" if given: fingerprint}."""
         found = {name: fingerprint(*bank) for name, bank in self.banks.items()}
@@ -511,9 +509,8 @@ class Inputs:
 def read_bank(run, name, dataset):
     """(codes (U, M), sizes) of truth.npy (planted), feature_bank.npy (userip) or feature_bank_NAME.npy."""
     if name == "planted":
-        truth = load_truth(run)
-        if truth is None:
-            raise UserError("this data set has no planted truth", run, "leave planted out of --ids")
+        if (truth := load_truth(run)) is None:
+            raise UserError("no planted truth", run, "leave planted out of --ids")
         return truth, (truth.max(axis=0) + 1).tolist()
     bank, card = f"feature_bank_{name}.npy", f"feature_bank_{name}.json"
     if name == "userip":
@@ -528,30 +525,30 @@ def read_bank(run, name, dataset):
     shape = (len(dataset.users), len(sizes))
     kinds = {codes.dtype.kind, sizes.dtype.kind} - {"i", "u"}
     if kinds or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
-        raise UserError(f"{bank} is no int array of {shape} codes from 0 to {facts['codes']}", run,
+        raise UserError(f"{bank} is no int array {shape} of codes 0 to {facts['codes']}", run,
                         f"write it anew; K (in {card}) means unknown")
     return codes, sizes.tolist()
 
 
 def read_inputs(args):
     """(dataset, Inputs), checked to belong together; fills in args.ids."""
-    dataset, truth = load_dataset(args.run), load_truth(args.run)
+    run = args.run
+    dataset, truth = load_dataset(run), load_truth(run)
     for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test"), (COLD, "cold")):
         labels = dataset.rows(split)[:, 2]
         if len(np.unique(labels)) < 2 and (split != COLD or len(labels)):
-            raise UserError(f"all labels of the {name} split are equal", args.run,
-                            "give more data or another --positive-above")
+            raise UserError(f"all {name} labels are equal", run, "give more data or another --positive-above")
     args.ids = args.ids or [ids for ids in IDS if ids != "planted" or truth is not None]
     names = dict.fromkeys(bank_name(ids) for ids in args.ids if ids != "none")
-    banks, theta = {name: read_bank(args.run, name, dataset) for name in names}, None
-    if args.profile_input == "embedding" and "userip" in args.ids:
-        theta = np.array(load(args.run, "profiles.npy"))
-        expected = load(args.run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
-        check_same(args.run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
+    banks, theta = {name: read_bank(run, name, dataset) for name in names}, None
+    if args.profile_input == "embedding" and "userip" in names:
+        theta = np.array(load(run, "profiles.npy"))
+        expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
+        check_same(run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
         spread = theta.std(axis=(0, 2), keepdims=True)  # of a profile; the projection learns the rest
         theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
-    if (args.run / "profiles.json").exists() and load(args.run, "profiles.json").get("rows_kept"):
-        print("WARNING: stage 02 ran with --users: old users' theta has seen the earlier split")
+    if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
+        print("WARNING: 02 ran with --users: old users' theta has seen the earlier split")
     return dataset, Inputs(banks, theta)
 
 
@@ -562,11 +559,11 @@ def default_user_dropout(dataset):
     return max(dropout, 0.5) if len(dataset.rows(COLD)) else dropout
 
 
-def save(args, dataset, inputs, cells, device):
-    """Write results.json, models and predictions from the cells {(model, ids, seed): file}."""
+def save(args, dataset, inputs, cells):
+    """Write results.json, models and predictions from cells {(model, ids, seed): file}."""
     rows, kept = [], "userip" if "userip" in args.ids else args.ids[0]  # of ctr_<model>.pt
     for (model, ids, seed), path in cells.items():
-        cell = load(path.parent, path.name)
+        cell = load(path.parent, path.name, ("row", "state"))
         row = cell["row"]
         rows.append(row)
         for split, ending in (("test", ""), ("cold", "-cold")):
@@ -586,7 +583,6 @@ def save(args, dataset, inputs, cells, device):
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
         "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%d"), "device": str(device),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
     return summary, base_logloss
@@ -605,10 +601,10 @@ def main():
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings)[:12]}"
     cells = {(model, ids, seed): work / f"{model}-{ids}-{seed}.pt"
              for model in args.models for seed in range(args.seeds) for ids in args.ids}
-    pieces = [(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()]
-    do_all(pieces, "training", "run", device)
-    show(*save(args, dataset, inputs, cells, device))
-    shutil.rmtree(work)  # who edits a model and runs again must not get old rows
+    do_all([(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()],
+           "training", "run", device)
+    show(*save(args, dataset, inputs, cells))
+    shutil.rmtree(work)  # an edited model must not get old rows
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt to {args.run}")
 
 

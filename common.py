@@ -1,6 +1,6 @@
-"""What the four stages share and what is not the method: errors, artifacts, devices, metrics, loading an LLM.
+"""What the stages share, beside the method: errors, artifacts, devices, metrics, loading an LLM.
 
-The one model here is the DCN recommender: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04.
+The one model here is the DCN: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04.
 
 Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
@@ -23,22 +23,21 @@ import numpy as np
 import scipy.stats  # scipy and threadpoolctl come with scikit-learn
 import threadpoolctl
 import torch
-import torch.nn.functional as F
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users strange to the recommender
 SEEN = (TRAIN, SUPPORT)  # what inference and controls may look at
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, RANKS = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
-SMALL = 20_000_000  # parameters; below, a second thread gains nothing and spins beside busy neighbours
+SMALL = 20_000_000  # parameters; below, a second thread gains nothing, disturbs neighbours
 
 
 # -------- errors and the command line
 
 class UserError(Exception):
-    """Bad input. Its text is the one line the user sees: what, (where), and what to do."""
+    """Bad input. Its text is the one line the user sees: what, (where); what to do."""
 
     def __init__(self, what, where, todo):
         super().__init__(f"{what} ({where}); {todo}")
@@ -48,16 +47,21 @@ def guarded(main):
     """Run main(). What users can mend ends in one line and exit 2, an interrupt in 130; a bug is raised."""
     torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
     threadpoolctl.threadpool_limits(1)
+    with contextlib.suppress(AttributeError):  # in a notebook
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for ASCII, `| head`
     try:
         main()
     except KeyboardInterrupt:
         fail("interrupted: what is finished is kept; the same command goes on", 130)
     except UserError as error:
         fail(f"error: {error}")
+    except BrokenPipeError:  # of `| head`
+        sys.stdout = io.StringIO()  # else Python complains again at exit
+        fail("error: nobody reads the output (stdout); run it without the pipe")
     except OSError as error:
         fail(f"error: {error.strerror or error} ({error.filename or 'a file of this run'}); check path, "
-             "rights and free disk space, then run it again")
-    except (MemoryError, RuntimeError) as error:  # PyTorch: OutOfMemoryError on a GPU, RuntimeError on a CPU
+             "rights and free disk space")
+    except (MemoryError, RuntimeError) as error:  # PyTorch on a CPU: RuntimeError
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):
             raise
@@ -77,8 +81,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
-        add("--run", type=Path, default=Path("runs/demo"), help="folder of this run's artifacts")
-        add("--seed", type=at_least(0), default=0, help="of everything random in this stage")
+        add("--run", type=folder, default=Path("runs/demo"), help="this run's folder")
+        add("--seed", type=at_least(0, int, 2**32), default=0, help="of everything random in this stage")
         if device:
             add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
 
@@ -86,8 +90,15 @@ class Parser(argparse.ArgumentParser):
         fail(f"error: {message} ({self.prog}); see: python {self.prog} --help")
 
 
+def folder(text):
+    """argparse type: a path, not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give the name of a folder")
+    return Path(text)
+
+
 def at_least(low, kind=int, below=float("inf")):
-    """argparse type: a number, `low` or more and smaller than `below`."""
+    """argparse type: a number, `low` or more, below `below`."""
     def parse(text):
         value = kind(text)
         if not low <= value < below:
@@ -98,50 +109,63 @@ def at_least(low, kind=int, below=float("inf")):
 
 
 def announce(stage, args, reads):
-    """Print what a stage reads and its resolved settings."""
+    """Print what a stage reads and its settings."""
     settings = " ".join(f"{key}={value}" for key, value in vars(args).items() if value is not None)
     print(f"[{stage}] reads {reads}\n[{stage}] {settings}")
 
 
 def progress(items, what, unit):
-    """A tqdm bar over items; none where stderr is no terminal, so that a log stays a log."""
-    return tqdm(items, desc=what, unit=unit, leave=False, disable=True if RANK else None)
+    """A tqdm bar over items; none where stderr is no terminal: a log stays a log."""
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=RANK > 0 or None)
 
 
 # -------- artifacts
 
 @contextlib.contextmanager
 def atomic(path):
-    """Give a temporary name beside `path`, renamed onto it only if the block succeeds, else removed."""
+    """Give a temporary name beside `path`, renamed onto it if the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # a full disk names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def together(run, last):
+    """Give a folder; its files move into `run` if the block succeeds, last `last`, which vouches."""
+    run.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=run, prefix=".new.") as aside:
+        yield Path(aside)
+        (run / last).unlink(missing_ok=True)
+        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == last):
+            os.replace(path, run / path.name)
 
 
 def save_json(path, value):
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", "utf-8")
 
 
-def save_npy(path, array):
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def save_torch(path, value):
-    buffer = io.BytesIO()  # Note: on a full disk torch.save itself raises what looks like a bug
-    torch.save(value, buffer)
+def save_npy(path, array, save=np.save):
+    buffer = io.BytesIO()  # Note: on a full disk these raise what looks like a bug
+    save(buffer, array)
     with atomic(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
-READERS = {".json": lambda path: json.loads(path.read_text(encoding="utf-8")),
+def save_torch(path, value):
+    save_npy(path, value, lambda buffer, value: torch.save(value, buffer))
+
+
+READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
 MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth"),
@@ -163,11 +187,14 @@ def load(run, name, keys=()):
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
+        lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+        wrong = lacking and f"lacks {', '.join(lacking)}"
     except Exception as error:  # broken files fail in many ways
-        raise UserError(f"{name} cannot be read: {error}", run, remedy(run, name)) from error
-    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if lacking:
-        raise UserError(f"{name} lacks {', '.join(lacking)}", run, remedy(run, name))
+        wrong = f"cannot be read: {error}"
+    if wrong:
+        if path.suffix == ".pt" and path.parent.name.startswith(("blocks-", "rows-")):
+            path.unlink()  # a piece is made again
+        raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value
 
 
@@ -177,15 +204,16 @@ def fingerprint(*parts):
     for part in parts:
         if isinstance(part, np.ndarray):
             digest.update(f"{part.dtype}{part.shape}".encode())
+            part = np.atleast_1d(part)
             for start in range(0, len(part), 65536):  # keeps a memory-mapped array out of memory
-                digest.update(np.ascontiguousarray(part[start:start + 65536]).tobytes())
+                digest.update(part[start:start + 65536].tobytes())
         else:
             digest.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
     return digest.hexdigest()
 
 
 def check_same(run, artifact, source, found, expected):
-    """Raise UserError unless an artifact belongs to what it is read with."""
+    """UserError unless an artifact belongs to what it is read with."""
     if found != expected:
         raise UserError(f"{artifact} was made from another {source}", run, remedy(run, artifact))
 
@@ -210,7 +238,7 @@ class Dataset:
 
 
 def load_dataset(run):
-    """Stage 01's artifacts; UserError when they do not belong together."""
+    """Stage 01's artifacts; UserError unless they belong together."""
     facts = load(run, "dataset.json", ("profiles", "task_prompt", "dataset", "fingerprint"))
     dataset = Dataset(load(run, "interactions.npy"), load(run, "users.json"), load(run, "items.json"),
                       facts["profiles"], facts["task_prompt"], facts["dataset"])
@@ -219,7 +247,7 @@ def load_dataset(run):
 
 
 def load_truth(run):
-    """int16 (U, M) planted profiles of a demo run, for evaluation alone; None where there are none."""
+    """int16 (U, M) planted profiles of a demo run, or None; for evaluation alone."""
     if not (Path(run) / "truth.npy").exists():
         return None
     truth, facts = np.array(load(run, "truth.npy")), load(run, "dataset.json", ("truth_fingerprint",))
@@ -238,8 +266,8 @@ def once(path, make, *args):
 def do_all(pieces, what, unit, device):
     """once(*piece) for all pieces (path, make, *args): this rank's share, then, from the end, what is left.
 
-    Small models work side by side, a process a core. The others only help: what they leave undone, by an
-    error too, is done here.
+    Small models work side by side, a process a core. What the others leave undone, by an error too,
+    is done here.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
@@ -253,8 +281,8 @@ def do_all(pieces, what, unit, device):
         with contextlib.suppress(BaseException):
             walk(worker)
 
-    process = multiprocessing.get_context("fork" if workers > 1 else None).Process
-    helpers = [process(target=help_out, args=(worker,), daemon=True) for worker in range(1, workers)]
+    helpers = [multiprocessing.get_context("fork").Process(target=help_out, args=(worker,), daemon=True)
+               for worker in range(1, workers)]
     for helper in helpers:
         helper.start()
     walk(0)
@@ -265,7 +293,7 @@ def do_all(pieces, what, unit, device):
 
 
 def wait_for_all():
-    """Go on when all processes of torchrun got here."""
+    """Wait for all processes of torchrun."""
     if RANKS > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
@@ -278,7 +306,7 @@ def wait_for_all():
 # -------- seeds, devices, metrics
 
 def seeded(*seeds):
-    """Seed torch and return a numpy generator, both from these integers."""
+    """Seed torch and make a numpy generator, both from these integers."""
     generator = np.random.default_rng(seeds)
     torch.manual_seed(int(generator.integers(2**31)))
     return generator
@@ -286,11 +314,11 @@ def seeded(*seeds):
 
 def pick_device(name):
     """torch.device of --device."""
-    if name == "cuda" and not torch.cuda.is_available():
+    if name != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
+    if name == "cuda":
         raise UserError("PyTorch sees no CUDA device", "--device cuda", "take --device cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def auc(labels, scores):
@@ -298,11 +326,11 @@ def auc(labels, scores):
 
 
 def gauc(users, labels, scores):
-    """AUC within each user of both labels, averaged with his rows as weight; None without such. Inputs (n,).
+    """Mean AUC within users of both labels, weighted by their rows; None without such. Inputs (n,).
 
     A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
     """
-    users, level = (np.unique(values, return_inverse=True)[1].astype(np.int64) for values in (users, scores))
+    users, level = (np.unique(values, return_inverse=True)[1] for values in (users, scores))
     rows, positive = np.bincount(users), np.bincount(users, labels)
     ranks = scipy.stats.rankdata(users * len(scores) + level) - (np.cumsum(rows) - rows)[users]
     pairs = positive * (rows - positive)
@@ -311,11 +339,11 @@ def gauc(users, labels, scores):
 
 
 def logloss(labels, probabilities):
-    return float(log_loss(labels, np.asarray(probabilities, dtype=np.float64), labels=[0, 1]))
+    return float(log_loss(labels, np.asarray(probabilities, float), labels=[0, 1]))
 
 
 def peak_memory_mb(device):
-    """Largest memory so far in MB: a GPU's, or this process's on Linux (which counts in KB)."""
+    """Peak memory in MB: a GPU's, or this process's on Linux (which counts in KB)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
@@ -324,26 +352,36 @@ def peak_memory_mb(device):
 # -------- the frozen LLM
 
 def load_language_model(name, dtype, device):
-    """(model, tokenizer) of a hub name or local folder, frozen; dtype: torch's. UserError if it cannot be."""
+    """(model, tokenizer) of a hub name or folder, frozen; dtype: torch's. UserError if it cannot be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, activations, logging
     activations.ACT2FN["gelu_new"] = nn.GELU, {"approximate": "tanh"}  # the same in one kernel, not seven
     logging.set_verbosity_error()
     if Path(name).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    # Note: on a CPU the fused kernel's backward pass is slow in bf16.
+    # Note: on a CPU the fused kernel's backward is slow in bf16.
     attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
+    open_model = AutoModelForCausalLM.from_pretrained
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        try:
+            model = open_model(name, dtype=dtype, attn_implementation=attention)
+        except ValueError:  # an architecture without it
+            model = open_model(name, dtype=dtype, attn_implementation="eager")
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # network, gate, disk, another folder: transformers says which
-        why = next((line.strip() for line in str(error).split("\n") if line.strip()), type(error).__name__)
+    except Exception as error:  # network, gate, disk: transformers says which
+        why = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
-    model = model.to(device).eval().requires_grad_(False)  # only theta will be trainable
+    model = model.to(device).eval().requires_grad_(False)  # only theta is trained
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
+
+
+def lm_fingerprint(model, tokenizer):
+    """Fingerprint of the vocabulary and of up to 256 numbers of each tensor."""
+    return fingerprint(tokenizer.get_vocab(), [
+        weight.flatten()[::weight.numel() // 256 + 1].tolist() for weight in model.parameters()])
 
 
 def count_parameters(model):
@@ -351,7 +389,7 @@ def count_parameters(model):
 
 
 def pieces_of(tokenizer, texts, anchor=" a;"):
-    """Token ids of each text as in mid-sentence: at the start sentencepiece would put a space before it."""
+    """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it."""
     skip = len(tokenizer.encode(anchor, add_special_tokens=False))
     return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
 
@@ -374,8 +412,8 @@ class Field:
 class FieldEmbedding(nn.Module):
     """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
 
-    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it does
-    not leave the saddle at 0, where products have no gradient.
+    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it stays
+    at the saddle at 0, where products have no gradient.
     """
 
     def __init__(self, fields, dim, std=0.05):
@@ -400,17 +438,16 @@ class FieldEmbedding(nn.Module):
         embedded = self.table(ids * self.learned + self.offsets)  # Shape: (B, columns, D)
         if self.plain:
             return embedded
-        parts, column = [], 0
+        parts, end = [], 0
         for field in self.fields:
-            own = slice(column, column + field.width)
+            column, end = end, end + field.width
             part = embedded[:, column]
             if field.vectors is not None:
                 part = self.projections[field.name](getattr(self, f"vectors_{field.name}")[ids[:, column]])
             elif field.width > 1:
-                present = (ids[:, own] < field.size).to(embedded.dtype).unsqueeze(-1)
-                part = (embedded[:, own] * present).sum(1) / present.sum(1).clamp(min=1)
+                present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
+                part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
             parts.append(part)
-            column += field.width
         return torch.stack(parts, dim=1)  # Shape: (B, F, D)
 
 
@@ -439,14 +476,14 @@ def linear(width, size):
 
 def mlp(width):
     """16-16 with ReLU and dropout .2, section 3.4."""
-    return nn.Sequential(linear(width, 16), nn.ReLU(), nn.Dropout(0.2),
-                         linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
+    return nn.Sequential(
+        linear(width, 16), nn.ReLU(), nn.Dropout(0.2), linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
 
 
 class DCN(nn.Module):
     """Deep & Cross Network (Wang et al. 2017), sizes of section 3.4. ids (B, columns) -> logits (B,).
 
-    logit: embeddings (B, F, D) -> logits, for stage 03, which appends `extra_fields` of its own.
+    logit: embeddings (B, F, D) -> logits; stage 03 appends `extra_fields` of its own.
     """
 
     def __init__(self, fields, dim=8, layers=3, extra_fields=0):
@@ -465,8 +502,8 @@ class DCN(nn.Module):
 
 # -------- the tiny LM: no part of the method, skip it first
 #
-# The demo must not need a download. This small GPT-2 learns from sentences about invented people what LLMs
-# know from the web: which titles go with which word in a profile's slot.
+# The demo needs no download. This small GPT-2 learns from sentences about invented people what LLMs know
+# from the web: which titles go with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
 LIKING = 1.4     # rated: log odds of liking a title that fits all his tastes; less this where none fits
@@ -480,7 +517,7 @@ class Trait:
         self.name, self.prompt = profile["name"], profile["prompt"]
         self.likes = profile.get("likes", {})  # a critic's word tells his share of likes
         values = [item["attributes"].get(self.name, []) for item in items]
-        self.words = sorted(self.likes) or sorted({value for found in values for value in found})
+        self.words = sorted(self.likes or set().union(*values))
         self.fits = np.array([[word in found for found in values] for word in self.words])
         if self.words:
             share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
@@ -492,14 +529,14 @@ class Trait:
 def make_sentences(traits, items, count, length, rng, rated):
     """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
 
-    Half have a word for each profile, half for one only (so that x^m is understood alone, as the strict mask
-    demands). Most texts are short: the word has to tell what other titles cannot.
+    Half have a word for each profile, half for one only: the strict mask wants x^m understood alone. Most
+    texts are short: the word has to tell what other titles cannot.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
     lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
     sentences = []
     for number in range(count):
-        told = usable if number % 2 == 0 or len(usable) == 1 else [usable[number // 2 % len(usable)]]
+        told = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]
         person = {m: rng.choice(len(traits[m].words), p=traits[m].frequency) for m in told}
         tastes = [(traits[m], value) for m, value in person.items() if not traits[m].likes]
         fitting = (trait.contrast[value] * trait.fits[value] for trait, value in tastes)
@@ -522,7 +559,7 @@ def encode_sentences(tokenizer, traits, task_prompt, sentences):
     """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 is none."""
     *names, task = pieces_of(tokenizer, [*(trait.prompt for trait in traits), task_prompt])
     texts = {f" {word}" for words, _ in sentences for word in words.values()}
-    texts = sorted(texts | {text for _, titles in sentences for text in titles})
+    texts = sorted(texts.union(*(titles for _, titles in sentences)))
     ids_of = dict(zip(texts, pieces_of(tokenizer, texts)))
     prompts = [[token for m, word in words.items() for token in names[m] + ids_of[f" {word}"]] + task
                for words, _ in sentences]
@@ -538,7 +575,7 @@ def encode_sentences(tokenizer, traits, task_prompt, sentences):
 def next_token_loss(model, ids, targets):
     """Mean nats per token that has a target."""
     logits = model(ids).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
 
 
 def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
@@ -546,8 +583,8 @@ def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer()
-    told = ["".join(f"{traits[m].prompt} {word}" for m, word in words.items()) for words, _ in sentences]
-    lines = [words + task_prompt + "".join(titles) for words, (_, titles) in zip(told, sentences)]
+    lines = ["".join([*(f"{traits[m].prompt} {word}" for m, word in words.items()), task_prompt, *titles])
+             for words, titles in sentences]
     bpe.train_from_iterator(lines, vocab_size=vocabulary, min_frequency=2, show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
@@ -593,11 +630,11 @@ def train_tiny(dataset, folder, length, args):
     items = [{key: dataset.items[item][key] for key in ("title", "attributes")} for item in seen]
     width, words, count = TINY_SIZES[len(items) > 500]
     count = args.tiny_sentences or count
-    settings = [args.seed, args.history, TINY_FIT, LIKING, length, width, words, count]
-    key = fingerprint(items, dataset.profiles, dataset.task_prompt, settings)
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        if json.loads((folder / "tiny.json").read_text())["fingerprint"] == key:
-            return
+    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [
+        args.seed, args.history, TINY_FIT, LIKING, length, width, words, count])
+    with contextlib.suppress(UserError):
+        if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
+            return load_language_model(str(folder), torch.float32, torch.device("cpu"))  # it is whole
     traits = [Trait(profile, items) for profile in dataset.profiles]
     if not any(trait.words for trait in traits):
         raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")
@@ -619,17 +656,12 @@ def train_tiny(dataset, folder, length, args):
 
 
 def save_tiny(folder, model, tokenizer, facts):
-    """Write aside, then move in; tiny.json, which vouches for the others, comes last."""
     from transformers import logging
     logging.disable_progress_bar()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".lm-tiny.") as aside:
+    with together(folder, "tiny.json") as aside:
         try:
             model.save_pretrained(aside)
             tokenizer.save_pretrained(aside)
         except Exception as error:  # safetensors has its own for a full disk
             raise UserError(f"the tiny LM cannot be written: {error}", folder, "free disk space") from error
-        (folder / "tiny.json").unlink(missing_ok=True)
-        for path in Path(aside).iterdir():
-            os.replace(path, folder / path.name)
-    save_json(folder / "tiny.json", facts)
+        save_json(aside / "tiny.json", facts)

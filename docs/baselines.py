@@ -81,7 +81,7 @@ class World:
 def kar_slot(world, histories):
     """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM,
     slot and space as ours, the direction reversed; an empty history gives 02's slot start."""
-    words, theta = world.likelihood.words.weight.float(), []
+    words, theta = world.likelihood.vectors(), []
     for name in world.names:
         logits = world.logits([world.begin + list(ids) + name for ids in histories])
         probability, index = logits.softmax(1).topk(infer.SLOT_WORDS)

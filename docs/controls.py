@@ -72,7 +72,7 @@ def text_clusters(vectors, sizes, seed):
 def text(problem, sizes, device, seed):
     """The mean of the word vectors of a history."""
     likelihood, histories, *_ = problem.open_likelihood(device)
-    words = likelihood.words.weight.float().cpu().numpy()
+    words = likelihood.vectors().cpu().numpy()
     vectors = [words[ids].mean(0) if len(ids) else words[0] * np.nan for ids in histories]
     return text_clusters(np.array(vectors), sizes, seed)
 

@@ -34,7 +34,7 @@ class Lexicon:
     """
 
     def __init__(self, likelihood, tokenizer, dataset):
-        table = likelihood.words.weight.detach().float().cpu()
+        table = likelihood.vectors().detach().cpu()
         tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
         texts = [tokenizer.decode([index]).strip() for index in range(len(tokens))]
         begins = [token is not None and token[0] in "\u0120\u2581" and text.isalpha()
@@ -116,7 +116,7 @@ class Explainer:
         settings = SimpleNamespace(**self.problem.facts)
         self.texts = infer.history_texts(self.problem.dataset, common.SEEN, settings)
         self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
-        self.population = self.problem.theta[self.problem.known].mean(axis=0)
+        self.population = np.array(self.problem.facts["start"], dtype=np.float32)  # where all users started
 
     @torch.no_grad()
     def nll(self, user, theta):

@@ -36,9 +36,8 @@ def open_model(args, device):
     found = inputs.fingerprints(dataset)
     made_from = {key: facts["fingerprints"].get(key) for key in found}
     common.check_same(args.run, f"{name}.pt", "feature bank or dataset", found, made_from)
-    rng = np.random.default_rng((facts["seed"], 0, 4))  # run_one's of the repetition that is kept
-    codes = ctr.codes_of(facts["ids"], inputs.banks, rng)
-    fields, lookup = ctr.build_features(dataset, facts["fields"], *codes, inputs.theta)
+    row = inputs.of(facts["ids"], (facts["seed"], 0, 4))  # run_one's of the repetition that is kept
+    fields, lookup = ctr.build_features(dataset, facts["fields"], *row)
     model = ctr.MODELS[args.model](fields).to(device)
     try:
         model.load_state_dict(common.load(args.run, f"{name}.pt"))

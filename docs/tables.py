@@ -6,10 +6,12 @@
 
 A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
 codebooks, the random and shuffled codes and the recommender. In a study of folds, seed s makes the split and
-the cold users too. A study is a list of variants; where a variant's flags for a stage are None, it takes the
-first variant's artifacts of the same repetition. p: paired t-test over the repetitions; Holm: the same,
-corrected for all rows of the table that are no controls; [ ]: 95% bootstrap interval, in which users and
-repetitions are resampled together.
+the cold users too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a
+list of variants; where a variant's flags for a stage are None, it takes the artifacts of the same repetition
+from the first variant, or from the first variant of the study that stands in FROM.
+
+p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
+controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
 
 Writes: runs/studies/NAME/VARIANT/s (run folders), docs/results/NAME.json (all that a table needs) and, with
         --write, docs/RESULTS.md
@@ -66,10 +68,11 @@ ATTRIBUTES = "--fields attributes --ids none,random,shuffled,metadata,text,gener
 COLD = "--fields ids+attributes --ids"
 STUDIES = {  # name: {variant: flags}
     "demo": demo(""), "demo7": demo("--seed 7"), "nosignal": demo("--signal 0"),
-    "demo-models": {"default": variant("", "", "", "", "--models all --ids none,random,shuffled,userip")},
+    "demo-models": {"default": variant(None, None, "", "", "--models all --ids none,random,shuffled,userip")},
     "demo-ablations": {
-        "default": variant("", "", "", "", "--ids none,random,userip,planted"),
-        "without VQ: theta through a projection (Table 3)": own("", "--ids userip --profile-input embedding"),
+        "default": variant(None, None, "", "", "--ids none,random,userip,planted"),
+        "without VQ: theta through a projection (Table 3)": own(
+            "", "--ids random,shuffled,userip --profile-input embedding"),
         "plain k-means": own("--quantizer kmeans"), "no likelihood in the joint loss": own("--no-llm-loss"),
         "EM, codes as soft tokens": own("--assign likelihood"),
         "EM from the words": own("--assign likelihood --start words"),
@@ -81,13 +84,13 @@ STUDIES = {  # name: {variant: flags}
         "history of all titles": variant(None, "--history all", fourth="--ids userip"),
         "nonsense profile names": variant("", "--lm {base}/lm-tiny", fourth="--ids userip",
                                           names=("zorp", "quell"))},
-    "demo-codes": {"K = 4,3": variant("", "", "", "", "--ids none,random,userip,planted"), **{
+    "demo-codes": {"K = 4,3": variant(None, None, "", "", "--ids none,random,userip,planted"), **{
         f"K = {sizes}": own(f"--codes {sizes}", "--ids none,random,userip")
         for sizes in ("2,3", "8,3", "16,3", "4,9", "4,27")}},
     "ml-100k": {"default": variant(ML, "--lm tiny", "", "metadata text generosity words",
                                    f"--ids {ROWS},generosity")},
     "ml-100k-attributes": {
-        "liked titles": variant(ML, "--lm tiny", "", "metadata text generosity words", ATTRIBUTES),
+        "liked titles": variant(None, None, "", "metadata text generosity words", ATTRIBUTES),
         "EM": own("--assign likelihood", "--fields attributes --ids userip"),
         "rated titles and a critic": variant(f"{ML} --critic", "--lm tiny --history rated", "", "",
                                              "--fields attributes --ids none,random,userip")},
@@ -100,6 +103,9 @@ STUDIES = {  # name: {variant: flags}
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
             f"{COLD} none,random,metadata,generosity,userip")},
 }
+FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo",
+        "ml-100k-attributes": "ml-100k"}
+ONE_THETA = ("ml-100k", "ml-100k-attributes")
 FOLDS = ("ml-100k-cold", "ml-100k-cold-rated")  # studies in which a repetition is a fold of the data too
 
 
@@ -127,14 +133,17 @@ def repeat(study, name, seed, data_dir):
         return
     run.mkdir(parents=True, exist_ok=True)
     log, variants = run / "log.txt", STUDIES[study]
-    base, flags = folder(study, next(iter(variants)), seed), variants[name]["flags"]
+    origin, flags = FROM.get(study, study), variants[name]["flags"]
+    base = folder(origin, next(iter(STUDIES[origin])), seed)
+    if study in ONE_THETA and seed and flags[0] is not None:
+        base, flags = folder(study, name, 0), (None, None, *flags[2:])
     for number in (1, 2):
         for file in MADE_BY[number] if flags[number - 1] is None else ():
             if (base / file).is_dir():
                 shutil.copytree(base / file, run / file, dirs_exist_ok=True)
             elif (base / file).exists():
                 shutil.copy(base / file, run / file)
-    first = next(iter(variants.values()))["flags"][0]
+    first = next(iter(STUDIES[origin].values()))["flags"][0]
     if flags[0] is not None:
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
         words += f" --data-dir {data_dir}" if data_dir and "--dataset" in words else ""
@@ -399,6 +408,7 @@ def notes(data, cells):
         if health:
             found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
     kind = "folds" if data["study"] in FOLDS else "repetitions"
+    kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
                  f"{data['user_dropout']}; `python docs/tables.py {data['study']} --seeds {seeds}` on "

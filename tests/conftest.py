@@ -3,8 +3,11 @@
 import importlib
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +32,40 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def run_stage(script, *args, env=None, cwd=ROOT, timeout=300):
-    """Run a script as a user would; returns the finished process."""
+    """Run a script as a user would, in a new interpreter; returns the finished process."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True,
                           text=True, cwd=cwd, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
+def fork_stage(script, *args, cwd=ROOT):
+    """The same in a forked process: torch, which takes seconds to import, is there already."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+                os.chdir(cwd)
+                sys.argv = [str(script), *map(str, args)]
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+                status = 0
+            except SystemExit as stop:
+                status = stop.code or 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        _, status = os.waitpid(child, 0)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode())
+    return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), *texts)
 
 
 def call_stage(module, *args):
@@ -134,7 +167,8 @@ def world():
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
     return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict",
-                              "history": "liked", "max_history": 20, **changes})
+                              "history": "liked", "max_history": 20, "block_size": None, "seed": 0,
+                              **changes})
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def test_a_bank_by_name_is_a_row_with_controls_of_its_own(inferred, tmp_path, ca
     assert len({row["test_auc"] for row in rows.values()}) == 5
     write_bank(run, "one", np.arange(len(rows_of(run, "users.json"))) % 3, [2])
     message = refused(capsys, "--run", run, "--ids", "one")  # a vector is no table
-    assert "feature_bank_one.npy is no int array of" in message
+    assert "feature_bank_one.npy is no int array" in message
     write_bank(run, "one", np.arange(len(rows_of(run, "users.json")))[:, None] % 3, [2])  # 2: unknown
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "one,none")
     grown, plain = (row["parameters"] for row in common.load(run, "results.json")["rows"])
@@ -220,11 +220,11 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: (run / "feature_bank_mine.json").write_text("{}"), "lacks codes, dataset_finger"),
     (lambda run, codes: (run / "feature_bank_mine.npy").write_bytes(b"x"), "bank_mine.npy cannot be read"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0"), "another dataset"),
-    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "is no int array of"),
-    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "is no int array of"),
-    (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "is no int array of"),
-    (lambda run, codes: write_bank(run, "mine", codes - 1, [4, 3]), "codes from 0 to [4, 3]"),
-    (lambda run, codes: write_bank(run, "mine", codes * 0 + 4, [4, 3]), "codes from 0 to [4, 3]"),
+    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "is no int array"),
+    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "is no int array"),
+    (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "is no int array"),
+    (lambda run, codes: write_bank(run, "mine", codes - 1, [4, 3]), "codes 0 to [4, 3]"),
+    (lambda run, codes: write_bank(run, "mine", codes * 0 + 4, [4, 3]), "codes 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes, 4), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, "3"]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3.5]), "feature_bank_mine.json")]
@@ -482,7 +482,7 @@ def test_cold_rows_of_one_label_are_refused_and_their_absence_is_not(cold_run, t
     np.save(run / "interactions.npy", interactions)
     dataset = dataclasses.replace(dataset, interactions=interactions)
     (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
-    assert "all labels of the cold split are equal" in refused(capsys, "--run", run, "--ids", "none")
+    assert "all cold labels are equal" in refused(capsys, "--run", run, "--ids", "none")
 
 
 # ---------------------------------------------------------------- the table
@@ -640,7 +640,7 @@ def afm_by_loops(model, e, pairs):
 
 
 def difm_by_loops(model, e, w, pairs):
-    vectors = flat(attention_by_loops(model.attention, e, model.heads))
+    vectors = flat(attention_by_loops(model.attention, e, 2))
     bits = matrix(model.from_bits.weight, perceptron(model.deep, flat(e)))
     m = [a + b for a, b in zip(perceptron(model.from_vectors, vectors), bits)]
     return float(model.bias.detach()) + dot(m, w) + sum(m[i] * m[j] * dot(e[i], e[j]) for i, j in pairs)
@@ -685,7 +685,7 @@ def by_loops(name, model, e, w):
         return first + afn_by_loops(model, e)
     if name == "autoint":
         for layer in model.layers:
-            e = attention_by_loops(layer, e, model.heads)
+            e = attention_by_loops(layer, e, 2)
         return first + perceptron(model.head, flat(e))[0]
     if name == "difm":
         return difm_by_loops(model, e, w, pairs)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (call_stage, copy_run, infer, likelihood_of, load_script, ok, quantize, random_theta,
-                      run_stage)
+                      fork_stage)
 
 import common
 
@@ -77,7 +77,7 @@ def test_attention_to_theta_is_the_average_over_layers_and_heads(world, lm):
 
 def test_the_card_and_the_figures_over_all_users(inferred):
     users = json.loads((inferred / "users.json").read_text())
-    printed = ok(run_stage("docs/explain.py", "--run", inferred, "--user", users[3], "--all")).stdout
+    printed = ok(fork_stage("docs/explain.py", "--run", inferred, "--user", users[3], "--all")).stdout
     bank = np.load(inferred / "feature_bank.npy")
     assert all(part in printed for part in (f"user {users[3]}", f"code {bank[3, 0]}", "greedily",
                                             "hobby: planted word nearest"))
@@ -88,7 +88,7 @@ def test_the_card_and_the_figures_over_all_users(inferred):
     assert explainer.nll(3, theta[5]) == pytest.approx(expected, rel=1e-5)
     assert f"under own theta {explainer.nll(3, theta[3]):.4f}" in printed
     for flags, message in ((["--user", "nobody"], "no user has the id nobody"), ([], "say what to explain")):
-        refused = run_stage("docs/explain.py", "--run", inferred, *flags)
+        refused = fork_stage("docs/explain.py", "--run", inferred, *flags)
         assert refused.returncode == 2 and message in refused.stderr
 
 
@@ -107,11 +107,11 @@ def test_statistics_find_a_planted_word_that_is_there(inferred):
 
 def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
-    refused = run_stage("docs/figures.py", "--run", run)
+    refused = fork_stage("docs/figures.py", "--run", run)
     assert refused.returncode == 2 and "results.json is missing" in refused.stderr
     assert not (run / "figures").exists()
-    ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 1))
-    printed = ok(run_stage("docs/figures.py", "--run", run)).stdout
+    ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 1))
+    printed = ok(fork_stage("docs/figures.py", "--run", run)).stdout
     assert "attention to theta on fillers / words of titles / marks (3 / " in printed
     drawn = {path.stem: path.read_bytes() for path in (run / "figures").iterdir()}
     assert set(drawn) == {"likelihood", "attention", "mask", "theta", "usage", "results"}
@@ -119,7 +119,7 @@ def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
     facts = json.loads((run / "profiles.json").read_text())
     del facts["train_nll_steps"]  # as a run of an earlier version
     (run / "profiles.json").write_text(json.dumps(facts))
-    refused = run_stage("docs/figures.py", "--run", run)
+    refused = fork_stage("docs/figures.py", "--run", run)
     assert refused.returncode == 2 and "lacks train_nll_steps" in refused.stderr
     assert "Traceback" not in refused.stderr
 

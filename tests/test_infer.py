@@ -249,7 +249,7 @@ def test_a_non_finite_likelihood_is_one_line_that_names_its_users_alone(world):
     model, tokenizer = make_lm("gpt2")
     likelihood = Poisoned(model, infer.prompt_segments(tokenizer, world[0]))
     start, spread, histories = problem(likelihood)
-    with pytest.raises(common.UserError, match=r"theta is not finite for users 3 of users.json \(--lr 0.1"):
+    with pytest.raises(common.UserError, match=r"theta is not finite for users 3 \(--lr 0.1"):
         infer.infer_block(likelihood, start, spread, histories, [0, 3, 5], settings())
 
 

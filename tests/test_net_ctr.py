@@ -451,6 +451,26 @@ def test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0(inferred):
     assert (gaps > 1e-4).all()
 
 
+def test_with_theta_the_controls_are_vectors_too(inferred, tmp_path):
+    """Codes would be no control: d numbers a user tell who he is. Noise as wide has as many parameters."""
+    dataset, inputs = inputs_of(inferred, "embedding")
+    theta = inputs.theta
+    assert inputs.of("userip", (0, 0, 4))[2] is theta and inputs.of("none", (0, 0, 4)) == (None, None, None)
+    noise, again, other = (inputs.of("random", (0, seed, 4))[2] for seed in (0, 0, 1))
+    assert noise.shape == theta.shape and np.array_equal(noise, again) and not np.array_equal(noise, other)
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+    assert np.array_equal(inputs.of("random-userip", (0, 0, 4))[2], noise)
+    lent = inputs.of("shuffled", (0, 0, 4))[2]
+    rows = [theta.reshape(len(theta), -1), lent.reshape(len(theta), -1)]
+    assert np.array_equal(*(found[np.lexsort(found.T)] for found in rows))
+    assert (rows[0] != rows[1]).any(1).sum() > 90
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(ctr, "--run", run, "--profile-input", "embedding", "--seeds", 1, "--epochs", 1,
+               "--ids", "random,shuffled,userip,planted")
+    rows = {row["ids"]: row["parameters"] for row in json.loads((run / "results.json").read_text())["rows"]}
+    assert rows["random"] == rows["shuffled"] == rows["userip"] > rows["planted"] + 400
+
+
 def test_theta_that_somebody_changed_is_refused(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
     np.save(run / "profiles.npy", np.load(run / "profiles.npy")[::-1])

@@ -35,8 +35,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 64)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_history"] == unknown.sum()
-    if unknown.any():
-        assert np.allclose(profiles[unknown], profiles[~unknown].mean(0), atol=1e-6)
+    assert (profiles[unknown] == np.float32(facts["start"])).all()
     call_stage(infer, "--run", run, "--tiny-sentences", 1000, "--steps", 9)
     trained = "training the tiny LM"
     assert trained in printed[1].stdout and trained not in capsys.readouterr().out
@@ -94,7 +93,9 @@ def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_fo
     assert_bytes_equal(tmp_path / "clean" / "feature_bank.npy", tmp_path / "poisoned" / "feature_bank.npy")
 
 
-def test_support_rows_change_theta_of_their_own_users_alone(lm_folders, tmp_path):
+def test_support_rows_change_theta_of_their_own_users_alone(lm_folders, tmp_path, monkeypatch):
+    """But for the population's theta, where all start."""
+    monkeypatch.setattr(infer, "fit_population", lambda likelihood, start, *_: start)
     clean, poison = tmp_path / "clean", tmp_path / "poisoned"
     call_stage(prepare, "--run", clean, "--subsample-users", 100, "--cold-users", 0.3)
     poisoned(clean, poison, (SUPPORT,))
@@ -286,6 +287,30 @@ def scale(name, factor, shift=0):
     return lambda run: np.save(run / name, np.load(run / name) * factor + shift)
 
 
+def change_inferred(change):
+    def damage(run):
+        owners = json.loads((run / "profiles_users.json").read_text())
+        owners["inferred"] = change(owners["inferred"])
+        (run / "profiles_users.json").write_text(json.dumps(owners))
+    return damage
+
+
+def change_facts(change):
+    def damage(run):
+        facts = json.loads((run / "profiles.json").read_text())
+        change(facts)
+        (run / "profiles.json").write_text(json.dumps(facts))
+    return damage
+
+
+def change_codebooks(change):
+    def damage(run):
+        saved = torch.load(run / "codebooks.pt")
+        change(saved)
+        torch.save(saved, run / "codebooks.pt")
+    return damage
+
+
 BAD = [  # stage, flags, what happens to the run before, words the error must hold
     (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["cannot read u.genre", "/nowhere"]),
     (prepare, ["--min-interactions", 100000], None, ["0 interactions are left", "lower it"]),
@@ -295,6 +320,8 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (prepare, ["--positive-above", "nan"], None, ["--positive-above", "out of range"]),
     (prepare, ["--cold-users", 1.5], None, ["--cold-users", "out of range"]),
     (prepare, ["--cold-users", -0.1], None, ["--cold-users", "out of range"]),
+    (prepare, ["--signal", 1000], None, ["--signal", "out of range"]),
+    (infer, ["--prior", 1e308], None, ["--prior", "out of range"]),
     (infer, ["--steps", -3], None, ["--steps", "smallest is 1"]),
     (infer, ["--lr", 0], None, ["--lr", "out of range"]),
     (infer, ["--lr", "inf"], None, ["--lr", "out of range"]),
@@ -308,6 +335,25 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, [], long_prompt, ["no title fits", "change --lm"]),
     (infer, ["--users", "/nowhere"], None, ["other settings (steps)", "the first run"]),
     (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], put("profiles.json", "[]"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], put("profiles.json", "null"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], change_inferred(lambda rows: [*rows, 10**6]), ["another profiles.json", "02_infer"]),
+    (quantize, [], change_inferred(lambda rows: ["1", *rows]), ["another profiles.json", "02_infer"]),
+    (quantize, [], change_inferred(lambda rows: None), ["another profiles.json", "02_infer"]),
+    (quantize, [], lambda run: np.save(run / "interactions.npy", np.int32(3)), ["another dataset"]),
+    (quantize, [], lambda run: np.save(run / "profiles.npy", np.float32(3)), ["another profiles.json"]),
+    (quantize, ["--seed", 5000000000], None, ["--seed", "out of range"]),
+    (quantize, ["--lr", 1e30], None, ["--lr", "out of range"]),
+    (quantize, ["--lr", 1e38, "--assign", "likelihood"], None, ["--lr", "out of range"]),
+    (quantize, ["--beta", 1e39], None, ["--beta", "out of range"]),
+    (infer, ["--users", "/nowhere"], change_facts(lambda facts: facts.pop("seconds")),
+     ["profiles.json lacks seconds", "02_infer_profiles.py"]),
+    (quantize, ["--keep-codebooks"], change_facts(lambda facts: facts["start"].reverse()),
+     ["made with another LLM", "03_quantize.py"]),
+    (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["codebooks"].pop()),
+     ["codebooks.pt has 1 books of vq", "--keep-codebooks"]),
+    (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["facts"].update(quantizer="ward")),
+     ["codebooks.pt has 2 books of ward", "--keep-codebooks"]),
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
     (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["does not go with --quantizer vq"]),
     (quantize, ["--quantizer", "words", "--assign", "nearest"], None, ["does not go with --quantizer words"]),
@@ -329,8 +375,10 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, ["--codes", "500,3"], None, ["500 codes for", "choose fewer"]),
     (quantize, ["--alpha", -1], None, ["--alpha", "out of range"]),
     (ctr, [], put("quantize.json", "[]"), ["quantize.json lacks", "03_quantize.py"]),
-    (ctr, [], beyond, ["feature_bank.npy", "codes from 0 to [4, 3]"]),
-    (ctr, ["--ids", "none"], one_class, ["all labels of the test split are equal"]),
+    (ctr, [], put("profiles.json", "[]"), ["profiles.json lacks rows_kept", "02_infer_profiles.py"]),
+    (ctr, [], put("profiles.json", "null"), ["profiles.json lacks rows_kept", "02_infer_profiles.py"]),
+    (ctr, [], beyond, ["feature_bank.npy", "codes 0 to [4, 3]"]),
+    (ctr, ["--ids", "none"], one_class, ["all test labels are equal"]),
     (ctr, [], drop("feature_bank.npy"), ["feature_bank.npy is missing", "03_quantize.py"]),
     (ctr, [], scale("feature_bank.npy", 0), ["another quantize", "03_quantize.py"]),
     (ctr, [], other_dataset, ["another dataset", "03_quantize.py"]),

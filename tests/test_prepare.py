@@ -6,7 +6,7 @@ import json
 import conftest
 import numpy as np
 import pytest
-from conftest import ML_100K, call_stage, ok, prepare, prepare_args, run_stage
+from conftest import ML_100K, call_stage, ok, prepare, prepare_args, fork_stage
 from sklearn.metrics import normalized_mutual_info_score
 
 import common
@@ -44,7 +44,7 @@ def test_ml_100k_files_end_in_the_documented_artifacts(tmp_path):
     rows = [(u, i, rng.integers(1, 6), 1000 * u + rng.integers(900)) for u in range(1, 21)
             for i in rng.choice(np.arange(1, 31), 12, replace=False)]
     folder = write_ml_100k(tmp_path / "raw", rows, titles)
-    process = run_stage("01_prepare_data.py", "--dataset", "ml-100k", "--data-dir", folder,
+    process = fork_stage("01_prepare_data.py", "--dataset", "ml-100k", "--data-dir", folder,
                         "--run", tmp_path / "run")
     assert ok(process).stderr == "" and "\r" not in process.stdout  # a log stays a log
     facts = json.loads((tmp_path / "run/dataset.json").read_text())

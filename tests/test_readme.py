@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import ROOT, call_stage, copy_run, load_script, ok, run_stage
+from conftest import ROOT, call_stage, copy_run, fork_stage, load_script, ok
 from test_prepare import write_ml_100k
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", 
 
 
 def test_every_flag_they_name_exists():
-    offered = "".join(ok(run_stage(name, "--help")).stdout for name in (*SCRIPTS, *OTHERS))
+    offered = "".join(ok(fork_stage(name, "--help")).stdout for name in (*SCRIPTS, *OTHERS))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT + PAGE)) - FOREIGN
     assert len(named) > 20 and not [flag for flag in named if not re.search(rf"{flag}[\s,\]]", offered)]
 
@@ -100,8 +100,8 @@ def test_a_part_can_be_swapped_as_it_says(part, flags, code, inferred, lm_folder
     lm = [] if "--lm" in flags else ["--lm", lm_folders["gpt2"]]
     small = {"prompt": [*lm, "--steps", 3], "mask": [*lm, "--steps", 3], "LLM": ["--steps", 3],
              "quantizer": [], "recommender": ["--seeds", 1, "--epochs", 2]}
-    ok(run_stage(tmp_path / "mine.py", "--run", run, *flags.split(), *small[part.removeprefix("the ")],
-                 cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+    ok(fork_stage(tmp_path / "mine.py", "--run", run, *flags.split(), *small[part.removeprefix("the ")],
+                  cwd=tmp_path))
     if "recommender" in part:
         assert json.loads((run / "results.json").read_text())["rows"][0]["model"] == "wide_deep"
     else:
@@ -113,9 +113,9 @@ def test_ids_of_ones_own_enter_as_it_says(inferred, tmp_path):
     code = re.search(r"```python\n# bring your own ids: python mine\.py\n(.*?)```", TEXT, re.S)[1]
     run = copy_run(inferred, tmp_path / "runs" / "demo")
     (tmp_path / "mine.py").write_text(code)
-    ok(run_stage(tmp_path / "mine.py", cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}))
+    ok(fork_stage(tmp_path / "mine.py", cwd=tmp_path))
     flags = re.search(r"`python 04_train_ctr\.py (--ids [^`]*random-mine[^`]*)`", TEXT)[1].split()
-    ok(run_stage("04_train_ctr.py", "--run", run, *flags, "--seeds", 1, "--epochs", 1))
+    ok(fork_stage("04_train_ctr.py", "--run", run, *flags, "--seeds", 1, "--epochs", 1))
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert [row["ids"] for row in rows] == ["none", "random-mine", "mine", "userip"]
 

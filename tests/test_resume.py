@@ -128,7 +128,7 @@ def call_04(monkeypatch, run, *flags, number=10**9):
 
 
 def blocks_done(run):
-    return len(list(run.glob("blocks-*/*.pt")))
+    return len(list(run.glob("blocks-*/[0-9]*.pt")))
 
 
 def leftovers(run):
@@ -210,7 +210,7 @@ def test_killed_five_times_at_random_points_it_ends_in_the_same_bytes(run, flags
 
 
 @pytest.mark.parametrize("owner, name, number, only", [
-    (infer, "load", 1, lambda _, name: name == "000007.pt"),  # half of the rows are written
+    (infer, "load", 1, lambda _, name, *keys: name == "000007.pt"),  # half of the rows are written
     (infer, "heldout_nll", 1, lambda *_: True), (infer, "save_json", 1, lambda *_: True),
     (infer, "save_json", 2, lambda *_: True)], ids=["gather", "finish", "users", "facts"])
 def test_killed_in_the_gathering_it_gathers_again(owner, name, number, only, solved, unbroken, flags,
@@ -465,10 +465,138 @@ def test_a_full_disk_in_stage_03_is_one_line_and_the_same_command_goes_on(inferr
     status, text = run_forked(limited(work, 1500), tmp_path / "stderr")
     assert status == 2 and is_one_line(text) and "free disk space" in text
     found = {path.name: path.read_bytes() for path in run.iterdir()}
-    del old["quantize.json"]  # it vouches for the others, so it goes first and comes last
-    assert found == old
+    assert found == old  # the old run is whole: nothing moves in until all is written
     work()
     assert (run / "quantize.json").exists() and (run / "codebooks.pt").read_bytes() != old["codebooks.pt"]
+
+
+@pytest.mark.parametrize("flags, size", [((), 1500), (("--dataset", "csv"), 400)], ids=["demo", "csv"])
+def test_a_full_disk_in_stage_01_is_one_line_and_leaves_the_old_run_whole(flags, size, inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    old = {path.name: path.read_bytes() for path in run.iterdir()}
+    (tmp_path / "ratings.csv").write_text("user_id,item_id,rating\n" + "".join(
+        f"{user},{item},{1 + (user + item) % 5}\n" for user in range(9) for item in range(9)))
+    flags += ("--ratings-file", tmp_path / "ratings.csv") * bool(flags)
+    work = stage(prepare, run, "--seed", 1, *flags)
+    status, text = run_forked(limited(work, size), tmp_path / "stderr")
+    assert status == 2 and is_one_line(text) and "File too large (" in text and "free disk space" in text
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == old
+    work()
+    assert (run / "truth.npy").exists() == (not flags)  # the planted truth of another data set is gone
+    common.load_dataset(run)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-200]),
+                                    lambda path: common.save_torch(path, [1, 2])], ids=["cut", "a list"])
+def test_a_damaged_piece_is_said_once_and_made_again(damage, solved, unbroken, flags, inferred, tmp_path,
+                                                     monkeypatch, capsys):
+    run = shutil.copytree(solved, tmp_path / "02")
+    damage(next(run.glob("blocks-*/000005.pt")))
+    message = one_line(capsys, stage(infer, run, *flags))
+    assert "000005.pt" in message and "run the same command again" in message
+    assert call_02(monkeypatch, run, *flags) == 1
+    assert_same_run(run, unbroken)
+    run = copy_run(inferred, tmp_path / "04")
+    call_counted(monkeypatch, ctr, "save", 1, "--run", run, *FEW_ROWS)
+    damage(next(run.glob("rows-*/dcn-none-1.pt")))
+    message = one_line(capsys, stage(ctr, run, *FEW_ROWS))
+    assert "dcn-none-1.pt" in message and "run the same command again" in message
+    assert call_04(monkeypatch, run, *FEW_ROWS) == 1 and not leftovers(run)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("profiles.json", b"{"), ("profiles.json", b"[]"), ("profiles.json", b"null"), ("profiles.npy", b"x"),
+    ("profiles_users.json", b"{}"), ("profiles_users.json", b'{"users": [], "inferred": [7]}')])
+def test_damaged_results_of_stage_02_are_made_again(name, content, run, lm_folders):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    before = (run / name).read_bytes() if name != "profiles.json" else (run / "profiles.npy").read_bytes()
+    (run / name).write_bytes(content)
+    with pytest.raises(common.UserError, match="run: python 02_infer_profiles.py"):
+        quantize.read_problem(run)
+    call_stage(infer, "--run", run, *flags)
+    assert (run / (name if name != "profiles.json" else "profiles.npy")).read_bytes() == before
+    quantize.read_problem(run)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("model.safetensors", None), ("model.safetensors", b"x"), ("tokenizer.json", None), ("config.json", b"{"),
+    ("tokenizer_config.json", b"{"), ("tiny.json", b"{}"), ("tiny.json", b"[]"), ("tiny.json", b"null")])
+def test_a_damaged_tiny_lm_is_trained_again(name, content, prepared, tmp_path_factory, healthy):
+    run = tmp_path_factory.mktemp("run") / "damaged"
+    shutil.copytree(healthy, run)
+    before = (run / "lm-tiny" / "model.safetensors").read_bytes()
+    (run / "lm-tiny" / name).unlink()
+    if content is not None:
+        (run / "lm-tiny" / name).write_bytes(content)
+    call_stage(infer, "--run", run, *TINY)
+    assert (run / "lm-tiny" / "model.safetensors").read_bytes() == before
+    quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+
+
+TINY = ["--lm", "tiny", "--tiny-sentences", 64, "--steps", 1]
+
+
+@pytest.fixture(scope="module")
+def healthy(prepared, tmp_path_factory):
+    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "healthy")
+    call_stage(infer, "--run", run, *TINY)
+    return run
+
+
+def test_the_file_that_vouches_moves_in_last(tmp_path, monkeypatch):
+    moved = []
+
+    def replace(source, target):
+        assert not (tmp_path / "b.json").exists()  # it vouched for the old files
+        moved.append(Path(target).name)
+
+    (tmp_path / "b.json").write_text("old")
+    monkeypatch.setattr(os, "replace", replace)
+    with common.together(tmp_path, "b.json") as aside:
+        for name in ("c.npy", "b.json", "a.npy"):
+            (aside / name).write_text("")
+        assert not moved and (tmp_path / "b.json").read_text() == "old"
+    assert sorted(moved[:2]) == ["a.npy", "c.npy"] and moved[2:] == ["b.json"]
+
+
+def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
+    folder = tmp_path / "lm"
+    model, tokenizer = make_lm("gpt2")
+    for saved in (model, tokenizer):
+        saved.save_pretrained(folder)
+    flags = ["--lm", folder, "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    call_stage(infer, "--run", run, *flags)
+    assert "nothing to do" in capsys.readouterr().out
+    for weight in model.parameters():
+        weight.data *= 1.01
+    model.save_pretrained(folder)
+    with pytest.raises(common.UserError, match="profiles.npy was made from another LLM"):
+        quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+    call_stage(infer, "--run", run, *flags)
+    assert "nothing to do" not in capsys.readouterr().out
+    quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+
+
+def test_output_that_nobody_reads_is_one_line(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    process = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {sys.executable} {ROOT}/01_prepare_data.py --run {tmp_path}/run | "
+         "true"], capture_output=True, text=True, env=environment)
+    assert process.returncode == 2 and is_one_line(process.stderr) and "stdout" in process.stderr
+
+
+def test_titles_and_plus_minus_signs_on_an_ascii_terminal(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    process = ok(run_stage("04_train_ctr.py", "--run", run, *FEW_ROWS, env={"PYTHONIOENCODING": "ascii"}))
+    assert "?" in process.stdout and "Error" not in process.stderr
+
+
+@pytest.mark.parametrize("module", [prepare, infer, quantize, ctr])
+def test_an_empty_run_folder_is_refused(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "--run" in one_line(capsys, stage(module, "")) and not list(tmp_path.iterdir())
 
 
 FEW_ROWS = ["--seeds", 2, "--epochs", 2, "--ids", "none,userip"]
@@ -661,12 +789,13 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     call_stage(quantize, "--run", run)
     old_ids, books = np.load(run / "feature_bank.npy"), torch.load(run / "codebooks.pt")["codebooks"]
     old, old_users = np.load(run / "profiles.npy"), json.loads((run / "users.json").read_text())
+    old_facts = json.loads((run / "profiles.json").read_text())
     old_rows = json.loads((run / "profiles_users.json").read_text())["inferred"]
     call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
     users = json.loads((run / "users.json").read_text())
     added = [raw for raw in users if raw not in old_users]
     assert set(old_users) < set(users) and len(added) == 20
-    (run / "new.txt").write_text("\n".join([*added[:15], old_users[0]]) + "\n")
+    (run / "new.txt").write_text("\n".join([*added[:15], old_users[0]]) + "\n", encoding="utf-8-sig")
     with pytest.raises(common.UserError, match="other settings \\(steps\\)"):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--users", run / "new.txt")
     flags += ["--users", run / "new.txt", "--block-size", 4]
@@ -681,7 +810,14 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     assert facts["rows_kept"] == len(old_rows) and len(fresh) >= 12
     assert len(np.unique(new[fresh, 0], axis=0)) == len(fresh) and len(inferred) == len(old_rows) + len(fresh)
     others = np.setdiff1d(range(len(users)), inferred)  # the five not asked for, and who has no history
-    assert len(others) >= 5 and np.allclose(new[others], new[inferred].mean(0), atol=1e-6)
+    assert len(others) >= 5 and (new[others] == np.float32(facts["start"])).all()
+    assert facts["start"] == old_facts["start"]  # new users start where the old ones did
+    tokens = facts["train_tokens"] - old_facts["train_tokens"]  # of the new users; the likelihood is of all
+    for when, at in (("before", 0), ("after", -1)):
+        new_sum = facts["train_nll"][when] * facts["train_tokens"]
+        new_sum -= old_facts["train_nll"][when] * old_facts["train_tokens"]
+        assert tokens > 50 and facts["train_nll_steps"][at] == facts["train_nll"][when]
+        assert 0 < new_sum / tokens < 2 * old_facts["train_nll"]["before"]
     call_stage(quantize, "--run", run, "--keep-codebooks")
     ids = np.load(run / "feature_bank.npy")
     assert [ids[users.index(raw)].tolist() for raw in old_users] == old_ids.tolist()
@@ -691,6 +827,30 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     call_stage(infer, "--run", run, *flags[:4])  # without --users: everybody, also the five not asked for
     everybody = json.loads((run / "profiles_users.json").read_text())["inferred"]
     assert {users.index(raw) for raw in added[15:]} & set(everybody) and len(everybody) > len(inferred)
+
+
+@pytest.mark.parametrize("moved", range(4))
+def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, run, lm_folders, tmp_path):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
+    call_stage(infer, "--run", run, *flags)
+    old, owners = np.load(run / "profiles.npy"), json.loads((run / "profiles_users.json").read_text())
+    call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
+    users = json.loads((run / "users.json").read_text())
+    (run / "new.txt").write_text("\n".join(set(users) - set(owners["users"])))
+    work = stage(infer, run, *flags, "--users", run / "new.txt")
+    if moved < 3:
+        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).parent == run)
+    else:
+        killed = killed_at(shutil, "rmtree", work)
+    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    work()
+    new = np.load(run / "profiles.npy")
+    for row in owners["inferred"]:
+        assert old[row].tobytes() == new[users.index(owners["users"][row])].tobytes()
+    assert len(json.loads((run / "profiles_users.json").read_text())["inferred"]) > len(owners["inferred"])
+    quantize.read_problem(run)
+    assert not leftovers(run)
 
 
 def test_new_users_are_not_inferred_under_another_prompt(run, lm_folders):
@@ -709,10 +869,12 @@ def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
     flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
     call_stage(infer, "--run", run, *flags)
     content = (run / "profiles.npy").read_bytes()
-    owners = json.loads((run / "profiles_users.json").read_text())
+    owners, facts = (json.loads((run / f"profiles{name}.json").read_text()) for name in ("_users", ""))
     (run / "new.txt").write_text(owners["users"][owners["inferred"][0]] + "\n")
     call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
     assert (run / "profiles.npy").read_bytes() == content
+    again = json.loads((run / "profiles.json").read_text())
+    assert all(again[key] == facts[key] for key in ("train_nll", "train_nll_steps", "heldout_nll", "start"))
     (run / "new.txt").write_text("nobody\n")
     with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):
         call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")

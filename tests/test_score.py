@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_stage, copy_run, ctr, infer, load_script, ok, prepare, quantize, run_stage
+from conftest import call_stage, copy_run, ctr, infer, load_script, ok, prepare, quantize, fork_stage
 
 import common
 
@@ -153,7 +153,7 @@ def test_what_is_wrong_is_said_in_one_line(trained, tmp_path, flags, breaks, say
 def test_as_a_command_and_a_run_that_is_not_there(trained, tmp_path):
     run = copy_run(trained, tmp_path / "run")
     (run / "pairs.csv").write_text("user_id,item_id\nu0001,i001\n")
-    assert "1 pairs scored by dcn" in ok(run_stage("docs/score.py", "--run", run, run / "pairs.csv")).stdout
-    refused = run_stage("docs/score.py", "--run", tmp_path / "none", run / "pairs.csv")
+    assert "1 pairs scored by dcn" in ok(fork_stage("docs/score.py", "--run", run, run / "pairs.csv")).stdout
+    refused = fork_stage("docs/score.py", "--run", tmp_path / "none", run / "pairs.csv")
     assert refused.returncode == 2 and "ctr_dcn.json is missing" in refused.stderr
     assert not (tmp_path / "none").exists()

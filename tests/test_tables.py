@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ctr, infer, load_script, prepare, quantize, run_stage
+from conftest import ctr, infer, load_script, prepare, quantize, fork_stage
 from sklearn.metrics import adjusted_mutual_info_score, log_loss, roc_auc_score
 
 import common
@@ -462,6 +462,6 @@ def test_every_study_names_flags_that_its_stages_know(monkeypatch):
 
 
 def test_the_real_script_says_what_it_does_not_know():
-    process = run_stage("docs/tables.py", "nonsense")
+    process = fork_stage("docs/tables.py", "nonsense")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: no such table: nonsense (")

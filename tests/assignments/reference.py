@@ -44,6 +44,15 @@ class FM(ctr.Recommender):
         return self.first_order(ids) + ctr.factorization(self.embed(ids))
 
 
+class PrefixSums(FM):
+    """Each field with the sum of the fields before it: linear as well."""
+
+    def forward(self, ids):
+        e = self.embed(ids)
+        before = e.cumsum(1) - e
+        return self.first_order(ids) + (before * e).sum((1, 2))
+
+
 class PromptedLM(b1_wrong_order.PromptedLM):
     def visibility(self, history_length):
         segments = []
@@ -87,6 +96,7 @@ a3 = SimpleNamespace(quantize=quantize_one)
 a4 = SimpleNamespace(cross=cross)
 a5 = SimpleNamespace(feature_bank=feature_bank, perplexity=quantize.perplexity)
 a6 = SimpleNamespace(FM=FM)
+also_right = {"a6": {"prefix sums": SimpleNamespace(FM=PrefixSums)}}  # other solutions that must pass
 a7 = SimpleNamespace(make_bank=make_bank, write_bank=write_bank)
 a8 = SimpleNamespace(gauc=common.gauc, make_world=a8_gauc.make_world,
                      ANSWER={"AUC prefers": "A", "GAUC prefers": "B", "GAUC of A": 0.5})

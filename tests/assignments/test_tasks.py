@@ -31,9 +31,10 @@ def task_of(marks):
 def pytest_generate_tests(metafunc):
     """A test that asks for somebody's work gets the student's, the reference, or all wrong ones by name."""
     if "work" in metafunc.fixturenames:
-        whose = ["reference" if os.environ.get("REFERENCE") else "yours"]
+        task, whose = task_of(metafunc.definition.iter_markers()), ["yours"]
+        if os.environ.get("REFERENCE"):
+            whose = ["reference", *importlib.import_module("assignments.reference").also_right.get(task, ())]
         if os.environ.get("WRONG"):
-            task = task_of(metafunc.definition.iter_markers())
             whose = list(getattr(importlib.import_module("assignments.wrong"), task, {}))
         metafunc.parametrize("work", whose, indirect=True)
 
@@ -46,6 +47,8 @@ def work(request):
         return getattr(importlib.import_module("assignments.reference"), task)
     if request.param == "yours":
         return importlib.import_module(f"assignments.{STUBS[task]}")
+    if os.environ.get("REFERENCE"):
+        return importlib.import_module("assignments.reference").also_right[task][request.param]
     return getattr(importlib.import_module("assignments.wrong"), task)[request.param]
 
 
