@@ -117,6 +117,12 @@ class Explainer:
         self.texts = infer.history_texts(self.problem.dataset, common.SEEN, settings)
         self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
         self.population = np.array(self.problem.facts["start"], dtype=np.float32)  # where all users started
+        words, _ = infer.starting_point(self.likelihood, "slot", None)
+        self.offset = words.cpu().numpy() - self.population  # back to the words that the LLM expects there
+
+    def words_near(self, vectors, m, count=4):
+        """Words near soft tokens (n, d) of profile m. What all users share was fitted to say no word."""
+        return self.lexicon.nearest(vectors + self.offset[m], count)
 
     @torch.no_grad()
     def nll(self, user, theta):
@@ -127,18 +133,18 @@ class Explainer:
 
     def profile_lines(self, user, m):
         """What is to say of a user's profile m: words near theta, his code, who shares it, words near it."""
-        code, book, near = int(self.bank[user, m]), self.books[m], self.lexicon.nearest
+        code, book, theta = int(self.bank[user, m]), self.books[m].numpy(), self.problem.theta[None, user, m]
         lines = [f"  {self.problem.dataset.profiles[m]['name']}:",
-                 "    words near theta    " + " | ".join(near(self.problem.theta[None, user, m])[0])]
+                 "    words near theta    " + " | ".join(self.words_near(theta, m)[0])]
         if code == len(book):
             return [*lines, "    code                unknown"]
         named = f"{code} ({self.names[m][code]})" if self.names[m] else str(code)
         sharing = int((self.bank[:, m] == code).sum())
         share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
-        lean = book[None, code].numpy() - self.population[m]  # what sets it apart from the average user
+        lean = book[None, code] - self.population[m]  # what sets it apart from the average user
         return [*lines, f"    {'code ' + named:19s} {share}",
-                "    words near the code " + " | ".join(near(book[None, code])[0]),
-                "    the code leans to   " + " | ".join(near(lean)[0])]
+                "    words near the code " + " | ".join(self.words_near(book[None, code], m)[0]),
+                "    the code leans to   " + " | ".join(self.lexicon.nearest(lean)[0])]
 
     def codes(self, user):
         """All codes of a user in one word each, by name where they have names."""
@@ -183,7 +189,7 @@ class Explainer:
             return found
         planted = (prepare.DEMO_HOBBIES, prepare.DEMO_BACKGROUNDS)
         for m, (profile, values) in enumerate(zip(self.problem.dataset.profiles, planted)):
-            near = self.lexicon.nearest(theta[known, m], 3)
+            near = self.words_near(theta[known, m], m, 3)
             near = [[label.rstrip("*") for label in labels] for labels in near]
             words = np.array(list(values))[self.truth[known, m]]
             chance = rng.permutation(words)  # the same words on other users

@@ -98,7 +98,7 @@ def test_statistics_find_a_planted_word_that_is_there(inferred):
     for m, planted in enumerate((explain.prepare.DEMO_HOBBIES, explain.prepare.DEMO_BACKGROUNDS)):
         labels = explainer.lexicon.labels
         vectors = np.stack([explainer.lexicon.vectors[labels.index(word)].numpy() for word in planted])
-        explainer.problem.theta[:, m] = vectors[explainer.truth[:, m]]
+        explainer.problem.theta[:, m] = vectors[explainer.truth[:, m]] - explainer.offset[m]
     found = explainer.statistics(np.random.default_rng(0))
     for name in ("hobby", "background"):
         assert found[name]["planted word nearest"] == 1
