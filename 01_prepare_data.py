@@ -548,7 +548,7 @@ def save(run, dataset, truth, args):
         "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
         "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
         "fingerprint": dataset.fingerprint(),
-        "truth_fingerprint": truth is not None and fingerprint(truth),
+        "truth_fingerprint": None if truth is None else fingerprint(truth),
         **{key: getattr(args, key) for key in settings}}
     with together(run, "dataset.json") as aside:
         save_npy(aside / "interactions.npy", dataset.interactions)
@@ -558,7 +558,7 @@ def save(run, dataset, truth, args):
             save_npy(aside / "truth.npy", truth)
         save_json(aside / "dataset.json", facts)
     if truth is None:
-        (run / "truth.npy").unlink(missing_ok=True)  # of another data set
+        (run / "truth.npy").unlink(missing_ok=True)  # another's
     return facts
 
 
