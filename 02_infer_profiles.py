@@ -312,7 +312,7 @@ def starting_point(likelihood, init, generator):
 
 def fit_population(likelihood, start, spread, histories, args):
     """The one theta (M, d) for all users: each starts there, with his prior around it, so that he wins
-    only by what is his own (empirical Bayes). Adam from start (M, d), some users a step."""
+    only by what is his own: empirical Bayes, DEVIATION(4). Adam from start (M, d), some users a step."""
     rng, z = np.random.default_rng(args.seed), torch.zeros_like(start).requires_grad_()
     optimizer = torch.optim.Adam([z], lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, POPULATION_STEPS)
@@ -324,7 +324,7 @@ def fit_population(likelihood, start, spread, histories, args):
         for block in make_blocks(some, args.block_size, budget, likelihood.prompt_length):
             theta = (start + spread[:, None] * z).expand(len(block), -1, -1)
             nll = likelihood(theta, *pad(some, block, likelihood.device))
-            (likelihood.loss_scale * nll.sum()).backward()  # Adam does not see the scale
+            (likelihood.loss_scale * nll.sum()).backward()  # Adam sees no scale
         optimizer.step()
         schedule.step()
     return (start + spread[:, None] * z).detach().cpu()
@@ -535,7 +535,7 @@ def publish(work, run):
 
 def infer(dataset, likelihood, tokenizer, lm, histories, args):
     """All users, or with --users those who are new. The first process saves and reports."""
-    rng = seeded(args.seed, 3)  # the 3 tells a run's random streams apart
+    rng = seeded(args.seed, 3)  # 3 tells a run's random streams apart
     start, spread = starting_point(likelihood, args.init, rng)
     settings = {key: getattr(args, key) for key in RECORDED} | {"profiles": dataset.profiles} | {
         "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": lm["fingerprint"]}
@@ -546,8 +546,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
     work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
     with contextlib.suppress(UserError):  # a damaged run is made again
-        made = read_profiles(args.run)[0].items() >= (settings | {"rows_kept": 0}).items()
-        if made and not (args.users or args.fresh):
+        wanted = settings | {"rows_kept": 0}
+        if not (args.users or args.fresh) and wanted.items() <= read_profiles(args.run)[0].items():
             return print("profiles.npy has these settings: nothing to do (--fresh infers again)")
     if rows and RANK == 0:
         once(work / "population.pt", torch.tensor, before["start"])

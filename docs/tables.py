@@ -183,10 +183,13 @@ def run_study(study, seeds, jobs, data_dir, again):
     if old:
         print(f"WARNING: {len(old)} runs of {study} are older than the code; --again makes them anew",
               file=sys.stderr)
-    first, *others = STUDIES[study]
+    origin, (first, *others) = FROM.get(study, study), STUDIES[study]
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda seed: repeat(study, first, seed, data_dir), range(seeds)))
-        list(pool.map(lambda pair: repeat(study, *pair, data_dir), itertools.product(others, range(seeds))))
+        # Each wave takes artifacts from those before it; of one theta, from the first repetition.
+        for place, names in ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, others)):
+            for some in ([0], range(1, seeds)):
+                pairs = itertools.product([place], names, some, [data_dir])
+                list(pool.map(lambda pair: repeat(*pair), pairs))
 
 
 # ---------------------------------------------------------------- figures

@@ -465,3 +465,17 @@ def test_the_real_script_says_what_it_does_not_know():
     process = fork_stage("docs/tables.py", "nonsense")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: no such table: nonsense (")
+
+
+def test_what_a_study_takes_artifacts_from_is_made_before_it(monkeypatch, tmp_path):
+    """On a fresh machine too: the study's origin, and of one theta the first repetition."""
+    made = []
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "repeat", lambda study, name, seed, _: made.append((study, name, seed)))
+    monkeypatch.setattr(tables, "code_fingerprint", lambda: "x")
+    tables.run_study("ml-100k-attributes", 3, 2, None, again=False)
+    assert set(made[:3]) == {("ml-100k", "default", seed) for seed in range(3)} and made[0][2] == 0
+    own = [(name, seed) for study, name, seed in made[3:]]
+    names = list(tables.STUDIES["ml-100k-attributes"])
+    assert own[0] == (names[0], 0) and set(own[1:3]) == {(names[0], 1), (names[0], 2)}
+    assert {seed for _, seed in own[3:5]} == {0} and len(own) == 9
