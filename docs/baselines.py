@@ -1,18 +1,20 @@
 """The paper's LLM baselines on the same LM, split and recommender as ours: minimal, honest stand-ins.
 
-    python docs/baselines.py --run runs/demo lm      # a tiny LM that reads in both directions: for 02 --lm
     python docs/baselines.py --run runs/demo kar     # then 04 --ids none,random,kar,kar-text,kar-text0,userip
     python docs/baselines.py --run runs/demo pepler  # then 04 --ids none,random,pepler,userip
     python docs/baselines.py --run runs/demo rella   # of a run with 02 --history rated
-KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of the question. PEPLER (arXiv
-2202.07371): a soft token a user and one an item, trained to make the item's text likely and to predict the
-rating. ReLLa (arXiv 2308.11131): the user's titles most like the target are in the prompt, yes against no is
-the score. Missing: instruction tuning, world knowledge, size. Training and support rows are read; validation
-rows choose epoch and scale. Writes feature_bank_NAME.npy .json, baselines_NAME.json (a score a row), lm-both/
+KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of the question; docs/lm_both.py
+makes a tiny LM that has read so. PEPLER (arXiv 2202.07371): a soft token a user and one an item, trained to
+make the item's text likely and to predict the rating. ReLLa (arXiv 2308.11131): the user's titles most like
+the target are in the prompt, yes against no is the score. Missing: instruction tuning, world knowledge, size.
+Training and support rows are read; validation rows choose epoch and scale.
+Writes: feature_bank_NAME.npy .json; baselines_METHOD.json, costs, and AUC of what scores pairs by itself;
+        kar/, the run with KAR's theta, for 03 --no-llm-loss and 04 --profile-input embedding
 """
 
 import importlib
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,14 +29,14 @@ common, infer, quantize, controls = (importlib.import_module(name) for name in (
     "common", "02_infer_profiles", "03_quantize", "controls"))
 
 ANSWER, TITLES = 4, 10  # tokens of KAR's answer; titles in a prompt of ReLLa's
-WEIGHT, LR, BATCH, EPOCHS, PATIENCE = 1.0, 0.01, 128, 30, 5  # PEPLER: of the rating's loss; Adam; stopping
+WEIGHT, LR, BATCH, EPOCHS, PATIENCE = 1.0, 0.005, 128, 30, 2  # PEPLER: of the rating's loss; Adam; stopping
 
 
 class World:
     """A run opened once: problem (03), frozen likelihood (02), histories, tokenizer, sizes K_m."""
 
     def __init__(self, args):
-        self.args, self.device, self.passes = args, common.pick_device(args.device), 0
+        self.args, self.device = args, common.pick_device(args.device)
         self.problem, _ = quantize.read_problem(args.run)
         self.dataset = self.problem.dataset
         self.sizes = [profile["codes"] for profile in self.dataset.profiles]
@@ -43,7 +45,7 @@ class World:
         segments = self.likelihood.segments
         self.begin = [token for segment in segments if segment.kind == "begin" for token in segment.ids]
         self.names = [segment.ids for segment in segments if segment.kind == "name"]
-        self.task = segments[-1].ids
+        self.task, self.passes, self.clock = segments[-1].ids, 0, time.perf_counter()
 
     def states(self, rows, pool):
         """float32 (n, d): each token list's last hidden state, or the mean one; NaN of an empty list."""
@@ -62,17 +64,22 @@ class World:
         states = self.states(rows, "last").to(self.device, self.likelihood.dtype)
         return self.likelihood.head(states).float()
 
-    def report(self, name, scores, clock):
-        """A row of figures from {split: probabilities of its rows}, printed too."""
-        row = {"name": name, "lm_passes": self.passes, "seconds": round(time.perf_counter() - clock)}
-        for kind, split in {"test": common.TEST, "cold": common.COLD}.items():
-            found = scores.get(split, ())
-            users, _, labels = self.dataset.rows(split)[:len(found)].T
-            if len(labels):
-                row |= {f"{kind}_auc": common.auc(labels, found), f"{kind}_logloss": common.logloss(
-                    labels, found), f"{kind}_gauc": common.gauc(users, labels, found)}
+    def report(self, name, unit, count, scores=()):
+        """Figures of (kind, rows, their probabilities), cost since the last for `count` users or pairs."""
+        row = {"ids": name, "lm_passes": self.passes, "of": count, "unit": unit,
+               "seconds": round(time.perf_counter() - self.clock, 1)}
+        for kind, rows, found in scores:
+            users, _, labels = rows.T
+            row |= {f"{kind}_auc": common.auc(labels, found), f"{kind}_gauc": common.gauc(
+                users, labels, found), f"{kind}_logloss": common.logloss(labels, found)}
         print(*(f"{key} {value}" for key, value in row.items()), sep=", ")
+        self.passes, self.clock = 0, time.perf_counter()
         return row
+
+    def evaluated(self, limit=None):
+        """(kind, rows) of what no method may learn from."""
+        kinds = (("test", common.TEST), ("cold", common.COLD))
+        return [(kind, rows) for kind, split in kinds if len(rows := self.dataset.rows(split)[:limit])]
 
 
 # -------- KAR
@@ -101,40 +108,26 @@ def kar_text(world, histories, answer):
     return world.states(rows, "mean").numpy()
 
 
+def save_theta(world, theta):
+    """RUN/kar: the run with KAR's theta in the place of ours."""
+    run, changed = world.args.run / "kar", {"fingerprint": common.fingerprint(theta), "heldout_nll": None}
+    later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt")
+    shutil.copytree(world.args.run, run, ignore=later, dirs_exist_ok=True)
+    common.save_npy(run / "profiles.npy", theta)
+    common.save_json(run / "profiles.json", world.problem.facts | changed)
+
+
 def kar(world):
-    seed, theta, known = world.args.seed, kar_slot(world, world.histories), world.problem.known
+    seed, known, theta = world.args.seed, world.problem.known, kar_slot(world, world.histories)
+    save_theta(world, theta)
     columns = zip(theta.swapaxes(0, 1), world.sizes)
     banks = {"kar": [(controls.clusters(vectors, known, size, seed), size) for vectors, size in columns]}
-    print(f"KAR-slot: {world.passes / len(world.histories):.1f} LM passes a user")
+    figures = [world.report("kar", "user", len(known))]
     for name, answer in (("kar-text", ANSWER), ("kar-text0", 0)):
-        banks[name] = controls.text_clusters(kar_text(world, world.histories, answer), world.sizes, seed)[:1]
-    return banks, []
-
-
-def both_directions(world):
-    """RUN/lm-both: the run's tiny LM, but a third of its sentences have the history first."""
-    from transformers import GPT2LMHeadModel
-    args, dataset, facts = world.args, world.dataset, world.problem.facts
-    items = [dataset.items[item] for item in np.unique(dataset.rows(common.TRAIN)[:, 1])]
-    traits = [common.Trait(profile, items) for profile in dataset.profiles]
-    rng, rated = common.seeded(args.seed, 9), facts["history"] == "rated"
-    count, length = args.tiny_sentences or common.TINY_SIZES[len(items) > 500][2], facts["max_history"]
-    people = common.make_sentences(traits, items, count, length, rng, rated)
-    ids, targets, titles = common.encode_sentences(world.tokenizer, traits, dataset.task_prompt, people)
-    rows = [row[real] for row, real in zip(ids, targets != -100)]
-    for at in range(0, count, 3):
-        words = common.pieces_of(world.tokenizer, [f" {word}" for word in people[at][0].values()])
-        asked = [token for m, word in zip(people[at][0], words) for token in world.names[m] + word]
-        rows[at] = torch.cat([ids[at][titles[at] != -100], torch.tensor(asked)])
-    ids, targets = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-                    for value in (0, -100))
-    model = GPT2LMHeadModel(world.likelihood.model.config)
-    common.fit_tiny(model, ids, targets, rng)
-    fresh = common.make_sentences(traits, items, 400, length, rng, rated)
-    lost = common.sensitivity(model.eval(), world.tokenizer, traits, dataset.task_prompt, fresh, rng)
-    common.save_tiny(args.run / "lm-both", model, world.tokenizer, {"sensitivity": lost})
-    print("tiny LM, loss under a wrong word: " + ", ".join(f"{name} {lost[name]:.4f}" for name in lost))
-    return {}, []
+        vectors = kar_text(world, world.histories, answer)
+        banks[name] = controls.text_clusters(vectors, world.sizes, seed)[:1]
+        figures.append(world.report(name, "user", len(known)))
+    return banks, figures
 
 
 # -------- PEPLER
@@ -205,11 +198,10 @@ def fit_pepler(world, titles, with_lm):
 def pepler(world):
     dataset, figures, size = world.dataset, [], math.prod(world.sizes)
     titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
-    for name, with_lm in (("matrix factorization of the same width", False), ("pepler", True)):
-        clock = time.perf_counter()
+    for name, with_lm in (("matrix factorization of the same width", False), ("pepler's own scores", True)):
         model = fit_pepler(world, titles, with_lm)
-        figures.append(world.report(name, {split: pepler_scores(model, dataset, dataset.rows(split))
-                                           for split in (common.TEST, common.COLD)}, clock))
+        figures.append(world.report(name, "pair", len(dataset.rows(common.TRAIN)), [
+            (kind, rows, pepler_scores(model, dataset, rows)) for kind, rows in world.evaluated()]))
     users = model.user.weight.detach()[:-1].cpu().numpy()
     known = np.isin(np.arange(len(users)), dataset.rows(common.TRAIN)[:, 0])
     return {"pepler": [(controls.clusters(users, known, size, world.args.seed), size)]}, figures
@@ -251,21 +243,24 @@ def rella(world):
              for mark in (" -;", " +;", "")]
     vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
     for how, count in (("similar", TITLES), ("recent", TITLES), ("another user", TITLES), ("recent", 0)):
-        clock, world.passes, rng = time.perf_counter(), 0, np.random.default_rng((args.seed, 11))
-        raw = {split: rella_scores(world, dataset.rows(split)[:args.rows], how, count, vectors, texts, rng)
-               for split in (common.VALIDATION, common.TEST, common.COLD) if len(dataset.rows(split))}
-        labels = dataset.rows(common.VALIDATION)[:args.rows, 2]
-        platt = LogisticRegression(C=1e6).fit(raw[common.VALIDATION][:, None], labels)
-        scores = {split: platt.predict_proba(values[:, None])[:, 1] for split, values in raw.items()}
-        figures.append(world.report(f"rella, {how}: {count} titles", scores, clock))
+        rng = np.random.default_rng((args.seed, 11))
+
+        def score(rows):
+            return rella_scores(world, rows, how, count, vectors, texts, rng)[:, None]  # noqa: B023
+
+        known = dataset.rows(common.VALIDATION)[:args.rows]
+        platt = LogisticRegression(C=1e6).fit(score(known), known[:, 2])
+        scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1])
+                  for kind, rows in world.evaluated(args.rows)]
+        pairs = sum(len(rows) for _, rows, _ in scores) + len(known)
+        figures.append(world.report(f"rella, {how}: {count} titles", "pair", pairs, scores))
     return {}, figures
 
 
 def main():
-    methods = {"lm": both_directions, "kar": kar, "pepler": pepler, "rella": rella}
+    methods = {"kar": kar, "pepler": pepler, "rella": rella}
     parser = common.Parser(__doc__)
     parser.add_argument("method", choices=methods, help="which")
-    parser.add_argument("--tiny-sentences", type=common.at_least(64), help="lm: how many (default: as 02)")
     parser.add_argument("--rows", type=common.at_least(1), help="rella: the first so many rows of a split")
     world = World(parser.parse_args())
     banks, figures = methods[world.args.method](world)

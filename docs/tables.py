@@ -8,7 +8,8 @@ A repetition is one of everything that is random after the data: seed s makes th
 codebooks, the random and shuffled codes and the recommender. In a study of folds, seed s makes the split and
 the cold users too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a
 list of variants; where a variant's flags for a stage are None, it takes the artifacts of the same repetition
-from the first variant, or from the first variant of the study that stands in FROM.
+from the first variant, or from the first variant of the study that stands in FROM. Where docs/baselines.py
+scores pairs by itself, its rows stand beside those of the recommender.
 
 p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
 controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 common = importlib.import_module("common")
 
 CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
-        "docs/controls.py")
+        "docs/controls.py", "docs/baselines.py")
 PAGE, KEPT = ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
@@ -49,10 +50,12 @@ CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden
 ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
-def variant(first, second, third="", controls="", fourth="", names=None):
-    """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for docs/controls.py and
-    words that are said in the place of the profiles' names."""
-    return {"flags": (first, second, third, fourth), "controls": controls, "names": names}
+def variant(first, second, third="", controls="", fourth="", **more):
+    """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for docs/controls.py and, if
+    given, names: said in the place of the profiles'; baselines: methods of docs/baselines.py; lm_both: if
+    docs/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken from."""
+    defaults = {"names": None, "baselines": "", "lm_both": False, "source": None}
+    return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}
 
 
 def own(third, fourth="--ids userip"):
@@ -61,6 +64,19 @@ def own(third, fourth="--ids userip"):
 
 def demo(flags):
     return {"default": variant(flags, "", "", "metadata text words", f"--ids {ROWS},planted")}
+
+
+def baselines(fourth="--ids", tiny=""):
+    """The paper's three LLM baselines beside ours, with an LM that reads both ways and with rated titles."""
+    return {
+        "default": variant(None, None, "", "metadata", f"{fourth} none,random,metadata,kar,kar-text,"
+                           "kar-text0,pepler,userip", baselines="kar pepler"),
+        "KAR's theta in our codebooks": variant(None, None, "--no-llm-loss", "", f"{fourth} userip",
+                                                source="kar"),
+        "an LM of both directions": variant(None, "--lm {first}/lm-both", "", "", f"{fourth} kar,userip",
+                                            lm_both=True, baselines="kar"),
+        "rated titles": variant(None, f"{tiny} --history rated", "", "", f"{fourth} userip",
+                                baselines="rella")}
 
 
 ML = "--dataset ml-100k"
@@ -98,15 +114,22 @@ STUDIES = {  # name: {variant: flags}
         "liked titles": variant(f"{ML} --cold-users 0.2", "--lm tiny", "",
                                 "metadata text generosity mf words", f"{COLD} {ROWS},generosity,mf"),
         "EM": own("--assign likelihood", f"{COLD} userip")},
+    "ml-100k-cold-em": {
+        "EM on 50 liked titles": variant(
+            f"{ML} --cold-users 0.2", "--lm tiny --max-history 50", "--assign likelihood", "metadata",
+            f"{COLD} none,random,metadata,userip")},
     "ml-100k-cold-rated": {
         "rated titles and a critic": variant(
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
             f"{COLD} none,random,metadata,generosity,userip")},
+    "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
+    "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
 }
-FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo",
-        "ml-100k-attributes": "ml-100k"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes")
-FOLDS = ("ml-100k-cold", "ml-100k-cold-rated")  # studies in which a repetition is a fold of the data too
+FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
+        "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
+        "ml-100k-cold-baselines": "ml-100k-cold"}
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines")
+FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
 
 
 # ---------------------------------------------------------------- run
@@ -132,11 +155,13 @@ def repeat(study, name, seed, data_dir):
     if (run / "code.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
-    log, variants = run / "log.txt", STUDIES[study]
-    origin, flags = FROM.get(study, study), variants[name]["flags"]
+    log, settings = run / "log.txt", STUDIES[study][name]
+    origin, flags = FROM.get(study, study), settings["flags"]
     base = folder(origin, next(iter(STUDIES[origin])), seed)
-    if study in ONE_THETA and seed and flags[0] is not None:
+    first_run = folder(study, next(iter(STUDIES[study])), seed)
+    if study in ONE_THETA and seed and flags[1] is not None:
         base, flags = folder(study, name, 0), (None, None, *flags[2:])
+    base = first_run / settings["source"] if settings["source"] else base
     for number in (1, 2):
         for file in MADE_BY[number] if flags[number - 1] is None else ():
             if (base / file).is_dir():
@@ -148,15 +173,20 @@ def repeat(study, name, seed, data_dir):
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
         words += f" --data-dir {data_dir}" if data_dir and "--dataset" in words else ""
         call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log)
-    if variants[name]["names"]:
-        rename(run, variants[name]["names"])
+    if settings["names"]:
+        rename(run, settings["names"])
     if flags[1] is not None:
+        if settings["lm_both"]:
+            call("docs/lm_both.py", first_run, f"--seed {seed}", log)
         if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
-        call("02_infer_profiles.py", run, flags[1].format(base=base) + f" --seed {seed}", log)
+        words = flags[1].format(base=base, first=first_run)
+        call("02_infer_profiles.py", run, f"{words} --seed {seed}", log)
     call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log)
-    if variants[name]["controls"]:
-        call("docs/controls.py", run, f"{variants[name]['controls']} --seed {seed}", log)
+    if settings["controls"]:
+        call("docs/controls.py", run, f"{settings['controls']} --seed {seed}", log)
+    for method in settings["baselines"].split():
+        call("docs/baselines.py", run, f"{method} --seed {seed}", log)
     call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log)
     common.save_json(run / "code.json", code_fingerprint())
 
@@ -253,7 +283,7 @@ def improvements(entries):
 
 def collect(study, seeds):
     """Everything a table needs, from the run folders: a JSON-able dict."""
-    rows, runs = [], {}
+    rows, runs, costs = [], {}, {}
     for name, seed in itertools.product(STUDIES[study], range(seeds)):
         run = folder(study, name, seed)
         runs[name, seed] = results = common.load(run, "results.json")
@@ -264,12 +294,20 @@ def collect(study, seeds):
             rows[-1] |= {"health": {
                 "perplexity": [profile["perplexity"] for profile in quantized["profiles"]],
                 "nmi": quantized.get("nmi_truth"), "heldout_nll": profiles["heldout_nll"]}}
+        for method in STUDIES[study][name]["baselines"].split():
+            for row in common.load(run, f"baselines_{method}.json")["rows"]:
+                costs.setdefault(f"{row['ids']} ({name})", []).append(
+                    (row["lm_passes"] / row["of"], row["unit"], row["seconds"]))
+                if "test_auc" in row:  # scores of its own
+                    rows.append({**row, "variant": name, "seed": seed, "model": rows[-1]["model"]})
     first = next(iter(STUDIES[study]))
     data = common.load(folder(study, first, 0), "dataset.json")
     metric = "cold" if "cold_auc" in rows[0] else "test"
     base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
             "intervals": intervals(study, rows, seeds, metric), "stability": stability(study, seeds),
+            "costs": {name: [found[0][1], *np.mean([(passes, seconds) for passes, _, seconds in found], 0)]
+                      for name, found in costs.items()},
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
             "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
             "date": datetime.date.today().isoformat(),
@@ -298,8 +336,8 @@ def intervals(study, rows, seeds, metric):
         return np.load(folder(study, name, seed) / "predictions" / f"{model}-{ids}-0{ending}.npy")
 
     for name, model, ids in dict.fromkeys((row["variant"], row["model"], row["ids"]) for row in rows):
-        if ids in CONTROLS:
-            continue
+        if ids in CONTROLS or not (folder(study, name, 0) / "predictions" / f"{model}-{ids}-0.npy").exists():
+            continue  # scores of docs/baselines.py are not kept by the row
         for control in references_of(rows, metric):
             repetitions = []
             for seed in range(seeds):
@@ -410,6 +448,10 @@ def notes(data, cells):
         health = [row["health"] for row in data["rows"] if row["variant"] == name and "health" in row]
         if health:
             found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
+    if data.get("costs"):
+        found.append("Cost in forward passes of the LM, and seconds in all: " + "; ".join(
+            f"{name} {passes:.1f} a {unit}, {seconds:.0f} s"
+            for name, (unit, passes, seconds) in data["costs"].items()))
     kind = "folds" if data["study"] in FOLDS else "repetitions"
     kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())

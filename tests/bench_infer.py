@@ -4,7 +4,8 @@
     python tests/bench_infer.py --full         # more users, medians of five, peak memory: half an hour
     python tests/bench_infer.py --quick        # a small shape, a minute: does it run?
     python tests/bench_infer.py --linear       # 1k, 4k, 16k users with a tiny LM: time a user and peak memory
-    python tests/bench_infer.py --device cuda  # and the Llama-2-7B shape in fp16: 128 users, 128 tokens each
+    python tests/bench_infer.py --device cuda  # and the Llama-2-7B shape in fp16, whole runs on the card
+    python tests/bench_infer.py --processes    # these whole runs alone: killed and resumed, two ranks, 04
     python tests/bench_infer.py --profile      # where our time goes, by operator
 
 Rates: user-steps a second on histories of 16 to 238 tokens, by default on eight of 64. Useful work of a step
@@ -17,13 +18,19 @@ a second = rate / steps. The authors' loop has its own settings: theta starts at
 one dense table, random batches of 8, the mean loss, no prior. Users whom it has not solved at the cap count
 with the cap; the ratio is then a bound.
 
+Whole runs: stage 02 as a process with a random Llama in fp16 (on a GPU Llama-2-7B's width and four layers),
+unbroken; killed with SIGKILL between two blocks and started again; as two ranks on the one device. Then 04.
+
 Progress goes to stderr; a table and, last, one JSON object to stdout.
 """
 
 import argparse
 import importlib
 import json
+import os
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -125,9 +132,9 @@ def useful_flops(model, histories, prompt_length):
     return 4 * blocks * tokens + 4 * table.numel() * sum(map(len, histories))
 
 
-def ours(likelihood, histories, steps):
+def ours(likelihood, histories, steps, size=None):
     """`steps` steps over all users, our way: descend() on stage 02's own blocks, without the evaluation."""
-    blocks = infer.make_blocks(histories, None, infer.token_budget_of(likelihood), likelihood.prompt_length)
+    blocks = infer.make_blocks(histories, size, infer.token_budget_of(likelihood), likelihood.prompt_length)
     width, device = likelihood.words.weight.shape[1], likelihood.device
     start, spread = torch.zeros(2, width, device=device), torch.full((2,), 0.02, device=device)
     for users in blocks:
@@ -175,11 +182,11 @@ def authors(likelihood, histories, steps):
 VARIANTS = {"authors_fp32": (authors, "fp32"), "ours_fp32": (ours, "fp32"), "ours_bf16": (ours, "bf16")}
 
 
-def seconds_of(way, model, histories, steps=1):
+def seconds_of(way, model, histories, *steps):
     likelihood = make_likelihood(model)
     synchronize(likelihood.device)
     clock = time.perf_counter()
-    way(likelihood, histories, steps)
+    way(likelihood, histories, *(steps or [1]))
     synchronize(likelihood.device)
     return time.perf_counter() - clock
 
@@ -328,8 +335,90 @@ def llama(device, steps=5, users=128, length=128):
              for name, (n_users, rows) in PAPER_USERS.items()}
     print(f"projected hours at {default} steps, 8 tokens a title, all training titles: "
           + ", ".join(f"{name} {value:.1f}" for name, value in hours.items()))
+    an_hour, by_size = 3600 * users / (seconds * default), {}
+    print(f"users an hour at {default} steps: {an_hour:.0f}")
+    for size in (8, 16, 32, 64, 128):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        taken = seconds_of(ours, model, histories, 2, size) / 2
+        mib_of_size = peak_mib(device)
+        by_size[size] = {"user_steps_per_s": users / taken, "peak_mib": mib_of_size}
+        print(f"blocks of {size:3d} users: {users / taken:.1f} user-steps/s, {mib_of_size:.0f} MiB")
     return {"llama_user_steps_per_s": users / seconds, "llama_fp16_peak_fraction": fraction,
-            "llama_peak_mib": mib, "projected_hours": hours}
+            "llama_peak_mib": mib, "llama_users_per_hour": an_hour, "llama_block_sizes": by_size,
+            "projected_hours": hours}
+
+
+def save_llama(folder, device):
+    """A Llama with random weights and the demo's words, as a folder: on a GPU as wide as Llama-2-7B."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    common.train_tiny(demo_world(), folder, 20, defaults("--tiny-sentences", "320"))
+    words = len(AutoTokenizer.from_pretrained(folder))
+    size = {"num_hidden_layers": 4} if device.type == "cuda" else {
+        "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=words, bos_token_id=None, eos_token_id=None, **size))
+    model.to(torch.float16 if device.type == "cuda" else torch.float32).save_pretrained(folder)
+
+
+def stage(name, run, *flags, **environment):
+    """A stage as a process, its output in RUN/log.txt."""
+    command = [sys.executable, next(ROOT.glob(f"{name}_*.py")), "--run", run, *map(str, flags)]
+    with open(run.parent / f"{run.name}.log", "a") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+
+
+def finish(*processes):
+    """Seconds until all have ended well."""
+    clock = time.perf_counter()
+    for process in processes:
+        if process.wait():
+            raise SystemExit(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
+    return time.perf_counter() - clock
+
+
+def whole_runs(device, users):
+    """Stage 02 unbroken, killed and resumed, as two ranks on one device; 04 there and on the CPU."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = {name: Path(folder) / name for name in ("unbroken", "killed", "ranks")}
+        lm = Path(folder) / "llama"
+        save_llama(lm, device)
+        note("a random Llama saved")
+        finish(stage("01", runs["unbroken"], "--subsample-users", users))
+        for name in ("killed", "ranks"):
+            shutil.copytree(runs["unbroken"], runs[name])
+        flags = ("--lm", lm, "--device", device.type, "--block-size", 8)
+        found["run_seconds"] = finish(stage("02", runs["unbroken"], *flags))
+        note(f"unbroken: {found['run_seconds']:.1f} s with loading")
+        process = stage("02", runs["killed"], *flags)
+        while process.poll() is None and len(list(runs["killed"].glob("blocks-*/0*.pt"))) < 3:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        found["killed_by"] = -process.wait()
+        found["blocks_at_the_kill"] = len(list(runs["killed"].glob("blocks-*/0*.pt")))
+        found["resume_seconds"] = finish(stage("02", runs["killed"], *flags))
+        note(f"killed (signal {found['killed_by']}) at {found['blocks_at_the_kill']} blocks, then resumed")
+        found["ranks_seconds"] = finish(*(stage(
+            "02", runs["ranks"], *flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT="29517") for rank in (0, 1)))
+        note("two ranks on one device done")
+        theta, spread = np.load(runs["unbroken"] / "profiles.npy"), json.loads(
+            (runs["unbroken"] / "profiles.json").read_text())["spread"]
+        for name in ("killed", "ranks"):
+            other = np.load(runs[name] / "profiles.npy")
+            found[f"{name}_users_equal"] = float((theta == other).all((1, 2)).mean())
+            far = np.abs(theta - other).max((0, 2)) / spread
+            found[f"{name}_farthest"] = float(far.max())
+            print(f"{name}: {found[f'{name}_users_equal']:.0%} of the users equal to the bit, the farthest "
+                  f"coordinate {far.max():.2g} of the slot's spread away")
+        finish(stage("03", runs["unbroken"], "--quantizer", "kmeans", "--device", device.type))
+        for where in dict.fromkeys((device.type, "cpu")):
+            found[f"ctr_{where}_seconds"] = finish(stage(
+                "04", runs["unbroken"], "--device", where, "--ids", "none,random,userip", "--seeds", 2))
+            print(f"04, three rows of two seeds, on {where}: {found[f'ctr_{where}_seconds']:.1f} s")
+    return found
 
 
 def demo_world():
@@ -394,6 +483,8 @@ def everything(args, shape, device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         figures |= llama(device)
+        torch.cuda.empty_cache()
+        figures |= whole_runs(device, 800)
     return figures
 
 
@@ -403,7 +494,7 @@ def main():
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=common.THREADS, help="CPU threads (default: the cores)")
-    for name in ("quick", "full", "linear", "profile"):
+    for name in ("quick", "full", "linear", "profile", "processes"):
         add(f"--{name}", action="store_true")
     add("--memory-of", choices=VARIANTS, help="one variant's peak memory alone")
     args = parser.parse_args()
@@ -413,6 +504,8 @@ def main():
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
         figures = linear((200, 400) if args.quick else (1000, 4000, 16000))
+    elif args.processes:
+        figures = whole_runs(device, 100 if args.quick else 800)
     else:
         figures = profile(shape, device) if args.profile else everything(args, shape, device)
     print(json.dumps(figures))

@@ -1,4 +1,4 @@
-"""docs/baselines.py: each stand-in against the long way round, and what it may read."""
+"""docs/baselines.py, docs/lm_both.py: each stand-in against the long way round, and what it may read."""
 
 import hashlib
 from types import SimpleNamespace
@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_bytes_equal, call_stage, infer, load_script, prepare, quantize
+from conftest import assert_bytes_equal, call_stage, ctr, infer, load_script, prepare, quantize
 from test_pipeline import poisoned
 
 import common
 from common import COLD, SEEN, TEST, TRAIN, VALIDATION
 
-baselines = load_script("baselines")
+baselines, lm_both = load_script("baselines"), load_script("lm_both")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def world(runs):
-    return baselines.World(SimpleNamespace(run=runs / "clean", device="cpu", seed=0, rows=None,
-                                           tiny_sentences=64))
+    return baselines.World(SimpleNamespace(run=runs / "clean", device="cpu", seed=0, rows=None))
 
 
 def digest(world):
@@ -140,38 +139,93 @@ def test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was(runs, world
         for run in (runs / "clean", runs / "poisoned"):
             call_stage(baselines, method, "--run", run)
     assert digest(baselines.World(world.args)) == untouched
+    assert_bytes_equal(*(runs / run / "kar" / "profiles.npy" for run in ("clean", "poisoned")))
     for name in ("kar", "kar-text", "kar-text0", "pepler"):
         assert_bytes_equal(*(runs / run / f"feature_bank_{name}.npy" for run in ("clean", "poisoned")))
         card = common.load(runs / "clean", f"feature_bank_{name}.json")
         assert card["codes"] == ([4, 3] if name == "kar" else [12])
+    rows_of = {method: common.load(runs / "clean", f"baselines_{method}.json")["rows"]
+               for method in ("kar", "pepler", "rella")}
     for method, count in (("pepler", 2), ("rella", 4)):
-        rows = common.load(runs / "clean", f"baselines_{method}.json")["rows"]
+        rows = rows_of[method]
         assert len(rows) == count and all(0 < row["test_auc"] < 1 and 0 < row["cold_auc"] < 1 for row in rows)
-        assert all(row["lm_passes"] > 0 for row in rows[-1:])
+    users, trained, asked = (len(world.dataset.users), len(world.dataset.rows(TRAIN)),
+                             [len(world.dataset.rows(split)) for split in (VALIDATION, TEST, COLD)])
+    histories = sum(map(bool, map(len, world.histories)))
+    costs = [(row["lm_passes"], row["of"], row["unit"]) for rows in rows_of.values() for row in rows]
+    titles, answers = len(world.dataset.items), baselines.ANSWER
+    assert costs == [
+        (2 * users, users, "user"), ((1 + answers) * histories, users, "user"), (histories, users, "user"),
+        (0, trained, "pair"), (2 * trained, trained, "pair"),
+        (titles + sum(asked), sum(asked), "pair"), *[(sum(asked), sum(asked), "pair")] * 3]
     labels = world.dataset.rows(TRAIN)[:, 2]
     assert 0 < labels.mean() < 1
 
 
 def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferred):
     call_stage(baselines, "rella", "--run", runs / "clean")
-    whole = common.load(runs / "clean", "baselines_rella.json")["rows"][0]["lm_passes"]
+    whole = common.load(runs / "clean", "baselines_rella.json")["rows"][1]["lm_passes"]
     call_stage(baselines, "rella", "--run", runs / "clean", "--rows", 12)
-    assert common.load(runs / "clean", "baselines_rella.json")["rows"][0]["lm_passes"] == 36 < whole
+    assert common.load(runs / "clean", "baselines_rella.json")["rows"][1]["lm_passes"] == 36 < whole
     with pytest.raises(common.UserError, match="has not read rated titles"):
         call_stage(baselines, "rella", "--run", inferred)
 
 
-def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, monkeypatch):
+def test_stages_take_kar_s_theta_for_theirs(runs, world):
+    call_stage(baselines, "kar", "--run", runs / "clean")
+    call_stage(quantize, "--run", runs / "clean" / "kar", "--quantizer", "kmeans")
+    call_stage(ctr, "--run", runs / "clean" / "kar", "--profile-input", "embedding", "--ids", "none,userip",
+               "--seeds", 1, "--epochs", 1)
+    problem, _ = quantize.read_problem(runs / "clean" / "kar")
+    assert np.array_equal(problem.theta, baselines.kar_slot(world, world.histories))
+    bank = common.load(runs / "clean", "feature_bank_kar.npy")  # the same clusters by the same k-means
+    other = common.load(runs / "clean" / "kar", "feature_bank.npy")
+    assert all(len(set(zip(*codes))) == len(set(codes[0])) for codes in zip(bank.T, other.T))
+    assert not (runs / "clean" / "kar" / "kar").exists()
+
+
+def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, world, monkeypatch):
     seen = []
     monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([ids, targets]))
-    call_stage(baselines, "lm", "--run", runs / "clean", "--tiny-sentences", 90)
-    world, (ids, targets) = baselines.World(SimpleNamespace(run=runs / "clean", device="cpu", seed=0)), seen
+    call_stage(lm_both, "--run", runs / "clean", "--tiny-sentences", 90)
+    ids, targets = seen
     texts = [world.tokenizer.decode(row[real]) for row, real in zip(ids, targets != -100)]
-    name = world.dataset.profiles[0]["prompt"]
+    names = [profile["prompt"] for profile in world.dataset.profiles]
     for at, text in enumerate(texts):
         history_first = at % 3 == 0
-        assert text.startswith((name, world.dataset.profiles[1]["prompt"])) != history_first
+        assert text.startswith(tuple(names)) != history_first
         assert (world.dataset.task_prompt in text) != history_first
+        assert any(name in text for name in names)
+    assert len({text.split(names[0])[-1] for text in texts[::3] if names[0] in text}) > 1
     call_stage(infer, "--run", runs / "clean", "--lm", runs / "clean" / "lm-both", "--steps", 1,
                "--history", "rated", "--fresh")
-    call_stage(quantize, "--run", runs / "clean", "--quantizer", "kmeans")
+    with pytest.raises(common.UserError, match="run 02 with --lm tiny"):
+        call_stage(lm_both, "--run", runs / "clean")
+
+
+def test_history_first_is_the_text_turned_round_and_knows_where_the_word_begins(world):
+    traits = [common.Trait(profile, world.dataset.items) for profile in world.dataset.profiles]
+    people = [({0: "music", 1: "student"}, [" A;", " B b;"]), ({1: "engineer"}, [" C;"])]
+    for (words, titles), (ids, at) in zip(people, lm_both.history_first(world.tokenizer, traits, people)):
+        said = "".join(f"{traits[m].prompt} {word}" for m, word in words.items())
+        assert world.tokenizer.decode(ids) == "".join(titles) + said
+        assert world.tokenizer.decode(ids[at:]) == " " + list(words.values())[-1]
+
+
+def test_the_loss_under_another_history_is_that_of_its_words_alone(world):
+    """Against one text at a time; two people, so that the other history is the other's."""
+    traits = [common.Trait(profile, world.dataset.items) for profile in world.dataset.profiles]
+    people = [({0: "music"}, [" Basic Guitar;"]), ({0: "cooking"}, [" Basic Pan;", " Pot;"])]
+    found = lm_both.word_sensitivity(world.likelihood.model, world.tokenizer, traits, people,
+                                     np.random.default_rng(0))
+
+    def loss(titles, word):
+        first = sum(common.pieces_of(world.tokenizer, [*titles, traits[0].prompt]), [])
+        answer, = common.pieces_of(world.tokenizer, [f" {word}"])
+        logits = world.likelihood.model(torch.tensor([first + answer])).logits[0].log_softmax(1)
+        return -sum(float(logits[len(first) - 1 + at, token]) for at, token in enumerate(answer)), len(answer)
+
+    losses = [[loss(people[owner][1], people[at][0][0]) for at, owner in pairs]
+              for pairs in (((0, 0), (1, 1)), ((0, 1), (1, 0)))]
+    own, other = (sum(nll for nll, _ in pairs) / sum(count for _, count in pairs) for pairs in losses)
+    assert found == {"hobby": pytest.approx(other - own, abs=1e-4)}

@@ -12,7 +12,8 @@ from test_prepare import write_ml_100k
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
 SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
-OTHERS = [*(f"docs/{name}.py" for name in ("baselines", "controls", "explain", "figures", "score", "tables")),
+OTHERS = [*(f"docs/{name}.py" for name in ("baselines", "controls", "explain", "figures", "lm_both",
+                                            "score", "tables")),
           *(f"tests/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare"))]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help"}
 

@@ -454,10 +454,14 @@ def test_every_study_names_flags_that_its_stages_know(monkeypatch):
         for variant, settings in study.items():
             assert set(settings["controls"].split()) <= controls.keys(), (name, variant)
             for module, flags in zip((prepare, infer, quantize, ctr), settings["flags"]):
-                monkeypatch.setattr(sys, "argv", ["x", *(flags or "").format(base="base").split()])
+                words = (flags or "").format(base="base", first="first").split()
+                monkeypatch.setattr(sys, "argv", ["x", *words])
                 args = module.parse_arguments()
-            own = settings["controls"] or next(iter(study.values()))["controls"]
-            assert set(args.ids) - set(ctr.IDS) <= set(own.split()), (name, variant)
+            methods = settings["baselines"].split()
+            banks = {"kar": ["kar", "kar-text", "kar-text0"], "pepler": ["pepler"], "rella": []}
+            own = (settings["controls"] or next(iter(study.values()))["controls"]).split()
+            own += sum((banks[method] for method in methods), [])
+            assert set(args.ids) - set(ctr.IDS) <= set(own), (name, variant)
         assert {"none", "random"} <= set(first[3].split("--ids ")[1].split()[0].split(","))
 
 

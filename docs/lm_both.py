@@ -1,0 +1,102 @@
+"""A tiny LM that reads in both directions, for methods that ask with the history in front (KAR).
+
+    python docs/lm_both.py --run runs/demo                               # after 02 with --lm tiny
+    python 02_infer_profiles.py --run runs/demo --lm runs/demo/lm-both   # then docs/baselines.py kar, 03, 04
+
+The tiny LM of 02 has read "x^m word ... history" alone, so that "history x^m" is strange to it. Here a third
+of the invented people have their history first, then each profile's name and word; all else is as in 02.
+
+Prints: nats a history token that a wrong word costs, and nats a word that somebody else's history costs, of
+the run's LM and of the new one
+Reads:  what 03 reads
+Writes: lm-both/
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+common = importlib.import_module("common")
+quantize = importlib.import_module("03_quantize")
+
+EVERY = 3  # of so many sentences one has the history first
+
+
+def history_first(tokenizer, traits, people):
+    """Pairs (token ids of "history x^1 word x^2 word", place of the last word) of common.make_sentences()."""
+    names = common.pieces_of(tokenizer, [trait.prompt for trait in traits])
+    texts = sorted({text for words, titles in people
+                    for text in (*titles, *(f" {word}" for word in words.values()))})
+    ids_of, rows = dict(zip(texts, common.pieces_of(tokenizer, texts))), []
+    for words, titles in people:
+        ids = [token for text in titles for token in ids_of[text]]
+        for m, word in words.items():
+            place = len(ids) + len(names[m])
+            ids = ids + names[m] + ids_of[f" {word}"]
+        rows.append((ids, place))
+    return rows
+
+
+def padded(rows, value):
+    return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value)
+
+
+@torch.no_grad()
+def word_sensitivity(model, tokenizer, traits, people, rng):
+    """{profile: nats a token that his word loses behind the history of somebody with another word}."""
+    lost = {}
+    for m, trait in enumerate(traits):
+        told = [(words[m], titles) for words, titles in people if m in words]
+        others = [[titles for other, titles in told if other != word] for word, _ in told]
+        if not told or not all(others):
+            continue  # one word alone, or none, tells nobody apart
+        losses = []
+        for histories in ([titles for _, titles in told], [some[rng.integers(len(some))] for some in others]):
+            asked = [({m: word}, titles) for (word, _), titles in zip(told, histories)]
+            rows = history_first(tokenizer, traits, asked)
+            ids, targets = [ids for ids, _ in rows], [[-100] * at + ids[at:] for ids, at in rows]
+            losses.append(float(common.next_token_loss(model, padded(ids, 0), padded(targets, -100))))
+        lost[trait.name] = losses[1] - losses[0]
+    return lost
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("--tiny-sentences", type=common.at_least(64), help="how many (default: as 02)")
+    args = parser.parse_args()
+    problem, _ = quantize.read_problem(args.run)
+    dataset, facts = problem.dataset, problem.facts
+    if facts["lm"] != "tiny":
+        raise common.UserError(f"this run's LM is {facts['lm']}", args.run, "run 02 with --lm tiny")
+    likelihood, *_, tokenizer = problem.open_likelihood(torch.device("cpu"))
+    items = [dataset.items[item] for item in np.unique(dataset.rows(common.TRAIN)[:, 1])]
+    traits = [common.Trait(profile, items) for profile in dataset.profiles]
+    rng, rated, length = common.seeded(args.seed, 9), facts["history"] == "rated", facts["max_history"]
+    count = args.tiny_sentences or common.TINY_SIZES[len(items) > 500][2]
+    people = common.make_sentences(traits, items, count, length, rng, rated)
+    ids, targets, _ = common.encode_sentences(tokenizer, traits, dataset.task_prompt, people)
+    rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]
+    rows[::EVERY] = [turned for turned, _ in history_first(tokenizer, traits, people[::EVERY])]
+    torch.manual_seed(args.seed)
+    model = type(likelihood.model)(likelihood.model.config)
+    common.fit_tiny(model, padded(rows, 0), padded(rows, -100), rng)
+    fresh, found = common.make_sentences(traits, items, 400, length, rng, rated), {}
+    for name, some in (("the run's LM", likelihood.model), ("lm-both", model.eval())):
+        found[name] = {
+            "a wrong word": common.sensitivity(
+                some, tokenizer, traits, dataset.task_prompt, fresh, common.seeded(args.seed, 12)),
+            "another history": word_sensitivity(some, tokenizer, traits, fresh, common.seeded(args.seed, 12))}
+        for what, lost in found[name].items():
+            print(f"{name}, nats lost under {what}: " + ", ".join(f"{key} {lost[key]:.4f}" for key in lost))
+    common.save_tiny(args.run / "lm-both", model, tokenizer, {
+        "sensitivity": found["lm-both"]["a wrong word"], "both": found})
+    print(f"next: python 02_infer_profiles.py --run {args.run} --lm {args.run / 'lm-both'}")
+
+
+if __name__ == "__main__":
+    common.guarded(main)
