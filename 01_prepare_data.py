@@ -154,7 +154,6 @@ def load_demo(args):
     popularity, quality = rng.normal(0, 0.5, n_items), rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
     generosity += args.signal * (GENEROSITY[0][hobby] + GENEROSITY[1][background])
-    # Shape of exposure, taste and liked: (U, I)
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
     fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
     taste = quality + generosity + args.signal * fit

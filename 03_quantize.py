@@ -492,8 +492,7 @@ def show(report, agreed):
         names = profile.get("words", range(len(counts)))
         print("   ", *(f"{name}: {count:,d}" for name, count in zip(names, counts)), sep="  ")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
-            print(f"    WARNING: the codebook of {profile['name']} has collapsed; try --start kmeans, lower "
-                  "--epochs or --lr")
+            print(f"    WARNING: the codebook of {profile['name']} has collapsed")
     if agreed:
         ami, nmi, across = (" ".join(f"{value:.3f}" for value in values) for values in agreed.values())
         print(f"with the planted truth: adjusted MI {ami}, NMI {nmi}; NMI across profiles {across}")
@@ -565,6 +564,8 @@ def main():
         sizes = parse_codes(args.codes, dataset.profiles)
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
+        if not torch.cat(list(quantizer.books)).isfinite().all():
+            raise UserError("a code is not finite", args.quantizer, "mend its fit()")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
     report = health(codes[known], sizes, dataset.profiles)

@@ -3,10 +3,9 @@
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
     loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), completed
 
-No LLM is loaded: a profile is M small integers. Controls tell if they say anything: `none` (no ids),
-`random` (uniform codes), `shuffled` (real codes on other users). The row NAME is your own
-feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its
-controls: random-NAME, shuffled-NAME.
+No LLM is loaded: a profile is M small integers. Controls: `none` (no ids), `random` (uniform codes),
+`shuffled` (real codes on other users). The row NAME is your own feature_bank_NAME.npy, int (U, M'), with
+its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its controls: random-NAME, shuffled-NAME.
 
 Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.npy (02) for --profile-input embedding
@@ -457,7 +456,7 @@ def summarize(rows):
     for (model, ids), by_seed in cells.items():
         entry = {metric: mean_sd([row[metric] for row in by_seed.values()]) for metric in metrics}
         for control in ("none", "random"):
-            other = cells.get((model, control))
+            other = cells.get((model, f"{control}-{ids}"), cells.get((model, control)))
             for metric in metrics if other and ids != control else ():
                 entry[f"{metric.removeprefix('test_')}_minus_{control}"] = mean_sd(
                     [row[metric] - other[seed][metric] for seed, row in by_seed.items()])
@@ -466,17 +465,17 @@ def summarize(rows):
 
 
 def show(summary, base_logloss):
-    """The results as a table in text."""
+    """The table in text."""
     def cell(entry, key):
         return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
 
     titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
     lines = [(model, ids, entry) for model, by_ids in summary.items() for ids, entry in by_ids.items()]
     columns = [key for key in titles if any(key in entry for _, _, entry in lines)]
-    print(f"\n{'model':9s}{'ids':12s}" + "".join(f"{key:18s}" for key in columns))
+    print(f"\n{'model':11s}{'ids':16s}" + "".join(f"{key:18s}" for key in columns))
     for model, ids, entry in lines:
-        print(f"{model:9s}{ids:12s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
-    print(f"{'constant':9s}{'base rate':12s}{' 0.5000':18s}{' 0.5000':18s}{base_logloss:7.4f}")
+        print(f"{model:11s}{ids:16s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
+    print(f"{'constant':11s}{'base rate':16s}{' 0.5000':18s}{' 0.5000':18s}{base_logloss:7.4f}")
 
 
 # -------- main
@@ -525,8 +524,8 @@ def read_bank(run, name, dataset):
     shape = (len(dataset.users), len(sizes))
     kinds = {codes.dtype.kind, sizes.dtype.kind} - {"i", "u"}
     if kinds or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
-        raise UserError(f"{bank} is no int array {shape} of codes 0 to {facts['codes']}", run,
-                        f"write it anew; K (in {card}) means unknown")
+        raise UserError(f"{bank}, {codes.dtype} {codes.shape}, is no int {shape} of codes 0 to "
+                        f"{facts['codes']}", run, f"write it anew; K (in {card}) means unknown")
     return codes, sizes.tolist()
 
 
@@ -575,8 +574,8 @@ def save(args, dataset, inputs, cells):
                 "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input,
                 "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
         if bank_name(ids) == ids != "none" and row["best_epoch"] <= 2:
-            print(f"WARNING: {model} {ids} seed {seed}: best epoch {row['best_epoch']}, it never left the "
-                  "main effects; more --user-dropout or less --weight-decay")
+            print(f"WARNING: {model} {ids} seed {seed}: best epoch {row['best_epoch']}, never left the "
+                  "main effects")
     labels, summary = dataset.rows(TEST)[:, 2], summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
     save_json(args.run / "results.json", {
@@ -596,7 +595,7 @@ def main():
     if args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
     announce("04 train CTR", args, "stage 01's files and the banks")
-    varied = ("run", "models", "ids", "seeds")  # which cells there are is no setting of a cell
+    varied = ("run", "models", "ids", "seeds")  # no settings of a cell
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings)[:12]}"
     cells = {(model, ids, seed): work / f"{model}-{ids}-{seed}.pt"

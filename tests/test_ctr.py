@@ -202,9 +202,10 @@ def test_a_bank_by_name_is_a_row_with_controls_of_its_own(inferred, tmp_path, ca
     assert rows["mine"] == rows["userip"] and rows["truth"] == rows["planted"] != rows["mine"]
     assert rows["random-mine"] == rows["random"] and rows["shuffled-mine"] == rows["shuffled"]
     assert len({row["test_auc"] for row in rows.values()}) == 5
-    write_bank(run, "one", np.arange(len(rows_of(run, "users.json"))) % 3, [2])
+    count = len(rows_of(run, "users.json"))
+    write_bank(run, "one", np.arange(count) % 3, [2])
     message = refused(capsys, "--run", run, "--ids", "one")  # a vector is no table
-    assert "feature_bank_one.npy is no int array" in message
+    assert f"feature_bank_one.npy, int64 ({count},), is no int ({count}, 1) of codes" in message
     write_bank(run, "one", np.arange(len(rows_of(run, "users.json")))[:, None] % 3, [2])  # 2: unknown
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "one,none")
     grown, plain = (row["parameters"] for row in common.load(run, "results.json")["rows"])
@@ -220,9 +221,9 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: (run / "feature_bank_mine.json").write_text("{}"), "lacks codes, dataset_finger"),
     (lambda run, codes: (run / "feature_bank_mine.npy").write_bytes(b"x"), "bank_mine.npy cannot be read"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0"), "another dataset"),
-    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "is no int array"),
-    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "is no int array"),
-    (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "is no int array"),
+    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "is no int ("),
+    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "is no int ("),
+    (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "float64 ("),
     (lambda run, codes: write_bank(run, "mine", codes - 1, [4, 3]), "codes 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes * 0 + 4, [4, 3]), "codes 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes, 4), "feature_bank_mine.json"),
@@ -504,6 +505,16 @@ def test_summary_pairs_differences_by_seed():
             assert found == pytest.approx(wanted)
     assert table["lr"]["userip"]["auc_minus_none"]["mean"] == pytest.approx(0.15)
     assert "auc_minus_random" not in table["lr"]["userip"] and "auc_minus_none" not in table["dcn"]["none"]
+
+
+def test_a_bank_is_compared_with_its_own_random_codes_where_they_are_given():
+    rows = [*cells_of("random", (0.5, 0.5)), *cells_of("random-mine", (0.6, 0.5)),
+            *cells_of("mine", (0.7, 0.7)), *cells_of("yours", (0.8, 0.6))]
+    table = ctr.summarize(rows)["dcn"]
+    assert table["mine"]["auc_minus_random"]["mean"] == pytest.approx(0.15)
+    assert table["yours"]["auc_minus_random"]["mean"] == pytest.approx(0.2)
+    assert table["random-mine"]["auc_minus_random"]["mean"] == pytest.approx(0.05)
+    assert "auc_minus_random" not in table["random"]
 
 
 def test_results_json_and_checkpoint(inferred, tmp_path, capsys):

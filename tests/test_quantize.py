@@ -430,9 +430,26 @@ def test_collapse_is_reported_when_it_is_forced(inferred, tmp_path, capsys):
     facts = json.loads((run / "profiles.json").read_text())
     (run / "profiles.json").write_text(json.dumps(facts | {"fingerprint": common.fingerprint(theta)}))
     call_stage(quantize, "--run", run, "--paper", "--start", "random", "--epochs", 1, "--no-llm-loss")
-    assert "WARNING: the codebook of hobby has collapsed; try --start kmeans" in capsys.readouterr().out
+    assert "WARNING: the codebook of hobby has collapsed\n" in capsys.readouterr().out
     facts = json.loads((run / "quantize.json").read_text())
     assert facts["profiles"][0]["max_share"] > 0.9 and facts["nmi_across"] == [pytest.approx(0.0, abs=0.1)]
+
+
+def test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays(inferred, tmp_path, monkeypatch):
+    """As of somebody's own clustering that found fewer clusters than K."""
+    class Fewer(quantize.KMeans):
+        def fit(self):
+            codes, log = super().fit()
+            self.books[1][2] = float("nan")
+            return codes, log
+
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+    before = (run / "quantize.json").read_bytes()
+    monkeypatch.setitem(quantize.QUANTIZERS, "fewer", Fewer)
+    with pytest.raises(common.UserError, match="a code is not finite .fewer.; mend"):
+        call_stage(quantize, "--run", run, "--quantizer", "fewer")
+    assert (run / "quantize.json").read_bytes() == before
 
 
 def test_two_collapsed_codebooks_do_not_agree():

@@ -12,7 +12,8 @@ they come later) and decide for every pair of tokens whether the one in row i ma
   * the begin token (some LLMs have one) says nothing about a profile: everybody to its right may see it;
   * theta^m sees its own name x^m, and no other profile's name or theta;
   * and the name x^m? Suppose the name of profile 2 could see theta^1. Which path leads from theta^1 to
-    theta^2, layer by layer? Close it;
+    theta^2, layer by layer? Close it. Names do not see each other's names either: though that would tell
+    nothing of a user, profile 2 would then know that it comes second, and Fig. 4's are exchangeable;
   * task and history come after all profiles and have to be explained by all of them.
 
 The tests compare grids for prompts of several shapes, and then put your mask into a real transformer: the

@@ -72,7 +72,9 @@ GRIDS = {
 def test_a1_grid(work, prompt):
     found = work.build_visibility(segments_of(prompt))
     assert found.dtype == torch.bool
-    assert ["".join(".#"[cell] for cell in row) for row in found.tolist()] == GRIDS[prompt].split()
+    yours = ["".join(".#"[cell] for cell in row) for row in found.tolist()]
+    expected = GRIDS[prompt].split()
+    assert yours == expected, f"row by row of {prompt}: yours {yours}, expected {expected}"
 
 
 @pytest.mark.a1
