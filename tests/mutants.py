@@ -1,4 +1,4 @@
-"""Break one line at a time and see that a test notices: mutants of the five files and of docs/tables.py.
+"""Break one line at a time and see that a test notices: mutants of the five files, docs/tables.py, baselines.py.
 
     python tests/mutants.py                                # all of them: 8 min on 2 cores
     python tests/mutants.py --only 03_quantize --jobs 2    # of one file
@@ -26,7 +26,8 @@ LEFT_OUT = shutil.ignore_patterns(".git", "runs", ".venv", "data", "__pycache__"
 SHORT = {"infer": "test_infer", "quantize": "test_quantize", "ctr": "test_ctr", "prepare": "test_prepare",
          "loaders": "test_loaders", "resume": "test_resume", "tables": "test_tables",
          "+infer": "test_net_infer", "+quantize": "test_net_quantize", "+ctr": "test_net_ctr",
-         "+data": "test_net_data", "llms": "test_llms", "pipeline": "test_pipeline"}
+         "+data": "test_net_data", "llms": "test_llms", "pipeline": "test_pipeline",
+         "baselines": "test_baselines"}
 
 # A process starts as a fork of one that holds what takes seconds to import, and nothing of the project.
 FORKS = multiprocessing.get_context("forkserver")
@@ -534,6 +535,9 @@ MUTANTS["02_infer_profiles.py"] = [
 ]
 
 MUTANTS["03_quantize.py"] = [
+    ("a code that is not finite is saved", ".isfinite().all():\n            raise UserError(\"a code",
+     ".isfinite().any():\n            raise UserError(\"a code",
+     "quantize:test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays"),
     ("a user's step counts those of others", "squares[batch] += own.grad ** 2",
      "squares += (own.grad ** 2).mean(0)",
      "quantize:test_a_user_s_step_does_not_depend_on_how_many_came_before_him"),
@@ -826,8 +830,9 @@ MUTANTS["04_train_ctr.py"] = [
     ("differences are not paired by seed", "row[metric] - other[seed][metric]",
      "row[metric] - other[0][metric]",
      "+ctr:test_differences_are_paired_with_none_and_with_random_of_the_same_model"),
-    ("both differences are to none", "other = cells.get((model, control))",
-     'other = cells.get((model, "none"))',
+    ("a bank's own random codes are not its control", 'f"{control}-{ids}"), cells', '"nobody"), cells',
+     "ctr:test_a_bank_is_compared_with_its_own_random_codes_where_they_are_given"),
+    ("both differences are to none", "cells.get((model, control)))", 'cells.get((model, "none")))',
      "+ctr:test_differences_are_paired_with_none_and_with_random_of_the_same_model"),
     ("differences of validation AUC", "row[metric] - other[seed][metric]",
      'row["val_auc"] - other[seed]["val_auc"]',
@@ -927,8 +932,16 @@ MUTANTS["docs/tables.py"] = [
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
     ("a variant's flags of stage 03 are lost", 'f"{flags[2]} --seed {seed}"', 'f"--seed {seed}"',
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
-    ("a variant's controls are not made", 'if variants[name]["controls"]:', "if False:",
+    ("a variant's controls are not made", 'if settings["controls"]:', "if False:",
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
+    ("a source is not taken from", 'first_run / settings["source"] if settings["source"] else base', "base",
+     "tables:test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
+    ("the LM of both directions is not made", 'if settings["lm_both"]:', "if False:",
+     "tables:test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
+    ("costs are totals", 'row["lm_passes"] / row["of"]', 'row["lm_passes"]',
+     "tables:test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
+    ("a baseline's own scores are left out", 'if "test_auc" in row:', "if False:",
+     "tables:test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
     ("logloss and AUC change places",
      'f"{metric}_auc": "AUC", f"{metric}_gauc": "GAUC", f"{metric}_logloss": "logloss"',
      'f"{metric}_logloss": "AUC", f"{metric}_gauc": "GAUC", f"{metric}_auc": "logloss"',
@@ -975,6 +988,36 @@ MUTANTS["docs/tables.py"] = [
      "+data:test_in_a_table_of_cold_users_all_figures_are_theirs_and_metadata_is_the_reference"),
     ("a fold has the first one's split", 'f"{words} --seed {seed}" if study in FOLDS else words', "words",
      "+data:test_a_repetition_of_folds_draws_the_split_anew_and_old_runs_are_named"),
+]
+
+MUTANTS["docs/baselines.py"] = [
+    ("KAR asks in front of the history", "world.begin + list(ids) + name for ids",
+     "world.begin + name + list(ids) for ids",
+     "baselines:test_kar_slot_is_the_expected_word_behind_history_and_name"),
+    ("KAR's words do not sum to one", "probability = probability / probability.sum(1, keepdim=True)", "pass",
+     "baselines:test_kar_slot_is_the_expected_word_behind_history_and_name"),
+    ("KAR's answer is not in the mean", "return world.states(rows, \"mean\")",
+     "return world.states([row[:-answer or None] for row in rows], \"mean\")",
+     "baselines:test_kar_text_is_the_mean_state_over_history_question_and_greedy_answer"),
+    ("KAR's folder holds our theta", 'common.save_npy(run / "profiles.npy", theta)', "pass",
+     "baselines:test_stages_take_kar_s_theta_for_theirs"),
+    ("PEPLER's title is read one token late", "last_hidden_state[:, 1:-1]", "last_hidden_state[:, 2:]",
+     "baselines:test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihood"),
+    ("PEPLER's logit is unscaled", "/ soft.shape[2] ** 0.5", "",
+     "baselines:test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihood"),
+    ("a cold user has a soft token", "np.where(trained, rows[:, 0], len(dataset.users))", "rows[:, 0]",
+     "baselines:test_a_user_without_training_rows_is_nobody_to_pepler"),
+    ("PEPLER's epoch is chosen on test rows",
+     "rows, validation = dataset.rows(common.TRAIN), dataset.rows(common.VALIDATION)",
+     "rows, validation = dataset.rows(common.TRAIN), dataset.rows(common.TEST)",
+     "baselines:test_the_epoch_is_that_of_the_best_validation_figure"),
+    ("ReLLa retrieves the target", "if other != item]", "]",
+     "baselines:test_rella_retrieves_what_brute_force_does_and_never_the_target"),
+    ("ReLLa's score is minus against plus", "logits[:, plus[differ]] - logits[:, minus[differ]]",
+     "logits[:, minus[differ]] - logits[:, plus[differ]]",
+     "baselines:test_rella_s_score_is_plus_against_minus_after_the_whole_text"),
+    ("ReLLa is scaled on test rows", "known = dataset.rows(common.VALIDATION)[:args.rows]",
+     "known = dataset.rows(common.TEST)[:args.rows]", "baselines:test_platt_s_scale_is_of_validation_rows"),
 ]
 
 

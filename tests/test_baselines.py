@@ -92,6 +92,24 @@ def test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihoo
     assert float(alone.detach()) == pytest.approx(baselines.WEIGHT * bce, rel=1e-4)
 
 
+def test_the_epoch_is_that_of_the_best_validation_figure(world, monkeypatch):
+    validation, states, quality = world.dataset.rows(VALIDATION), [], iter((0.5, 0.9, 0.6, 0.7, 0.95))
+
+    def scores(model, dataset, rows):
+        assert np.array_equal(rows, validation)
+        states.append({name: table.clone() for name, table in model.state_dict().items()})
+        right = next(quality)
+        return np.where(rows[:, 2] == 1, right, 1 - right)
+
+    monkeypatch.setattr(baselines, "pepler_scores", scores)
+    monkeypatch.setattr(baselines, "PATIENCE", 2)
+    titles = [[1]] * len(world.dataset.items)
+    kept = baselines.fit_pepler(world, titles, False).state_dict()
+    assert len(states) == 4  # the second is the best, two more are waited for
+    assert all(torch.equal(kept[name], states[1][name]) for name in kept)
+    assert not torch.equal(states[0]["user.weight"], states[1]["user.weight"])
+
+
 def test_a_user_without_training_rows_is_nobody_to_pepler(world):
     model = baselines.Pepler(len(world.dataset.users), len(world.dataset.items), 4)
     rows = world.dataset.rows(COLD)
@@ -160,6 +178,19 @@ def test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was(runs, world
         (titles + sum(asked), sum(asked), "pair"), *[(sum(asked), sum(asked), "pair")] * 3]
     labels = world.dataset.rows(TRAIN)[:, 2]
     assert 0 < labels.mean() < 1
+
+
+def test_platt_s_scale_is_of_validation_rows(runs, world, monkeypatch):
+    seen, fit = [], baselines.LogisticRegression.fit
+
+    def spy(self, scores, labels):
+        seen.append(labels)
+        return fit(self, scores, labels)
+
+    monkeypatch.setattr(baselines.LogisticRegression, "fit", spy)
+    call_stage(baselines, "rella", "--run", runs / "clean")
+    assert len(seen) == 4
+    assert all(np.array_equal(labels, world.dataset.rows(VALIDATION)[:, 2]) for labels in seen)
 
 
 def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferred):

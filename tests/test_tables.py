@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -239,7 +240,8 @@ class Pretender:
         words = flags.split()
         self.calls.append((script, run, words))
         seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
-        getattr(self, f"stage_{script[:2]}")(run, words, seed)
+        name = script.removeprefix("docs/")
+        getattr(self, f"stage_{name[:2]}")(run, words, seed)
 
     def stage_01(self, run, words, seed):
         np.save(run / "interactions.npy", WORLD.interactions)
@@ -258,8 +260,20 @@ class Pretender:
         np.save(run / "feature_bank.npy", np.random.default_rng(seed).integers(3, size=(6, 2)))
         common.save_json(run / "quantize.json", {"profiles": [{"perplexity": 2.0}] * 2})
 
-    def stage_do(self, run, words, seed):
+    def stage_co(self, run, words, seed):
         pass
+
+    def stage_lm(self, run, words, seed):
+        (run / "lm-both").mkdir()
+
+    def stage_ba(self, run, words, seed):
+        shutil.copytree(run, run / "kar", ignore=shutil.ignore_patterns("kar"), dirs_exist_ok=True)
+        (run / "kar" / "profiles.npy").write_text("kar's")
+        common.save_json(run / "kar" / "profiles.json", {"heldout_nll": None})
+        figures = {"test_auc": 0.6 + seed / 100, "test_gauc": 0.5, "test_logloss": 0.69}
+        common.save_json(run / f"baselines_{words[0]}.json", {"rows": [
+            {"ids": f"{words[0]}'s scores", "lm_passes": 90, "of": 60, "unit": "pair", "seconds": 7 + seed,
+             **figures}, {"ids": words[0], "lm_passes": 18, "of": 6, "unit": "user", "seconds": 2}]})
 
     def stage_04(self, run, words, seed):
         rng, rows = np.random.default_rng((seed, len(words))), []
@@ -307,11 +321,12 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
     of = {}
     for script, run, words in calls:
-        of.setdefault((run.parent.name, int(run.name)), []).append((script[:2], " ".join(words)))
+        short = script.removeprefix("docs/")[:2]
+        of.setdefault((run.parent.name, int(run.name)), []).append((short, " ".join(words)))
     for seed in (0, 1):
         assert of["default", seed] == [
             ("01", "--signal 0.5"), ("02", f"--steps 2 --seed {seed}"), ("03", f"--seed {seed}"),
-            ("do", f"text mf --seed {seed}"), ("04", f"--ids {IDS} --seed {seed} --seeds 1")]
+            ("co", f"text mf --seed {seed}"), ("04", f"--ids {IDS} --seed {seed} --seeds 1")]
         assert of["k-means", seed] == [("03", f"--quantizer kmeans --seed {seed}"),
                                        ("04", f"--ids userip --seed {seed} --seeds 1")]
         assert of["no-prior", seed][0] == ("02", f"--prior 0 --seed {seed}")
@@ -324,6 +339,31 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     before = len(calls)
     command(module, monkeypatch, "small", "--seeds", "3", "--jobs", "2")
     assert {int(run.name) for _, run, _ in calls[before:]} == {2} and len(calls) == before + 10
+
+
+def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(studies, monkeypatch, capsys):
+    """And its cost; KAR's theta is taken from a folder of the first variant, as is the LM of both ways."""
+    module, calls = studies
+    study = {"default": tables.variant("", "--steps 2", fourth=f"--ids {IDS}", baselines="pepler"),
+             "theta": tables.variant(None, None, fourth="--ids userip", source="kar"),
+             "both": tables.variant(None, "--lm {first}/lm-both", fourth="--ids userip", lm_both=True)}
+    monkeypatch.setitem(module.STUDIES, "small", study)
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    first = module.folder("small", "default", 1)
+    assert (module.folder("small", "theta", 1) / "profiles.npy").read_text() == "kar's"
+    (script, where, _), (_, _, flags), *_ = [
+        call for call in calls if call[1].name == "1" and (call[1].parent.name == "both" or "lm_both" in call[0])]
+    assert (script, where) == ("docs/lm_both.py", first) and flags[:2] == ["--lm", f"{first}/lm-both"]
+    data = json.loads((module.KEPT / "small.json").read_text())
+    own = [(row["seed"], row["model"], row["test_auc"]) for row in data["rows"]
+           if row["ids"] == "pepler's scores"]
+    assert own == [(0, "dcn", 0.6), (1, "dcn", 0.61)]
+    assert not any("pepler" in key for key in data["intervals"])
+    lines, notes = lines_of(data)
+    assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
+    none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
+    assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
+    assert "pepler's scores (default) 1.5 a pair, 8 s; pepler (default) 3.0 a user, 2 s" in notes
 
 
 def test_a_fold_is_another_split_too(studies, monkeypatch):
