@@ -1,4 +1,4 @@
-"""Break one line at a time and see that a test notices: mutants of the five files, docs/tables.py, baselines.py.
+"""Break one line at a time and see that a test notices: mutants of the five files and of two in docs/.
 
     python tests/mutants.py                                # all of them: 8 min on 2 cores
     python tests/mutants.py --only 03_quantize --jobs 2    # of one file

@@ -352,7 +352,7 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     first = module.folder("small", "default", 1)
     assert (module.folder("small", "theta", 1) / "profiles.npy").read_text() == "kar's"
     (script, where, _), (_, _, flags), *_ = [
-        call for call in calls if call[1].name == "1" and (call[1].parent.name == "both" or "lm_both" in call[0])]
+        call for call in calls if call[1].name == "1" and "both" in (call[1].parent.name, call[0][8:12])]
     assert (script, where) == ("docs/lm_both.py", first) and flags[:2] == ["--lm", f"{first}/lm-both"]
     data = json.loads((module.KEPT / "small.json").read_text())
     own = [(row["seed"], row["model"], row["test_auc"]) for row in data["rows"]
