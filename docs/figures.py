@@ -35,10 +35,10 @@ except ImportError:
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 KEPT = ROOT / "docs" / "results"
 SWEEP = "demo-codes"               # the study of docs/tables.py behind --codes
-PICTURES = {  # name: (study, metric, title) of its panels, behind --tables
+PICTURES = {  # name: (studies, metric, title) of its panels, behind --tables; userip alone of later studies
     "demo": (("demo", "test_auc", "demo"), ("demo7", "test_auc", "demo, another world (--seed 7)")),
-    "cold": (("ml-100k-cold", "cold_auc", "over all pairs of rows"),
-             ("ml-100k-cold", "cold_gauc", "within a user"))}
+    "cold": (("ml-100k-cold ml-100k-cold-rated", "cold_auc", "over all pairs of rows"),
+             ("ml-100k-cold ml-100k-cold-rated", "cold_gauc", "within a user"))}
 FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
 STAGES = {"\u03b8 is noise": "theta is noise", "\u03b8\u2080": "theta_0", "\u03b8 inferred": "inferred"}
 
@@ -204,8 +204,9 @@ def kept_study(name):
 def tables_figure(panels):
     """A table as a picture: in each panel the mean of a metric and its sd over repetitions, a row a dot."""
     figure, grid = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
-    for axes, (study, metric, title) in zip(grid[0], panels):
-        cells, rows = {}, kept_study(study)["rows"]
+    for axes, (studies, metric, title) in zip(grid[0], panels):
+        cells, (rows, *others) = {}, (kept_study(study)["rows"] for study in studies.split())
+        rows = rows + [row for other in others for row in other if row["ids"] == "userip"]
         for row in rows:
             own = row["variant"] == rows[0]["variant"]
             name = row["ids"] if own else f"{row['ids']}, {row['variant']}"

@@ -174,6 +174,10 @@ def test_a_table_is_drawn_a_row_a_dot_with_its_spread(tmp_path, monkeypatch):
     assert dots == pytest.approx([0.51, 0.71, 0.61])
     low, high = axes.containers[1][2][0].get_segments()[0][:, 0]
     assert (high - low) / 2 == pytest.approx(np.std([0.7, 0.72], ddof=1))
+    other = [{"variant": "rated", "ids": ids, "test_auc": 0.8} for ids in ("none", "userip")]
+    common.save_json(tmp_path / "rated.json", {"rows": other})  # of a later study our row alone
+    axes, = figures.tables_figure([("demo rated", "test_auc", "a world")]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()][2:] == ["userip, EM", "userip, rated"]
 
 
 def test_the_mask_is_shown_as_a_grid(inferred, capsys):
