@@ -294,6 +294,9 @@ def collect(study, seeds):
             rows[-1] |= {"health": {
                 "perplexity": [profile["perplexity"] for profile in quantized["profiles"]],
                 "nmi": quantized.get("nmi_truth"), "heldout_nll": profiles["heldout_nll"]}}
+        if STUDIES[study][name]["baselines"]:
+            costs.setdefault(f"userip ({name})", []).append(
+                (profiles["steps"], "user, and as many back", profiles["seconds"]))
         for method in STUDIES[study][name]["baselines"].split():
             for row in common.load(run, f"baselines_{method}.json")["rows"]:
                 costs.setdefault(f"{row['ids']} ({name})", []).append(

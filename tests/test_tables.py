@@ -254,7 +254,7 @@ class Pretender:
         (run / "lm-tiny").mkdir(exist_ok=True)
         for name in ("lm-tiny/model", "profiles.npy"):
             (run / name).write_text(" ".join(words))
-        common.save_json(run / "profiles.json", {"heldout_nll": {"own": 1.0}})
+        common.save_json(run / "profiles.json", {"heldout_nll": {"own": 1.0}, "steps": 2, "seconds": 4})
 
     def stage_03(self, run, words, seed):
         np.save(run / "feature_bank.npy", np.random.default_rng(seed).integers(3, size=(6, 2)))
@@ -363,7 +363,8 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
     none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
     assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
-    assert "pepler's scores (default) 1.5 a pair, 8 s; pepler (default) 3.0 a user, 2 s" in notes
+    assert ("userip (default) 2.0 a user, and as many back, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
+            "pepler (default) 3.0 a user, 2 s") in notes
 
 
 def test_a_fold_is_another_split_too(studies, monkeypatch):
