@@ -110,10 +110,12 @@ def kar_text(world, histories, answer):
 
 
 def save_theta(world, theta):
-    """RUN/kar: the run with KAR's theta in the place of ours."""
+    """RUN/kar: stage 01's files, the tiny LM and KAR's theta as 02 would have left it, profiles.json last."""
     run, changed = world.args.run / "kar", {"fingerprint": common.fingerprint(theta), "heldout_nll": None}
-    later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt")
-    shutil.copytree(world.args.run, run, ignore=later, dirs_exist_ok=True)
+    shutil.rmtree(run, ignore_errors=True)
+    later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",
+                                   "profiles.*")
+    shutil.copytree(world.args.run, run, ignore=later)
     common.save_npy(run / "profiles.npy", theta)
     common.save_json(run / "profiles.json", world.problem.facts | changed)
 
@@ -180,11 +182,10 @@ def fit_pepler(world, titles, with_lm):
     model = Pepler(len(dataset.users), len(dataset.items), world.start.shape[1]).to(world.device)
     optimizer = torch.optim.SparseAdam(model.parameters(), lr=LR)
     rows, validation = dataset.rows(common.TRAIN), dataset.rows(common.VALIDATION)
-    length = np.array(list(map(len, titles)))
     for _ in common.progress(range(EPOCHS), "PEPLER", "epoch"):
         shuffled = rng.permutation(rows)
-        shuffled = shuffled[np.argsort(length[shuffled[:, 1]], kind="stable")]  # hardly any padding
-        batches = np.array_split(shuffled, math.ceil(len(rows) / BATCH))
+        length = [len(titles[item]) for item in shuffled[:, 1]]  # of like length: hardly any padding
+        batches = np.array_split(shuffled[np.argsort(length, kind="stable")], math.ceil(len(rows) / BATCH))
         for at in rng.permutation(len(batches)):
             users, items, labels = torch.from_numpy(batches[at].T.copy()).long().to(world.device)
             optimizer.zero_grad()
@@ -249,16 +250,16 @@ def rella(world):
     vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
     for how, count in (("similar", TITLES), ("recent", TITLES), ("another user", TITLES), ("recent", 0)):
         rng = np.random.default_rng((args.seed, 11))
-
         def score(rows):
             return rella_scores(world, rows, how, count, vectors, texts, rng)[:, None]  # noqa: B023
-
         known = dataset.rows(common.VALIDATION)[:args.rows]
+        if min(len(set(rows[:, 2])) for _, rows in [(0, known), *world.evaluated(args.rows)]) < 2:
+            raise common.UserError("rows of one label alone", f"--rows {args.rows}", "take more")
         platt = LogisticRegression(C=1e6).fit(score(known), known[:, 2])
         scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1])
                   for kind, rows in world.evaluated(args.rows)]
-        pairs = sum(len(rows) for _, rows, _ in scores) + len(known)
-        figures.append(world.report(f"rella, {how}: {count} titles", "pair", pairs, scores))
+        figures.append(world.report(f"rella, {how}: {count} titles", "pair",
+                                    len(known) + sum(len(rows) for _, rows, _ in scores), scores))
     return {}, figures
 
 
@@ -271,9 +272,8 @@ def main():
     banks, figures = methods[world.args.method](world)
     for name, columns in banks.items():
         controls.save_bank(world.args.run, name, columns, world.dataset, f"docs/baselines.py: {name}")
-    if figures:
-        common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
-            "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})
+    common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
+        "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@
     python 02_infer_profiles.py --run runs/demo --lm runs/demo/lm-both   # then docs/baselines.py kar, 03, 04
 
 The tiny LM of 02 has read "x^m word ... history" alone, so that "history x^m" is strange to it. Here a third
-of the invented people have their history first, then each profile's name and word; all else is as in 02.
+of the invented people have their history first, then each profile's name and word; all else is as in 02, but
+that the longest histories have --max-history titles.
 
-Prints: nats a history token that a wrong word costs, and nats a word that somebody else's history costs, of
-the run's LM and of the new one
+Prints: nats a token that the history loses under a wrong word, and the word behind somebody else's history,
+        of the run's LM and of the new one
 Reads:  what 03 reads
 Writes: lm-both/
 """
@@ -66,7 +67,7 @@ def word_sensitivity(model, tokenizer, traits, people, rng):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, device=False)
     parser.add_argument("--tiny-sentences", type=common.at_least(64), help="how many (default: as 02)")
     args = parser.parse_args()
     problem, _ = quantize.read_problem(args.run)

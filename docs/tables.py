@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 common = importlib.import_module("common")
 
 CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
-        "docs/controls.py", "docs/baselines.py")
+        "docs/controls.py", "docs/baselines.py", "docs/lm_both.py")
 PAGE, KEPT = ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
@@ -73,8 +73,8 @@ def baselines(fourth="--ids", tiny=""):
                            "kar-text0,pepler,userip", baselines="kar pepler"),
         "KAR's theta in our codebooks": variant(None, None, "--no-llm-loss", "", f"{fourth} userip",
                                                 source="kar"),
-        "an LM of both directions": variant(None, "--lm {first}/lm-both", "", "", f"{fourth} kar,userip",
-                                            lm_both=True, baselines="kar"),
+        "an LM of both directions": variant(None, "--lm {first}/lm-both", "", "", f"{fourth} kar,kar-text,"
+                                            "kar-text0,userip", lm_both=True, baselines="kar"),
         "rated titles": variant(None, f"{tiny} --history rated", "", "", f"{fourth} userip",
                                 baselines="rella")}
 
@@ -283,7 +283,7 @@ def improvements(entries):
 
 def collect(study, seeds):
     """Everything a table needs, from the run folders: a JSON-able dict."""
-    rows, runs, costs = [], {}, {}
+    rows, runs, costs, both = [], {}, {}, []
     for name, seed in itertools.product(STUDIES[study], range(seeds)):
         run = folder(study, name, seed)
         runs[name, seed] = results = common.load(run, "results.json")
@@ -294,9 +294,13 @@ def collect(study, seeds):
             rows[-1] |= {"health": {
                 "perplexity": [profile["perplexity"] for profile in quantized["profiles"]],
                 "nmi": quantized.get("nmi_truth"), "heldout_nll": profiles["heldout_nll"]}}
+        if STUDIES[study][name]["lm_both"]:
+            lm = common.load(folder(study, next(iter(STUDIES[study])), seed if study not in ONE_THETA else 0)
+                             / "lm-both", "tiny.json")
+            both.append(lm["both"])
         if STUDIES[study][name]["baselines"]:
             costs.setdefault(f"userip ({name})", []).append(
-                (profiles["steps"], "user, and as many back", profiles["seconds"]))
+                (profiles["steps"], "user", profiles["seconds"]))
         for method in STUDIES[study][name]["baselines"].split():
             for row in common.load(run, f"baselines_{method}.json")["rows"]:
                 costs.setdefault(f"{row['ids']} ({name})", []).append(
@@ -309,6 +313,9 @@ def collect(study, seeds):
     base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
             "intervals": intervals(study, rows, seeds, metric), "stability": stability(study, seeds),
+            "lm_both": {lm: {what: {key: float(np.mean([some[lm][what][key] for some in both]))
+                                    for key in lost} for what, lost in by_what.items()}
+                        for lm, by_what in (both[0].items() if both else ())},
             "costs": {name: [found[0][1], *np.mean([(passes, seconds) for passes, _, seconds in found], 0)]
                       for name, found in costs.items()},
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
@@ -452,9 +459,14 @@ def notes(data, cells):
         if health:
             found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
     if data.get("costs"):
-        found.append("Cost in forward passes of the LM, and seconds in all: " + "; ".join(
+        found.append("Cost in forward passes of the LM (userip's and pepler's go back as often; without the "
+                     "population), and seconds: " + "; ".join(
             f"{name} {passes:.1f} a {unit}, {seconds:.0f} s"
             for name, (unit, passes, seconds) in data["costs"].items()))
+    for lm, by_what in data.get("lm_both", {}).items():
+        found.append(f"{lm}, nats a token lost under " + "; ".join(
+            f"{what}: " + ", ".join(f"{name} {value:.2f}" for name, value in lost.items())
+            for what, lost in by_what.items()))
     kind = "folds" if data["study"] in FOLDS else "repetitions"
     kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())

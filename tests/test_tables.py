@@ -264,7 +264,9 @@ class Pretender:
         pass
 
     def stage_lm(self, run, words, seed):
-        (run / "lm-both").mkdir()
+        (run / "lm-both").mkdir(exist_ok=True)
+        both = {"lm-both": {"a wrong word": {"hobby": 0.5 + seed}, "another history": {"hobby": 2 + seed}}}
+        common.save_json(run / "lm-both" / "tiny.json", {"both": both})
 
     def stage_ba(self, run, words, seed):
         shutil.copytree(run, run / "kar", ignore=shutil.ignore_patterns("kar"), dirs_exist_ok=True)
@@ -351,9 +353,9 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
     first = module.folder("small", "default", 1)
     assert (module.folder("small", "theta", 1) / "profiles.npy").read_text() == "kar's"
-    (script, where, _), (_, _, flags), *_ = [
-        call for call in calls if call[1].name == "1" and "both" in (call[1].parent.name, call[0][8:12])]
-    assert (script, where) == ("docs/lm_both.py", first) and flags[:2] == ["--lm", f"{first}/lm-both"]
+    both = [call for call in calls if call[0] == "docs/lm_both.py" or call[1].parent.name == "both"]
+    assert both[-4][:2] == ("docs/lm_both.py", first)
+    assert both[-3][0] == "02_infer_profiles.py" and both[-3][2][:2] == ["--lm", f"{first}/lm-both"]
     data = json.loads((module.KEPT / "small.json").read_text())
     own = [(row["seed"], row["model"], row["test_auc"]) for row in data["rows"]
            if row["ids"] == "pepler's scores"]
@@ -363,8 +365,9 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
     none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
     assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
-    assert ("userip (default) 2.0 a user, and as many back, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
+    assert ("userip (default) 2.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
             "pepler (default) 3.0 a user, 2 s") in notes
+    assert "lm-both, nats a token lost under a wrong word: hobby 1.00; another history: hobby 2.50" in notes
 
 
 def test_a_fold_is_another_split_too(studies, monkeypatch):
