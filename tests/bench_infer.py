@@ -25,6 +25,7 @@ Progress goes to stderr; a table and, last, one JSON object to stdout.
 """
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -340,7 +341,11 @@ def llama(device, steps=5, users=128, length=128):
     for size in (8, 16, 32, 64, 128):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        taken = seconds_of(ours, model, histories, 2, size) / 2
+        try:
+            taken = seconds_of(ours, model, histories, 2, size) / 2
+        except torch.OutOfMemoryError:
+            print(f"blocks of {size:3d} users: out of memory")
+            break
         mib_of_size = peak_mib(device)
         by_size[size] = {"user_steps_per_s": users / taken, "peak_mib": mib_of_size}
         print(f"blocks of {size:3d} users: {users / taken:.1f} user-steps/s, {mib_of_size:.0f} MiB")
@@ -363,18 +368,28 @@ def save_llama(folder, device):
 
 
 def stage(name, run, *flags, **environment):
-    """A stage as a process, its output in RUN/log.txt."""
+    """A stage as a process with a group of its own, its output in RUN.log."""
     command = [sys.executable, next(ROOT.glob(f"{name}_*.py")), "--run", run, *map(str, flags)]
-    with open(run.parent / f"{run.name}.log", "a") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+    with open(f"{run}.log", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True,
+                                   env={**os.environ, **environment})
+    process.log = f"{run}.log"
+    return process
 
 
 def finish(*processes):
-    """Seconds until all have ended well."""
+    """Seconds until all have ended well; else all are ended, and what they said is shown."""
     clock = time.perf_counter()
-    for process in processes:
-        if process.wait():
-            raise SystemExit(f"{' '.join(map(str, process.args))} ended with {process.returncode}")
+    try:
+        for process in processes:
+            if process.wait(timeout=300):
+                raise SystemExit(f"{process.args[1]} ended with {process.returncode}:\n"
+                                 + Path(process.log).read_text()[-2000:])
+    except BaseException:
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        raise
     return time.perf_counter() - clock
 
 
@@ -395,14 +410,16 @@ def whole_runs(device, users):
         process = stage("02", runs["killed"], *flags)
         while process.poll() is None and len(list(runs["killed"].glob("blocks-*/0*.pt"))) < 3:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
+        if process.poll() is not None:
+            raise SystemExit("stage 02 ended before it could be killed")
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too
         found["killed_by"] = -process.wait()
         found["blocks_at_the_kill"] = len(list(runs["killed"].glob("blocks-*/0*.pt")))
         found["resume_seconds"] = finish(stage("02", runs["killed"], *flags))
         note(f"killed (signal {found['killed_by']}) at {found['blocks_at_the_kill']} blocks, then resumed")
         found["ranks_seconds"] = finish(*(stage(
             "02", runs["ranks"], *flags, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1", MASTER_PORT="29517") for rank in (0, 1)))
+            MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", GLOO_SOCKET_IFNAME="lo") for rank in (0, 1)))
         note("two ranks on one device done")
         theta, spread = np.load(runs["unbroken"] / "profiles.npy"), json.loads(
             (runs["unbroken"] / "profiles.json").read_text())["spread"]
@@ -483,6 +500,7 @@ def everything(args, shape, device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         figures |= llama(device)
+        gc.collect()  # a likelihood holds itself, and the model
         torch.cuda.empty_cache()
         figures |= whole_runs(device, 800)
     return figures
