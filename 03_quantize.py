@@ -565,7 +565,7 @@ def main():
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
         if not torch.cat(list(quantizer.books)).isfinite().all():
-            raise UserError("a code is not finite", args.quantizer, "mend its fit()")
+            raise UserError("a code is not finite", args.quantizer, "lower --lr or mend fit()")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
     report = health(codes[known], sizes, dataset.profiles)

@@ -456,7 +456,7 @@ def summarize(rows):
     for (model, ids), by_seed in cells.items():
         entry = {metric: mean_sd([row[metric] for row in by_seed.values()]) for metric in metrics}
         for control in ("none", "random"):
-            other = cells.get((model, f"{control}-{ids}"), cells.get((model, control)))
+            other = cells.get((model, f"{control}-{ids}"), cells.get((model, control)))  # first its own
             for metric in metrics if other and ids != control else ():
                 entry[f"{metric.removeprefix('test_')}_minus_{control}"] = mean_sd(
                     [row[metric] - other[seed][metric] for seed, row in by_seed.items()])
@@ -574,8 +574,7 @@ def save(args, dataset, inputs, cells):
                 "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input,
                 "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
         if bank_name(ids) == ids != "none" and row["best_epoch"] <= 2:
-            print(f"WARNING: {model} {ids} seed {seed}: best epoch {row['best_epoch']}, never left the "
-                  "main effects")
+            print(f"WARNING: {model} {ids} #{seed}: epoch {row['best_epoch']}, never left the main effects")
     labels, summary = dataset.rows(TEST)[:, 2], summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
     save_json(args.run / "results.json", {

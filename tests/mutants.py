@@ -832,7 +832,7 @@ MUTANTS["04_train_ctr.py"] = [
      "+ctr:test_differences_are_paired_with_none_and_with_random_of_the_same_model"),
     ("a bank's own random codes are not its control", 'f"{control}-{ids}"), cells', '"nobody"), cells',
      "ctr:test_a_bank_is_compared_with_its_own_random_codes_where_they_are_given"),
-    ("both differences are to none", "cells.get((model, control)))", 'cells.get((model, "none")))',
+    ("both differences are to none", "cells.get((model, control)))  #", 'cells.get((model, "none")))  #',
      "+ctr:test_differences_are_paired_with_none_and_with_random_of_the_same_model"),
     ("differences of validation AUC", "row[metric] - other[seed][metric]",
      'row["val_auc"] - other[seed]["val_auc"]',
