@@ -643,7 +643,7 @@ def test_the_checkpoint_is_userip_of_seed_0_and_figures_are_those_of_the_predict
     run = copy_run(inferred, tmp_path / "run")
     call_stage(ctr, "--run", run, "--seeds", 2, "--epochs", 2, "--ids", "none,userip,random", "--lr", 0.02)
     warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING")]
-    assert [line.split()[1:5] for line in warned] == [["dcn", "userip", "seed", at] for at in ("0:", "1:")]
+    assert [line.split()[1:4] for line in warned] == [["dcn", "userip", at] for at in ("#0:", "#1:")]
     dataset, inputs = inputs_of(run)
     test = dataset.interactions[dataset.interactions[:, 3] == common.TEST]
     fields, lookup = ctr.build_features(dataset, "ids", *inputs.banks["userip"])
