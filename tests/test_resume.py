@@ -256,8 +256,10 @@ def open_02(run, flags, threads, *launcher):
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
-def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken):
+def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken,
+                                                                               monkeypatch):
     for _ in range(4):  # a busy machine may let it finish before it is interrupted
+        call_02(monkeypatch, run, *flags, number=1)  # makes the population's theta, in fewer steps
         process = open_02(run, flags, 2)
         wait_for_blocks(run, lambda process=process: process.poll() is None, 1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its helper gets it too
