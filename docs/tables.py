@@ -47,6 +47,7 @@ MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "
 BOOTSTRAP = 400
 CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
             "mf")  # no claims of ours
+RIVALS = ("metadata", "text", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
 ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
@@ -458,6 +459,7 @@ def notes(data, cells):
         health = [row["health"] for row in data["rows"] if row["variant"] == name and "health" in row]
         if health:
             found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
+    found += against_rivals(cells, data["metric"])
     if data.get("costs"):
         found.append("Cost in forward passes of the LM (userip's and pepler's go back as often; without the "
                      "population), and seconds: " + "; ".join(
@@ -474,6 +476,20 @@ def notes(data, cells):
                  f"{data['user_dropout']}; `python docs/tables.py {data['study']} --seeds {seeds}` on "
                  f"{data['date']}, {versions}")
     return "\n".join(f"- {line}." for line in found)
+
+
+def against_rivals(cells, metric):
+    """A line for each variant in which userip has rivals beside it: AUC of userip minus that of each."""
+    lines = []
+    for (name, model, ids), by_seed in cells.items():
+        others = {other: cells[name, model, other] for other in RIVALS if (name, model, other) in cells}
+        if ids == "userip" and others:
+            found = []
+            for other, rows in others.items():
+                values = [row[f"{metric}_auc"] - rows[seed][f"{metric}_auc"] for seed, row in by_seed.items()]
+                found.append(f"{other} {compared(values, p_value(values), None, None)}")
+            lines.append(f"{name}: AUC of userip minus that of " + "; ".join(found))
+    return lines
 
 
 def health_of(health, stability):

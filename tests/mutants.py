@@ -898,6 +898,9 @@ MUTANTS["04_train_ctr.py"] = [
 ]
 
 MUTANTS["docs/tables.py"] = [
+    ("userip is compared with its rivals of another repetition", '- rows[seed][f"{metric}_auc"]',
+     '- rows[0][f"{metric}_auc"]',
+     "tables:test_userip_is_compared_with_its_rivals_of_the_same_variant_below_the_table"),
     ("differences are not paired by seed", '[row[f"{metric}_auc"] - other[seed][f"{metric}_auc"]',
      '[row[f"{metric}_auc"] - other[0][f"{metric}_auc"]',
      "+data:test_a_study_s_differences_are_paired_by_seed_with_the_base_in_whatever_order_rows_stand"),

@@ -188,6 +188,18 @@ def test_a_variant_is_paired_with_its_own_controls_where_it_has_them():
     assert not lines["none: critic"]["AUC - none"]
 
 
+def test_userip_is_compared_with_its_rivals_of_the_same_variant_below_the_table():
+    _, notes = lines_of(data_of(
+        *three(), rows_of("default", "words", (0.62, 0.66, 0.64)), rows_of("EM", "userip", (0.7, 0.71, 0.72)),
+        rows_of("both", "kar", RANDOM), rows_of("both", "userip", OURS[::-1])))
+    lines = [line for line in notes.split("\n") if "minus that of" in line]
+    differences = {"default": ("words", np.subtract(OURS, (0.62, 0.66, 0.64))),
+                   "both": ("kar", np.subtract(OURS[::-1], RANDOM))}  # EM has no rival of its own
+    assert lines == [f"- {name}: AUC of userip minus that of {rival} {shown(values)}, p "
+                     f"{scipy.stats.ttest_1samp(values, 0).pvalue:.2g}."
+                     for name, (rival, values) in differences.items()]
+
+
 def test_a_table_of_cold_users_is_of_their_rows_and_beside_metadata():
     lines, notes = lines_of(data_of(*(rows_of("default", ids, values, "cold") for ids, values in (
         ("none", NONE), ("random", RANDOM), ("metadata", (0.63, 0.64, 0.66)), ("userip", OURS))),
