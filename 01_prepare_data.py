@@ -51,8 +51,8 @@ TASK_PROMPT = ".\nWhat is the user's interaction history?"
 SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
-MAX_BAD = 0.01    # share of bad lines to skip
-MAX_TITLE = 200   # characters the LLM reads
+MAX_BAD = 0.01  # share of bad lines to skip
+MAX_TITLE = 200  # characters the LLM reads
 
 
 def parse_arguments():
@@ -86,14 +86,14 @@ def parse_arguments():
 class Source:
     """A data set as its files hold it, N rows in their order."""
 
-    user_ids: list       # raw ids by index
+    user_ids: list  # raw ids by index
     item_ids: list
-    users: np.ndarray    # (N,) indices
-    items: np.ndarray    # (N,) indices
+    users: np.ndarray  # (N,) indices
+    items: np.ndarray  # (N,) indices
     ratings: np.ndarray  # (N,)
     times: np.ndarray | None
-    titles: dict         # raw item id -> title
-    attributes: dict     # raw item id -> {profile name: [values]}
+    titles: dict  # raw item id -> title
+    attributes: dict  # raw item id -> {profile name: [values]}
     profiles: tuple = (HOBBY, BACKGROUND)
     truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
 
@@ -132,7 +132,7 @@ DEMO_BACKGROUNDS = dict(
     family="Classic Everyday Reliable Standard Practical Sturdy".split(),
     wealthy="Premium Deluxe Handmade Signature Gold Exclusive".split())
 EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
-TASTE = (2.8, 2.2)      # log odds of liking it
+TASTE = (2.8, 2.2)  # log odds of liking it
 GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of types, to all
 
 
@@ -268,7 +268,7 @@ def good(records, parse, path):
             yield parse(record)
         except Exception as error:  # in many ways
             bad += 1
-            example = example or f"line {count}: {error!r:.150}"
+            example = example or f"record {count}: {error!r:.150}"
     if bad > MAX_BAD * count:
         raise UserError(f"{bad:,d} of {count:,d} lines are not what they should be, the first is {example}",
                         path, "check --dataset and columns")

@@ -37,11 +37,11 @@ from common import (
 # -------- settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SLOT_WORDS = 12       # the start averages the LLM's likeliest words in theta's place
-LOGIT_CHUNK = 4096    # target tokens with vocabulary logits at once
+SLOT_WORDS = 12  # the start averages the LLM's likeliest words in theta's place
+LOGIT_CHUNK = 4096  # target tokens with vocabulary logits at once
 POPULATION_STEPS, POPULATION_USERS = 40, 64  # of the theta that all share; users a step
 LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most so much below its longest
-ACTIVATIONS = 40      # numbers a layer keeps per token, in units of its width
+ACTIVATIONS = 40  # numbers a layer keeps per token, in units of its width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history",
             "tiny_sentences", "seed")  # what theta depends on
 
@@ -256,7 +256,7 @@ class ProfileLikelihood:
                 parts.append(theta[:, segment.profile, None].to(self.dtype))  # Shape: (B, 1, d)
             else:
                 ids = torch.tensor(segment.ids, device=self.device)
-                parts.append(self.words(ids).expand(len(theta), -1, -1))      # Shape: (B, tokens, d)
+                parts.append(self.words(ids).expand(len(theta), -1, -1))  # Shape: (B, tokens, d)
         return torch.cat(parts + [self.words(history_ids)], dim=1)
 
     def vectors(self, ids=None):
@@ -387,7 +387,7 @@ def solve(work, blocks, likelihood, start, spread, histories, args):
 
 @torch.no_grad()
 def heldout_nll(likelihood, theta, population, histories, solved, rng):
-    """Nats per token of validation titles under own, mean and another user's theta; None without titles."""
+    """Nats per token of validation titles under own, shared and another user's theta; None without titles."""
     ring = rng.permutation(solved).tolist()
     neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))
     histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
@@ -410,7 +410,7 @@ def find_flaw(likelihood):
     """What this LLM does that the method cannot have, or None: not every architecture obeys a 4-D mask."""
     ids = torch.arange(4, device=likelihood.device)[None]
     plain = likelihood.head(likelihood.body(ids).last_hidden_state)
-    if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), atol=1e-2, rtol=1e-2):
+    if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), 0.01, 0.01, equal_nan=True):
         return "this LLM rescales its logits"
     kinds = [segment.kind for segment in likelihood.segments for _ in segment.ids]
     theta = likelihood.vectors(ids[0, :1]).repeat(1, likelihood.profiles, 1)
@@ -546,8 +546,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
     work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
     with contextlib.suppress(UserError):  # a damaged run is made again
-        wanted = settings | {"rows_kept": 0}
-        if not (args.users or args.fresh) and wanted.items() <= read_profiles(args.run)[0].items():
+        done = (settings | {"rows_kept": 0}).items() <= read_profiles(args.run)[0].items()
+        if done and not (args.users or args.fresh or work.exists()):
             return print("profiles.npy has these settings: nothing to do (--fresh infers again)")
     if rows and RANK == 0:
         once(work / "population.pt", torch.tensor, before["start"])
@@ -559,7 +559,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     known, sums = gather(work, blocks, old, rows, start, len(histories), before)
     theta, owners = load(work, "profiles.npy"), {"users": dataset.users, "inferred": known}
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
-    heldout = heldout_nll(likelihood, theta, start, validation, known, rng)
+    heldout = heldout_nll(likelihood, theta, start, validation, sorted(chain(*blocks)), rng)
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
     speed, lost = round(worked / max(sums["seconds"], 1e-9)), lm["sensitivity"]

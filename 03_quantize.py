@@ -241,7 +241,7 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
             (getattr(llm, "scale", 1.0) * args.alpha * loss).backward()  # scale: fp16, as in llm
             if llm:
                 parts["llm"] = llm(own, batch)  # adds its gradient
-            if not math.isfinite(sum(parts.values())):
+            if not math.isfinite(sum(parts.values()) + own.grad.sum()):
                 raise UserError(f"the loss is {parts} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
@@ -268,9 +268,9 @@ def assign_all(theta, books):
 class KMeans:
     """k-means over theta, the start of vq and em: no recommender, no LLM."""
 
-    books = None        # M tensors (K_m, d) in the space of theta, on the CPU
+    books = None  # M tensors (K_m, d) in the space of theta, on the CPU
     log_weights = None  # em, words: M tensors (K_m,), log of how common a code is
-    words = None        # words: M lists of K_m names
+    words = None  # words: M lists of K_m names
 
     def __init__(self, problem, sizes, args, device):
         self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
@@ -341,8 +341,8 @@ class SoftCodeEM(KMeans):
     """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
     Codebooks start as --start says; theta is not used after that. A round: an E-step over all users, then an
-    M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the responsibilities, an
-    unbiased gradient. The likeliest round is kept.
+    M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the responsibilities.
+    The likeliest round is kept.
     """
 
     def open(self):

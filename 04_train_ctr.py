@@ -199,7 +199,7 @@ class FFM(Recommender):
 class AFM(Recommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1, a plain FM.
+    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1.
     """
 
     def __init__(self, fields, attention=8):
@@ -406,9 +406,9 @@ def train(model, train_rows, validation_rows, stranger, args):
             loss.backward()
             optimizer.step()
         seconds += time.perf_counter() - start
-        if not loss.isfinite():
-            raise UserError(f"the loss is {loss} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
         scores = predict(model, validation_rows[0])
+        if not np.isfinite(scores).all():
+            raise UserError(f"a score is not finite in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
         found = {"val_auc": auc(wanted, scores), "val_logloss": logloss(wanted, scores)}
         score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
         if score > best_score:
@@ -544,8 +544,8 @@ def read_inputs(args):
         theta = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
-        spread = theta.std(axis=(0, 2), keepdims=True)  # of a profile; the projection learns the rest
-        theta = (theta - theta.mean(axis=0)) / np.maximum(spread, 1e-12)
+        theta -= theta.mean(axis=0)  # then on the scale of the noise of random
+        theta /= np.maximum(theta.std(axis=(0, 2), keepdims=True), 1e-12)
     if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
         print("WARNING: 02 ran with --users: old users' theta has seen the earlier split")
     return dataset, Inputs(banks, theta)

@@ -7,6 +7,7 @@ Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's widt
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import io
@@ -223,8 +224,8 @@ class Dataset:
     """Stage 01's output in memory. interactions: int32 (N, 4) user, item, label, split."""
 
     interactions: np.ndarray
-    users: list   # raw user id at each user index
-    items: list   # {id, title, attributes: {profile name: [values]}} at each index
+    users: list  # raw user id at each user index
+    items: list  # {id, title, attributes: {profile name: [values]}} at each index
     profiles: list  # {name, prompt, codes}
     task_prompt: str
     name: str = "dataset"
@@ -264,10 +265,9 @@ def once(path, make, *args):
 
 
 def do_all(pieces, what, unit, device):
-    """once(*piece) for all pieces (path, make, *args): this rank's share, then, from the end, what is left.
+    """once(*piece) for all pieces (path, make, *args): this rank's share, then what others left undone.
 
-    Small models work side by side, a process a core. What the others leave undone, by an error too,
-    is done here.
+    Small models work side by side, a process a core.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
@@ -278,6 +278,7 @@ def do_all(pieces, what, unit, device):
             once(*pieces[number])
 
     def help_out(worker):
+        ctypes.CDLL(None).prctl(1, 9)  # is killed with its parent
         with contextlib.suppress(BaseException):
             walk(worker)
 
@@ -388,7 +389,7 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def pieces_of(tokenizer, texts, anchor=" a;"):
+def pieces_of(tokenizer, texts, anchor=" 1"):
     """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it."""
     skip = len(tokenizer.encode(anchor, add_special_tokens=False))
     return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
@@ -506,7 +507,7 @@ class DCN(nn.Module):
 # from the web: which titles go with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
-LIKING = 1.4     # rated: log odds of liking a title that fits all his tastes; less this where none fits
+LIKING = 1.4  # rated: log odds of liking a title that fits all his tastes; less this where none fits
 TINY_SIZES = (64, 768, 16000), (128, 2048, 24000)  # width, words, sentences; from 500 items the second
 
 

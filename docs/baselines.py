@@ -40,7 +40,7 @@ class World:
         self.args, self.device = args, common.pick_device(args.device)
         self.problem, _ = quantize.read_problem(args.run)
         self.dataset = self.problem.dataset
-        self.sizes = [profile["codes"] for profile in self.dataset.profiles]
+        self.sizes = controls.sizes_of(args.run, self.dataset.profiles)
         opened = self.problem.open_likelihood(self.device)
         self.likelihood, self.histories, self.start, _, self.tokenizer = opened
         segments = self.likelihood.segments
@@ -60,10 +60,10 @@ class World:
             found[block] = ((states * wanted[..., None]).sum(1) / wanted.sum(1, keepdim=True)).cpu()
         return found
 
-    def logits(self, rows):
-        """What the LM expects after each token list: float32 (n, vocabulary)."""
-        states = self.states(rows, "last").to(self.device, self.likelihood.dtype)
-        return self.likelihood.head(states).float()
+    def logits(self, rows, words=slice(None)):
+        """What the LM expects after each token list: float32 (n, vocabulary), or of these words alone."""
+        states = self.states(rows, "last").to(self.device, self.likelihood.dtype).split(infer.LOGIT_CHUNK)
+        return torch.cat([self.likelihood.head(some)[:, words].float() for some in states])
 
     def report(self, name, unit, count, scores=()):
         """Figures of (kind, rows, their probabilities), cost since the last for `count` users or pairs."""
@@ -77,10 +77,13 @@ class World:
         self.passes, self.clock = 0, time.perf_counter()
         return row
 
-    def evaluated(self, limit=None):
-        """(kind, rows) of what no method may learn from."""
-        kinds = (("test", common.TEST), ("cold", common.COLD))
-        return [(kind, rows) for kind, split in kinds if len(rows := self.dataset.rows(split)[:limit])]
+    def evaluated(self):
+        """(kind, rows) of validation, which chooses, then of what no method may learn from."""
+        kinds = (("validation", common.VALIDATION), ("test", common.TEST), ("cold", common.COLD))
+        found = [(kind, rows) for kind, at in kinds if len(rows := self.dataset.rows(at)[:self.args.rows])]
+        if min(len(set(rows[:, 2])) for _, rows in found) < 2:
+            raise common.UserError("rows of one label alone", f"--rows {self.args.rows}", "take more")
+        return found
 
 
 # -------- KAR
@@ -202,12 +205,12 @@ def fit_pepler(world, titles, with_lm):
 
 
 def pepler(world):
-    dataset, figures, size = world.dataset, [], math.prod(world.sizes)
+    dataset, figures, size, evaluated = world.dataset, [], math.prod(world.sizes), world.evaluated()[1:]
     titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
     for name, with_lm in (("matrix factorization of the same width", False), ("pepler's own scores", True)):
         model = fit_pepler(world, titles, with_lm)
         figures.append(world.report(name, "pair", len(dataset.rows(common.TRAIN)), [
-            (kind, rows, pepler_scores(model, dataset, rows)) for kind, rows in world.evaluated()]))
+            (kind, rows, pepler_scores(model, dataset, rows)) for kind, rows in evaluated]))
     users = model.user.weight.detach()[:-1].cpu().numpy()
     known = np.isin(np.arange(len(users)), dataset.rows(common.TRAIN)[:, 0])
     return {"pepler": [(controls.clusters(users, known, size, world.args.seed), size)]}, figures
@@ -236,8 +239,8 @@ def rella_scores(world, rows, how, count, vectors, texts, rng):
         said = [token for at in retrieve(vectors, item, seen, count, how)
                 for token in texts[seen[at][1]][seen[at][0]]]
         prompts.append(world.begin + world.task + said + texts[2][item] + minus[:differ])
-    logits = world.logits(prompts)
-    return (logits[:, plus[differ]] - logits[:, minus[differ]]).cpu().numpy()
+    logits = world.logits(prompts, [minus[differ], plus[differ]])
+    return logits.diff(dim=1)[:, 0].cpu().numpy()
 
 
 @torch.no_grad()
@@ -248,16 +251,13 @@ def rella(world):
     texts = [common.pieces_of(world.tokenizer, [f" {item['title']}{mark}" for item in dataset.items])
              for mark in (" -;", " +;", "")]
     vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
+    (_, known), *evaluated = world.evaluated()
     for how, count in (("similar", TITLES), ("recent", TITLES), ("another user", TITLES), ("recent", 0)):
         rng = np.random.default_rng((args.seed, 11))
         def score(rows):
             return rella_scores(world, rows, how, count, vectors, texts, rng)[:, None]  # noqa: B023
-        known = dataset.rows(common.VALIDATION)[:args.rows]
-        if min(len(set(rows[:, 2])) for _, rows in [(0, known), *world.evaluated(args.rows)]) < 2:
-            raise common.UserError("rows of one label alone", f"--rows {args.rows}", "take more")
         platt = LogisticRegression(C=1e6).fit(score(known), known[:, 2])
-        scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1])
-                  for kind, rows in world.evaluated(args.rows)]
+        scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1]) for kind, rows in evaluated]
         figures.append(world.report(f"rella, {how}: {count} titles", "pair",
                                     len(known) + sum(len(rows) for _, rows, _ in scores), scores))
     return {}, figures
@@ -267,7 +267,7 @@ def main():
     methods = {"kar": kar, "pepler": pepler, "rella": rella}
     parser = common.Parser(__doc__)
     parser.add_argument("method", choices=methods, help="which")
-    parser.add_argument("--rows", type=common.at_least(1), help="rella: the first so many rows of a split")
+    parser.add_argument("--rows", type=common.at_least(1), help="score the first so many rows of a split")
     world = World(parser.parse_args())
     banks, figures = methods[world.args.method](world)
     for name, columns in banks.items():

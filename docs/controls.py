@@ -5,7 +5,7 @@
     python 04_train_ctr.py --run runs/demo --ids none,random,metadata,userip
 
 metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
-text        no inference: k-means of the liked titles' mean word vector; K_1 x ... x K_M clusters, and K_1
+text        no inference: k-means of the history's mean word vector; K_1 x ... x K_M clusters, and K_1
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
 words       no descent: the LLM's own words by Bayes' rule (03 --quantizer words)
 generosity  one number: eight quantiles of the share of likes
@@ -134,6 +134,13 @@ def save_bank(run, name, columns, dataset, made_by):
     return bank
 
 
+def sizes_of(run, profiles, codes=None):
+    """K_m of --codes, else of the run's quantize.json, else of stage 01."""
+    if codes is None and (run / "quantize.json").exists():
+        codes = ",".join(map(str, common.load(run, "quantize.json", ("codes",))["codes"]))
+    return quantize.parse_codes(codes, profiles)
+
+
 def main():
     parser = common.Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CONTROLS)} (default: all)")
@@ -143,10 +150,8 @@ def main():
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
     problem, truth = quantize.read_problem(args.run)
-    if args.codes is None and (args.run / "quantize.json").exists():
-        args.codes = ",".join(map(str, common.load(args.run, "quantize.json", ("codes",))["codes"]))
     device = common.pick_device(args.device)
-    sizes = quantize.parse_codes(args.codes, problem.dataset.profiles)
+    sizes = sizes_of(args.run, problem.dataset.profiles, args.codes)
     for name in args.names or CONTROLS:
         columns = CONTROLS[name](problem, sizes, device, args.seed)
         bank = save_bank(args.run, name, columns, problem.dataset,

@@ -1,7 +1,7 @@
 """Explain users of a finished run (RQ4): words near a profile, who shares its code, what the LLM now expects.
 
     python docs/explain.py --run runs/demo --user u0000 u0001   # a card each
-    python docs/explain.py --run runs/demo --all                # over all users: own theta or another's, and
+    python docs/explain.py --run runs/demo --all                # all users: own theta or another's (for 500),
                                                                 # (demo) how often the planted word is near
     python docs/explain.py --run runs/demo --mask               # the mask of the prompt (Fig. 4) as a grid
 

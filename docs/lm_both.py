@@ -5,7 +5,7 @@
 
 The tiny LM of 02 has read "x^m word ... history" alone, so that "history x^m" is strange to it. Here a third
 of the invented people have their history first, then each profile's name and word; all else is as in 02, but
-that the longest histories have --max-history titles.
+that people may have 20 titles (at most --max-history) where no user has.
 
 Prints: nats a token that the history loses under a wrong word, and the word behind somebody else's history,
         of the run's LM and of the new one
@@ -16,14 +16,15 @@ Writes: lm-both/
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-common = importlib.import_module("common")
-quantize = importlib.import_module("03_quantize")
+common, infer, quantize = (importlib.import_module(name) for name in (
+    "common", "02_infer_profiles", "03_quantize"))
 
 EVERY = 3  # of so many sentences one has the history first
 
@@ -77,8 +78,10 @@ def main():
     likelihood, *_, tokenizer = problem.open_likelihood(torch.device("cpu"))
     items = [dataset.items[item] for item in np.unique(dataset.rows(common.TRAIN)[:, 1])]
     traits = [common.Trait(profile, items) for profile in dataset.profiles]
-    rng, rated, length = common.seeded(args.seed, 9), facts["history"] == "rated", facts["max_history"]
-    count = args.tiny_sentences or common.TINY_SIZES[len(items) > 500][2]
+    rng, rated = common.seeded(args.seed, 9), facts["history"] == "rated"
+    texts = infer.history_texts(dataset, common.TRAIN, SimpleNamespace(**facts))
+    length = min(facts["max_history"], max(20, *map(len, texts)))
+    count = args.tiny_sentences or facts["tiny_sentences"] or common.TINY_SIZES[len(items) > 500][2]
     people = common.make_sentences(traits, items, count, length, rng, rated)
     ids, targets, _ = common.encode_sentences(tokenizer, traits, dataset.task_prompt, people)
     rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]

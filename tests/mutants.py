@@ -39,6 +39,10 @@ FORKS.set_forkserver_preload([
 MUTANTS = {}
 
 MUTANTS["common.py"] = [
+    ("a helper outlives its parent", "ctypes.CDLL(None).prctl(1, 9)", "pass",
+     "resume:test_a_helper_dies_with_its_parent"),
+    ("a comma is drawn to the anchor", 'anchor=" 1"', 'anchor=" a;"',
+     "infer:test_a_piece_keeps_a_comma_that_a_tokenizer_would_draw_to_the_semicolon"),
     ("an LLM's weights are not fingerprinted", "tokenizer.get_vocab(), [",
      "tokenizer.get_vocab(), [][:0] and [",
      "llms:test_the_fingerprint_of_an_llm_sees_weights_and_words"),
@@ -478,8 +482,12 @@ MUTANTS["02_infer_profiles.py"] = [
     ("--users: a mark at the file's beginning is part of the first id", '"utf-8-sig", errors',
      '"utf-8", errors',
      "resume:test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes"),
-    ("damaged results are called finished", "wanted.items() <= read_profiles(args.run)[0].items()",
-     'wanted.items() <= load(args.run, "profiles.json").items()',
+    ("an interrupted --fresh is forgotten", " or work.exists()", "",
+     "resume:test_an_interrupted_fresh_run_goes_on_without_fresh"),
+    ("held-out titles of old users too after --users", "validation, sorted(chain(*blocks)), rng)",
+     "validation, known, rng)", "resume:test_a_file_of_users_without_anybody_new_changes_no_row"),
+    ("damaged results are called finished", "<= read_profiles(args.run)[0].items()",
+     '<= load(args.run, "profiles.json").items()',
      "resume:test_damaged_results_of_stage_02_are_made_again[profiles.npy-x]"),
     ("who has a theta is not checked", 'fingerprint(owners), facts["users_fingerprint"])',
      'facts["users_fingerprint"], facts["users_fingerprint"])',
@@ -535,6 +543,8 @@ MUTANTS["02_infer_profiles.py"] = [
 ]
 
 MUTANTS["03_quantize.py"] = [
+    ("a gradient may overflow", "sum(parts.values()) + own.grad.sum()", "sum(parts.values())",
+     "quantize:test_a_gradient_that_overflows_is_said_in_one_line"),
     ("a code that is not finite is saved", ".isfinite().all():\n            raise UserError(\"a code",
      ".isfinite().any():\n            raise UserError(\"a code",
      "quantize:test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays"),
@@ -690,6 +700,8 @@ MUTANTS["03_quantize.py"] = [
 ]
 
 MUTANTS["04_train_ctr.py"] = [
+    ("the last batch's loss alone says that a model diverged", "if not np.isfinite(scores).all():",
+     "if not loss.isfinite():", "pipeline:test_bad_input_is_one_line_exit_2_and_changes_no_artifact"),
     ("with theta random is codes", "theta = noise if \"random\" in ids else rng.permutation(theta)",
      "theta = None if ids == \"random\" else rng.permutation(theta)",
      "+ctr:test_with_theta_the_controls_are_vectors_too"),
@@ -774,10 +786,12 @@ MUTANTS["04_train_ctr.py"] = [
      "+ctr:test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0"),
     ("theta of the wrong profile", "theta.unbind(1)", "theta[:, :1].expand_as(theta).unbind(1)",
      "+ctr:test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0"),
-    ("theta is not centred", "theta = (theta - theta.mean(axis=0)) /", "theta = theta /",
+    ("noise has another scale than theta", "theta /= np.maximum(", "theta / np.maximum(",
+     "+ctr:test_noise_in_the_place_of_theta_has_its_scale"),
+    ("theta is not centred", "theta -= theta.mean(axis=0)  #", "pass  #",
      "+ctr:test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0"),
-    ("theta is scaled over all profiles", "spread = theta.std(axis=(0, 2), keepdims=True)",
-     "spread = theta.std(keepdims=True)",
+    ("theta is scaled over all profiles", "np.maximum(theta.std(axis=(0, 2), keepdims=True)",
+     "np.maximum(theta.std(keepdims=True)",
      "+ctr:test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0"),
     ("an unseen user has the first user's theta", "[theta, 0 * theta[:1]]", "[theta, theta[:1]]",
      "+ctr:test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0"),
@@ -1016,11 +1030,12 @@ MUTANTS["docs/baselines.py"] = [
      "baselines:test_the_epoch_is_that_of_the_best_validation_figure"),
     ("ReLLa retrieves the target", "if other != item]", "]",
      "baselines:test_rella_retrieves_what_brute_force_does_and_never_the_target"),
-    ("ReLLa's score is minus against plus", "logits[:, plus[differ]] - logits[:, minus[differ]]",
-     "logits[:, minus[differ]] - logits[:, plus[differ]]",
+    ("ReLLa's score is minus against plus", "[minus[differ], plus[differ]]",
+     "[plus[differ], minus[differ]]",
      "baselines:test_rella_s_score_is_plus_against_minus_after_the_whole_text"),
-    ("ReLLa is scaled on test rows", "known = dataset.rows(common.VALIDATION)[:args.rows]",
-     "known = dataset.rows(common.TEST)[:args.rows]", "baselines:test_platt_s_scale_is_of_validation_rows"),
+    ("ReLLa is scaled on test rows", "(_, known), *evaluated = world.evaluated()",
+     "_, *evaluated = world.evaluated(); known = evaluated[0][1]",
+     "baselines:test_platt_s_scale_is_of_validation_rows"),
 ]
 
 

@@ -226,6 +226,29 @@ def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferre
         call_stage(baselines, "rella", "--run", inferred)
 
 
+def test_banks_have_as_many_codes_as_stage_03_gave(runs, tmp_path):
+    run = shutil.copytree(runs / "clean", tmp_path / "run")
+    profiles = common.load_dataset(run).profiles
+    assert baselines.controls.sizes_of(run, profiles) == [profile["codes"] for profile in profiles]
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans", "--codes", "2,5")
+    call_stage(baselines, "kar", "--run", run)
+    assert common.load(run, "feature_bank_kar.json")["codes"] == [2, 5]
+
+
+def test_test_rows_of_one_label_end_pepler_in_one_line_before_it_works(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "clean", tmp_path / "run")
+    rows = np.load(run / "interactions.npy")
+    rows[rows[:, 3] == TEST, 2] = 1
+    dataset = common.load_dataset(run)
+    one_label = type(dataset)(**{**vars(dataset), "interactions": rows})
+    read = quantize.read_problem(run)
+    read[0].dataset = one_label
+    monkeypatch.setattr(quantize, "read_problem", lambda _: read)
+    monkeypatch.setattr(baselines, "fit_pepler", None)
+    with pytest.raises(common.UserError, match="rows of one label alone"):
+        call_stage(baselines, "pepler", "--run", run)
+
+
 def test_stages_take_kar_s_theta_for_theirs(runs, world):
     call_stage(baselines, "kar", "--run", runs / "clean")
     call_stage(quantize, "--run", runs / "clean" / "kar", "--quantizer", "kmeans")
@@ -256,6 +279,25 @@ def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(
                "--history", "rated", "--fresh")
     with pytest.raises(common.UserError, match="run 02 with --lm tiny"):
         call_stage(lm_both, "--run", runs / "clean")
+
+
+def test_the_lm_for_both_directions_has_the_sizes_of_02(runs, monkeypatch):
+    made = []
+
+    def make(traits, items, count, length, *_):
+        made.append((count, length))
+        raise KeyboardInterrupt
+
+    call_stage(infer, "--run", runs / "clean", "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
+               "--history", "rated", "--fresh")
+    problem, truth = quantize.read_problem(runs / "clean")
+    texts = infer.history_texts(problem.dataset, TRAIN, SimpleNamespace(**problem.facts))
+    problem.facts["max_history"] = 400  # more than anybody has, and than its context holds
+    monkeypatch.setattr(quantize, "read_problem", lambda _: (problem, truth))
+    monkeypatch.setattr(common, "make_sentences", make)
+    with pytest.raises(KeyboardInterrupt):
+        call_stage(lm_both, "--run", runs / "clean")
+    assert made == [(300, max(20, *map(len, texts)))]
 
 
 def test_history_first_is_the_text_turned_round_and_knows_where_the_word_begins(world):

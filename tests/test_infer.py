@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 from conftest import infer, likelihood_of, make_lm, random_theta, settings, small_world
 
 import common
@@ -312,6 +314,15 @@ def test_pieces_join_to_the_text_of_the_whole():
         parts = ["This user's hobby is", ", and his background is", " Gold Guitar;", " Naïve «Ωmega» 🎸;"]
         joined = [token for ids in common.pieces_of(tokenizer, parts) for token in ids]
         assert tokenizer.decode(joined) == "".join(parts)
+
+
+def test_a_piece_keeps_a_comma_that_a_tokenizer_would_draw_to_the_semicolon():
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["a;, and his; a;, and her;"] * 9, vocab_size=300, show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
+    assert ";," in tokenizer.tokenize("a;, and")
+    ids, = common.pieces_of(tokenizer, [", and his"])
+    assert tokenizer.decode(ids) == ", and his"
 
 
 def test_blocks_hold_every_user_with_a_history_once_and_pad_little():

@@ -101,6 +101,14 @@ def test_a_model_that_ignores_its_mask_is_refused(leak, kind, world):
     assert infer.find_flaw(likelihood) == "this LLM sees through the mask"
 
 
+def test_an_llm_that_overflows_is_no_flaw_of_its_architecture(world):
+    """Stage 02 then says that theta is not finite, and which --dtype to take."""
+    model, tokenizer = make_lm("llama")
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
+    likelihood = likelihood_of(model, tokenizer, world[0])
+    assert likelihood.next_word(0).isnan().all() and infer.find_flaw(likelihood) is None
+
+
 def test_a_bug_in_one_s_own_mask_is_raised(lm_folders, world, monkeypatch):
     """And not taken for a flaw of the LLM."""
     def build_visibility(segments, mask):

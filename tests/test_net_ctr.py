@@ -431,12 +431,18 @@ def test_a_fifth_of_the_units_is_dropped_in_training_and_none_in_scoring(monkeyp
 
 # ---------------------------------------------------------------- features
 
+def test_noise_in_the_place_of_theta_has_its_scale(inferred):
+    inputs = inputs_of(inferred, "embedding")[1]
+    for ids in ("userip", "random", "shuffled"):
+        assert inputs.of(ids, (0, 1))[2].std(axis=(0, 2)) == pytest.approx([1, 1], abs=0.03), ids
+
+
 def test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0(inferred):
     dataset, inputs = inputs_of(inferred, "embedding")
     theta = np.load(inferred / "profiles.npy").astype(np.float64)
     for m in range(2):  # centred over users, one scale a profile
-        scale = np.sqrt(np.mean((theta[:, m] - theta[:, m].mean()) ** 2))
-        assert np.allclose(inputs.theta[:, m], (theta[:, m] - theta[:, m].mean(axis=0)) / scale, atol=1e-4)
+        centred = theta[:, m] - theta[:, m].mean(axis=0)
+        assert np.allclose(inputs.theta[:, m], centred / np.sqrt(np.mean(centred ** 2)), atol=1e-3)
     fields, lookup = ctr.build_features(dataset, "ids", *inputs.banks["userip"], inputs.theta)
     model = ctr.MODELS["dcn"](fields).eval()
     users = np.array([7, 3, len(dataset.users)])

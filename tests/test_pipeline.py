@@ -393,7 +393,8 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (ctr, ["--user-dropout", 2], None, ["--user-dropout", "out of range"]),
     (ctr, ["--user-dropout", 1], None, ["--user-dropout", "out of range"]),
     (ctr, ["--weight-decay", -1], None, ["--weight-decay", "out of range"]),
-    (ctr, ["--lr", 1e30, "--ids", "none", "--seeds", 1], None, ["the loss is", "lower --lr"]),
+    (ctr, ["--lr", 1e30, "--ids", "none", "--seeds", 1], None, ["not finite in epoch 1", "lower --lr"]),
+    (ctr, ["--lr", 1e30, "--ids", "none", "--batch-size", 10**6, "--seeds", 1], None, ["not finite in"]),
 ]
 
 

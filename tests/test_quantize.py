@@ -141,6 +141,15 @@ def test_algorithm_1_moves_present_users_only():
     assert torch.equal(before[8:], after[8:]) and (before[:8] != after[:8]).flatten(1).any(1).all()
 
 
+def test_a_gradient_that_overflows_is_said_in_one_line():
+    def overflowing(own, batch):
+        own.grad[0, 0, 0] = torch.inf
+        return 1.0  # the loss itself is finite
+
+    with pytest.raises(common.UserError, match="lower --lr"):
+        joint(llm=overflowing, epochs=1)
+
+
 def test_a_user_s_step_does_not_depend_on_how_many_came_before_him():
     """Adagrad by hand: a first step of --lr for everybody; Adam, with one count of steps, halves it."""
     before, after, _ = joint(range(10), quadratic(), alpha=0.0, batch_users=1, epochs=1)

@@ -292,6 +292,14 @@ def test_other_settings_in_between_lose_nothing(run, flags, unbroken, monkeypatc
     assert_same_run(run, unbroken)
 
 
+def test_an_interrupted_fresh_run_goes_on_without_fresh(run, flags, unbroken, monkeypatch):
+    copy_run(unbroken, run)
+    assert call_02(monkeypatch, run, *flags) == 0
+    call_02(monkeypatch, run, *flags, "--fresh", number=4)
+    assert call_02(monkeypatch, run, *flags) == blocks_of(unbroken) - 3
+    assert_same_run(run, unbroken)
+
+
 def test_a_finished_run_is_not_redone_and_fresh_forgets_all_unfinished_ones(run, lm_folders, monkeypatch,
                                                                             capsys):
     flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
@@ -395,6 +403,23 @@ def test_what_a_helper_leaves_undone_is_done_by_its_parent(end, two_workers, tmp
 
     common.do_all(pieces_in(tmp_path, make), "working", "piece", torch.device("cpu"))
     assert all_of(tmp_path) == {at: [at, parent] for at in range(8)} and capfd.readouterr().err == ""
+
+
+def test_a_helper_dies_with_its_parent(two_workers, tmp_path):
+    def slow(at):
+        time.sleep(0.2)
+        return at
+
+    process = start(lambda: common.do_all(pieces_in(tmp_path, slow, 40), "working", "piece",
+                                          torch.device("cpu")), tmp_path / "stderr")
+    while len(all_of(tmp_path)) < 3:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # it alone, as a scheduler may
+    process.join()
+    time.sleep(0.1)
+    left = set(all_of(tmp_path))
+    time.sleep(0.6)
+    assert set(all_of(tmp_path)) == left and len(left) < 40
 
 
 def test_an_error_that_every_process_meets_is_raised_and_the_rest_is_kept(two_workers, tmp_path):
@@ -876,7 +901,8 @@ def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
     call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
     assert (run / "profiles.npy").read_bytes() == content
     again = json.loads((run / "profiles.json").read_text())
-    assert all(again[key] == facts[key] for key in ("train_nll", "train_nll_steps", "heldout_nll", "start"))
+    assert all(again[key] == facts[key] for key in ("train_nll", "train_nll_steps", "start"))
+    assert facts["heldout_nll"] and again["heldout_nll"] is None  # it is of those who are new
     (run / "new.txt").write_text("nobody\n")
     with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):
         call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
