@@ -7,8 +7,7 @@
 
 vq (Algorithm 1): codebooks start from k-means over theta; a surrogate DCN is warmed up on these codes; then
 minibatches of users update theta, codebooks and surrogate. kmeans is the start alone. em learns codes that
-are soft tokens, words takes the LLM's own words: a user's code is then the one that makes his history
-likeliest.
+are soft tokens, words takes the LLM's own words: a user's code is then the likeliest given his history.
 
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
 Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  feature_bank.npy int16 (U, M), .csv;
