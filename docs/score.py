@@ -30,6 +30,9 @@ def open_model(args, device):
     predict: user and item indices (n,), (n,) -> probabilities (n,); the index U or I is an unseen one.
     """
     name = f"ctr_{args.model}"
+    if not (args.run / f"{name}.json").exists():
+        raise common.UserError(f"{name}.json is missing", args.run,
+                               f"run: python 04_train_ctr.py --run {args.run} --models {args.model}")
     facts = common.load(args.run, f"{name}.json", ("ids", "fields", "profile_input", "seed", "fingerprints"))
     args.ids, args.profile_input = [facts["ids"]], facts["profile_input"]
     dataset, inputs = ctr.read_inputs(args)

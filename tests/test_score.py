@@ -122,7 +122,7 @@ BAD = [  # flags, what to break, what the line must say
     ([], damage("pairs.csv", b"user,item\n1,2\n"), ["the columns user_id and item_id are missing"]),
     ([], damage("pairs.csv", b""), ["the columns user_id and item_id are missing"]),
     ([], damage("pairs.csv", b"user_id,item_id\n\xff\xfe,1\n"), ["the pairs cannot be read"]),
-    (["--model", "pnn"], None, ["ctr_pnn.json is missing", "04_train_ctr.py"]),
+    (["--model", "pnn"], None, ["ctr_pnn.json is missing", "04_train_ctr.py", "--models pnn"]),
     (["--model", "nonsense"], None, ["invalid choice"]),
     ([], damage("ctr_dcn.json", b"[]"), ["ctr_dcn.json lacks", "04_train_ctr.py"]),
     ([], damage("ctr_dcn.pt", b"nonsense"), ["ctr_dcn.pt cannot be read", "04_train_ctr.py"]),
