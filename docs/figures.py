@@ -37,8 +37,8 @@ KEPT = ROOT / "docs" / "results"
 SWEEP = "demo-codes"               # the study of docs/tables.py behind --codes
 PICTURES = {  # name: (studies, metric, title) of its panels, behind --tables; userip alone of later studies
     "demo": (("demo", "test_auc", "demo"), ("demo7", "test_auc", "demo, another world (--seed 7)")),
-    "cold": (("ml-100k-cold ml-100k-cold-rated", "cold_auc", "over all pairs of rows"),
-             ("ml-100k-cold ml-100k-cold-rated", "cold_gauc", "within a user"))}
+    "cold": (("ml-100k-cold ml-100k-cold-em ml-100k-cold-rated", "cold_auc", "over all pairs of rows"),
+             ("ml-100k-cold ml-100k-cold-em ml-100k-cold-rated", "cold_gauc", "within a user"))}
 FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
 STAGES = {"\u03b8 is noise": "theta is noise", "\u03b8\u2080": "theta_0", "\u03b8 inferred": "inferred"}
 
