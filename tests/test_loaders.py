@@ -300,7 +300,7 @@ SKIPPED, TOO_MANY, ENDLESS = "skipped", "are not what they should be", "has no e
 ONE_EACH = "not one each"
 CALLS = "error: reviews.pickle cannot be read: it wants to call"
 CASES = [  # data set, damage, what the output (fine) or the error line must hold
-    (amazon, change_lines(GZ, insert(b"not json")), "skipped 1 bad of 601 lines, the first is line 11"),
+    (amazon, change_lines(GZ, insert(b"not json")), "skipped 1 bad of 601 lines, the first is record 11"),
     (amazon, change_lines(GZ, insert(b"{'reviewerID': 'x'}")), SKIPPED),
     (amazon, change_lines(GZ, insert(b"[]", b"3", b"null", b'"text"')), "skipped 4 bad of 604"),
     (amazon, change_lines(GZ, insert(*[b"x"] * 7)), f"error: 7 of 607 lines {TOO_MANY}"),

@@ -17,7 +17,7 @@ from common import COLD, SEEN, SUPPORT, TEST, TRAIN, VALIDATION
 def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
     printed = [ok(run_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
-               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 1000, "--steps", 8)),
+               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 400, "--steps", 8)),
                ok(run_stage("03_quantize.py", "--run", run, "--epochs", 1)),
                ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
     for number, process in enumerate(printed[:3], 2):
@@ -36,7 +36,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_history"] == unknown.sum()
     assert (profiles[unknown] == np.float32(facts["start"])).all()
-    call_stage(infer, "--run", run, "--tiny-sentences", 1000, "--steps", 9)
+    call_stage(infer, "--run", run, "--tiny-sentences", 400, "--steps", 9)
     trained = "training the tiny LM"
     assert trained in printed[1].stdout and trained not in capsys.readouterr().out
 
@@ -198,7 +198,7 @@ def test_cold_users_are_a_random_share_whose_rows_are_support_and_cold():
 def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
     def theta(*args):
         run = copy_run(prepared, tmp_path / "run")
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, *args)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6, *args)
         return np.load(run / "profiles.npy")
     base = theta()
     for flags in (("--steps", 4), ("--lr", 0.1), ("--prior", 0), ("--init", "vocab"), ("--init", "random"),
