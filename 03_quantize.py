@@ -241,7 +241,7 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
             if llm:
                 parts["llm"] = llm(own, batch)  # adds its gradient
             if not math.isfinite(sum(parts.values()) + own.grad.sum()):
-                raise UserError(f"the loss is {parts} in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
+                raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()

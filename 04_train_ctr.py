@@ -199,7 +199,7 @@ class FFM(Recommender):
 class AFM(Recommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (5)-(7). Note: p starts at 1.
+    Xiao et al. 2017, Eq. (5)-(7).
     """
 
     def __init__(self, fields, attention=8):

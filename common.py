@@ -278,8 +278,8 @@ def do_all(pieces, what, unit, device):
             once(*pieces[number])
 
     def help_out(worker):
-        ctypes.CDLL(None).prctl(1, 9)  # is killed with its parent
         with contextlib.suppress(BaseException):
+            ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: is killed with its parent
             walk(worker)
 
     helpers = [multiprocessing.get_context("fork").Process(target=help_out, args=(worker,), daemon=True)
@@ -390,7 +390,8 @@ def count_parameters(model):
 
 
 def pieces_of(tokenizer, texts, anchor=" 1"):
-    """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it."""
+    """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it.
+    A digit is the anchor, for it joins nothing."""
     skip = len(tokenizer.encode(anchor, add_special_tokens=False))
     return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
 

@@ -412,7 +412,7 @@ def test_a_helper_dies_with_its_parent(two_workers, tmp_path):
 
     process = start(lambda: common.do_all(pieces_in(tmp_path, slow, 40), "working", "piece",
                                           torch.device("cpu")), tmp_path / "stderr")
-    while len(all_of(tmp_path)) < 3:
+    while process.is_alive() and len(all_of(tmp_path)) < 3:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)  # it alone, as a scheduler may
     process.join()
