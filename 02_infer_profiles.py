@@ -224,6 +224,26 @@ class TokenNLL(torch.autograd.Function):
         return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
 
 
+class ScaledGradient(torch.autograd.Function):
+    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled against underflow, unless it overflows."""
+
+    @staticmethod
+    def forward(ctx, theta, nll):
+        ctx.theta = theta.detach().requires_grad_(theta.requires_grad)
+        with torch.enable_grad():
+            ctx.nll = nll(ctx.theta)
+        return ctx.nll.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        for scale in (64.0, 1.0):  # at 1024 Llama-2-7B's shape overflows
+            gradient, = torch.autograd.grad(ctx.nll, ctx.theta, scale * upstream, retain_graph=True)
+            if gradient.isfinite().all():
+                break
+        del ctx.nll  # frees the LLM's graph
+        return gradient / scale, None
+
+
 class ProfileLikelihood:
     """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) per user, summed over y's tokens.
 
@@ -239,7 +259,6 @@ class ProfileLikelihood:
         limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
         self.room = min(getattr(model.config, key, None) or 4096 for key in limits) - self.prompt_length
         self.profiles = sum(segment.kind == "theta" for segment in segments)
-        self.loss_scale = 1024.0 if self.dtype == torch.float16 else 1.0  # against underflow in the LLM
         self.layout = functools.lru_cache(1)(self.layout)  # the same for all steps of a block
 
     def layout(self, history_length):
@@ -272,11 +291,16 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        # The state before each history token predicts it. Shape: (B, H, d)
-        states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]
         real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
-        nll = TokenNLL.apply(states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
-        return nll.new_zeros(len(theta)).index_add(0, real.nonzero()[:, 0], nll)
+
+        def nll(theta):
+            # The state before each history token predicts it. Shape: (B, H, d)
+            states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]
+            nll = TokenNLL.apply(
+                states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
+            return nll.new_zeros(len(theta)).index_add(0, real.nonzero()[:, 0], nll)
+
+        return ScaledGradient.apply(theta, nll) if self.dtype == torch.float16 else nll(theta)
 
     @torch.no_grad()
     def next_word(self, m):
@@ -324,7 +348,7 @@ def fit_population(likelihood, start, spread, histories, args):
         for block in make_blocks(some, args.block_size, budget, likelihood.prompt_length):
             theta = (start + spread[:, None] * z).expand(len(block), -1, -1)
             nll = likelihood(theta, *pad(some, block, likelihood.device))
-            (likelihood.loss_scale * nll.sum()).backward()  # Adam sees no scale
+            nll.sum().backward()
         optimizer.step()
         schedule.step()
     return (start + spread[:, None] * z).detach().cpu()
@@ -345,10 +369,9 @@ def descend(likelihood, start, spread, ids, lengths, args):
         nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
         # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
         loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        scale = likelihood.loss_scale  # cancels in gradient / curvature
-        gradient, = torch.autograd.grad(scale * loss.sum(), z)
+        gradient, = torch.autograd.grad(loss.sum(), z)
         # Shape of curvature and least: (B, 1, 1)
-        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=scale * args.prior + 1e-30)
+        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=args.prior + 1e-30)
         curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
             (move ** 2).sum((1, 2), keepdim=True)
         move, before = -gradient / curvature.fmax(least), gradient  # fmax drops the first step's 0 / 0
@@ -475,7 +498,7 @@ def rows_that_stay(run, dataset, settings, path):
     """--users: (old facts, old theta (n, M, d), {user: his row in it}, users of the file who have none)."""
     facts, old, owners = read_profiles(run)
     changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
-    if changed:  # lm_fingerprint is among them
+    if changed:
         raise UserError(f"profiles.npy has other settings ({', '.join(changed)})", run, "use the first run's")
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}

@@ -10,8 +10,8 @@ minibatches of users update theta, codebooks and surrogate. kmeans is the start 
 are soft tokens, words takes the LLM's own words: a user's code is then the likeliest given his history.
 
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
-Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  feature_bank.npy int16 (U, M), .csv;
-        feature_bank_words.csv where codes are words;  quantize.json
+Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  quantize.json;
+        feature_bank.npy int16 (U, M), .csv
 
 Run:
     python 03_quantize.py  # the demo: 15 s
@@ -147,13 +147,9 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.codebook = nn.Parameter(codebook.clone())
 
-    def assign(self, theta):
-        """Eq. (6): (B, d) -> (B,)."""
-        return nearest(theta, self.codebook)
-
     def forward(self, theta):
         """(B, d) -> v_c (B, d), its gradient straight to theta; Eq. (5)'s two terms (B,), summed over d."""
-        chosen = self.codebook[self.assign(theta)]
+        chosen = self.codebook[nearest(theta, self.codebook)]
         codebook_term = ((theta.detach() - chosen) ** 2).sum(1)  # moves v_c only
         commitment = ((theta - chosen.detach()) ** 2).sum(1)     # moves theta only
         straight_through = theta + (chosen - theta).detach()     # value v_c, gradient of the identity
@@ -237,7 +233,7 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
             own = z[batch].requires_grad_()  # Shape: (B, M, d)
             loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
-            (getattr(llm, "scale", 1.0) * args.alpha * loss).backward()  # scale: fp16, as in llm
+            (args.alpha * loss).backward()
             if llm:
                 parts["llm"] = llm(own, batch)  # adds its gradient
             if not math.isfinite(sum(parts.values()) + own.grad.sum()):
@@ -328,11 +324,10 @@ class JointVQ(KMeans):
                 # Eq. (4) and the prior, DEVIATION(4)
                 nll = likelihood(theta, *infer.pad(own, block, self.device))
                 nll = nll + prior / 2 * (((theta - start) / spread[:, None]) ** 2).sum((1, 2))
-                (llm.scale * nll.sum() / len(users)).backward()
+                (nll.sum() / len(users)).backward()
                 total += nll.sum().item() / len(users)
             return total
 
-        llm.scale = likelihood.loss_scale
         return llm
 
 
@@ -427,7 +422,7 @@ class SoftCodeEM(KMeans):
                 optimizer.zero_grad()
                 padded = infer.pad(self.histories, users, self.device)
                 nll = self.likelihood(self.theta(drawn[users]), *padded)
-                (self.likelihood.loss_scale * nll.mean()).backward()
+                nll.mean().backward()
                 optimizer.step()
             move()
         _, codes, self.books, self.log_weights = max(rounds, key=lambda found: found[0])
@@ -506,27 +501,19 @@ def bank_of(codes, known, sizes):
 
 def save(run, problem, bank, quantizer, facts):
     """Write codebooks, bank and the facts."""
-    names = [profile["name"] for profile in problem.dataset.profiles]
-    tables = {"feature_bank.csv": bank}
-    if quantizer.words:
-        named = [[*words, "unknown"] for words in quantizer.words]
-        tables["feature_bank_words.csv"] = [[words[code] for words, code in zip(named, row)] for row in bank]
+    names, users = [profile["name"] for profile in problem.dataset.profiles], problem.dataset.users
     with together(run, "quantize.json") as aside:
         save_torch(aside / "codebooks.pt", {
             "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
-            "profiles": names, "users": problem.dataset.users, "bank": torch.from_numpy(bank), "facts": facts,
+            "profiles": names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
             "made_with": problem.made_with()})
         save_npy(aside / "feature_bank.npy", bank)
-        for name, rows in tables.items():
-            with open(aside / name, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(["user_id", *names])
-                writer.writerows([user, *row] for user, row in zip(problem.dataset.users, rows))
+        with open(aside / "feature_bank.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([["user_id", *names], *([user, *row] for user, row in zip(users, bank))])
         save_json(aside / "quantize.json", facts | {
             "fingerprint": fingerprint(bank),
             "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))})
-    if not quantizer.words:
-        (run / "feature_bank_words.csv").unlink(missing_ok=True)  # of other codes
 
 
 def saved_quantizer(problem, args, device):

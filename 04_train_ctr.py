@@ -256,13 +256,15 @@ class ONN(PNN):
 class AFN(Recommender):
     """first order + MLP on exp(sum_i w_ik ln|e_i|), learned powers. Cheng et al. 2020, Eq. (6)-(8).
 
-    Note: |e| >= 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range.
+    Note: |e| >= 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range, by its eps also a field
+    without variance (a collapsed codebook).
     """
 
     def __init__(self, fields, neurons=32):
         super().__init__(fields)
         self.powers = nn.Linear(self.F, neurons)
-        self.log_norm, self.exp_norm = nn.BatchNorm1d(self.F * self.D), nn.BatchNorm1d(neurons * self.D)
+        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)
+        self.exp_norm = nn.BatchNorm1d(neurons * self.D)
         self.deep = nn.Sequential(mlp(neurons * self.D), linear(16, 1))
 
     def forward(self, ids):
@@ -288,27 +290,26 @@ class AutoInt(Recommender):
 
 
 def attention_layer(dim):
-    return nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "query key value skip".split()})
+    return nn.Linear(dim, 4 * dim, bias=False)  # query, key, value, W
 
 
 def attend(e, layer, heads=2):
     """ReLU(multi-head dot-product self-attention over fields + W e). (B, F, D) -> (B, F, D)."""
-    query, key, value = (layer[name](e).unflatten(2, (heads, -1)).transpose(1, 2)
-                         for name in ("query", "key", "value"))  # Shape: (B, heads, F, D / heads)
-    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+    *parts, skip = layer(e).chunk(4, dim=2)
+    query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)  # Shape: (B, heads, F, F)
     mixed = (weights @ value).transpose(1, 2).flatten(2)  # Shape: (B, F, D)
-    return (mixed + layer["skip"](e)).relu()
+    return (mixed + skip).relu()
 
 
 class DIFM(Recommender):
     """FM with w_i and e_i times m_i, attention's + MLP's factor. Lu et al. 2020, Eq. (7)-(12).
 
-    Note: starts at m = 1, a plain FM; m near 0 would stop every gradient. From embeddings of .05 it
-    overfits.
+    Note: starts at m = 1, a plain FM; m near 0 would stop every gradient.
     """
 
     def __init__(self, fields):
-        super().__init__(fields, std=0.01)
+        super().__init__(fields, std=0.01)  # from .05 it overfits
         self.attention = attention_layer(self.D)
         self.deep = mlp(self.F * self.D)
         self.from_vectors = nn.Linear(self.F * self.D, self.F)
@@ -394,7 +395,7 @@ def train(model, train_rows, validation_rows, stranger, args):
         model.train()
         start = time.perf_counter()
         order = torch.randperm(len(ids), device=ids.device)
-        shuffled, targets = ids[order], labels[order]  # once an epoch; a step is a slice
+        shuffled, targets = ids[order], labels[order]  # a step is a slice
         if stranger is not None and args.user_dropout:
             # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
             shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
@@ -408,7 +409,8 @@ def train(model, train_rows, validation_rows, stranger, args):
         seconds += time.perf_counter() - start
         scores = predict(model, validation_rows[0])
         if not np.isfinite(scores).all():
-            raise UserError(f"a score is not finite in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
+            name = type(model).__name__
+            raise UserError(f"{name}: a score is not finite", f"epoch {epoch}, --lr {args.lr}", "lower --lr")
         found = {"val_auc": auc(wanted, scores), "val_logloss": logloss(wanted, scores)}
         score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
         if score > best_score:

@@ -1,6 +1,6 @@
 """What the stages share, beside the method: errors, artifacts, devices, metrics, loading an LLM.
 
-The one model here is the DCN: Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in stage 04.
+Its one model, the DCN, is Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in 04.
 
 Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
@@ -32,7 +32,7 @@ TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users
 SEEN = (TRAIN, SUPPORT)  # what inference and controls may look at
 RANK, RANKS = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
-SMALL = 20_000_000  # parameters; below, a second thread gains nothing, disturbs neighbours
+SMALL = 20_000_000  # parameters; below, a second thread gains nothing
 
 
 # -------- errors and the command line
@@ -190,7 +190,7 @@ def load(run, name, keys=()):
         value = READERS[path.suffix](path)
         lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
         wrong = lacking and f"lacks {', '.join(lacking)}"
-    except Exception as error:  # broken files fail in many ways
+    except Exception as error:  # in many ways
         wrong = f"cannot be read: {error}"
     if wrong:
         if path.suffix == ".pt" and path.parent.name.startswith(("blocks-", "rows-")):
@@ -271,11 +271,14 @@ def do_all(pieces, what, unit, device):
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
+    begun = multiprocessing.RawArray("b", len(pieces))  # shared; who begins one twice writes the same
 
     def walk(worker):
-        mine = range(RANK * workers + worker, len(pieces), RANKS * workers)
+        mine = range(RANK, len(pieces), RANKS)
         for number in mine if worker else progress(mine, what, unit):
-            once(*pieces[number])
+            if not begun[number]:
+                begun[number] = True
+                once(*pieces[number])
 
     def help_out(worker):
         with contextlib.suppress(BaseException):
@@ -370,7 +373,7 @@ def load_language_model(name, dtype, device):
             model = open_model(name, dtype=dtype, attn_implementation="eager")
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # network, gate, disk: transformers says which
+    except Exception as error:  # network, gate, disk
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
@@ -415,7 +418,7 @@ class FieldEmbedding(nn.Module):
     """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
 
     Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it stays
-    at the saddle at 0, where products have no gradient.
+    at the saddle at 0.
     """
 
     def __init__(self, fields, dim, std=0.05):

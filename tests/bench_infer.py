@@ -8,9 +8,9 @@
     python tests/bench_infer.py --processes    # these whole runs alone: killed and resumed, two ranks, 04
     python tests/bench_infer.py --profile      # where our time goes, by operator
 
-Rates: user-steps a second on histories of 16 to 238 tokens, by default on eight of 64. Useful work of a step
-= 4 x block parameters x tokens (forward 2, backward 2: no weight gradients) + 4 x vocabulary x d x targets.
-Peak = the fastest square matrix product of the same dtype, measured here.
+Rates: user-steps a second on histories of 16 to 238 tokens, by default on eight of 64, on a GPU on 512.
+Useful work of a step = 4 x block parameters x tokens (forward 2, backward 2: no weight gradients) + 4 x
+vocabulary x d x targets. Peak = the fastest square matrix product of the same dtype, measured here.
 
 Solving: a user is solved when his likelihood is within 1% of what 40 of our steps reach. Random weights have
 nothing to say of a user, so the steps this takes are counted on a tiny LM that is trained here; users solved
@@ -117,11 +117,11 @@ def make_likelihood(model, prompt=20):
     return infer.ProfileLikelihood(model, segments)
 
 
-def make_histories(full=True):
+def make_histories(full=True, copies=1):
     """Token ids of 64 histories of 16 to 238 tokens, or of eight of them, four short and four long."""
     lengths = np.linspace(16, 238, 64).round().astype(int)
     chosen = lengths if full else np.concatenate([lengths[14:18], lengths[46:50]])
-    return [np.arange(length, dtype=np.int32) % 100 for length in chosen]
+    return [np.arange(length, dtype=np.int32) % 100 for length in np.repeat(chosen, copies)]
 
 
 def useful_flops(model, histories, prompt_length):
@@ -224,7 +224,7 @@ def memory_of(name, shape, device):
 
 def compare(shape, device, full, repeats):
     """Our way in fp32 and bf16, the authors' in fp32: medians of interleaved rounds, fewer if slow."""
-    histories = make_histories(full)
+    histories = make_histories(full, 8 if device.type == "cuda" else 1)  # eight users fill no GPU
     users = len(histories)
     models = {dtype: random_model(shape, DTYPES[dtype], device) for dtype in DTYPES}
     work = useful_flops(models["fp32"], histories, make_likelihood(models["fp32"]).prompt_length)
@@ -476,14 +476,16 @@ def write_world(run, users):
 
 
 def profile(shape, device):
-    """Where our time goes, by operator."""
-    for dtype in DTYPES.values():
-        model = random_model(shape, dtype, device)
+    """Where our time goes, by operator: on a GPU that of the Llama-2-7B shape in fp16."""
+    gpu = device.type == "cuda"
+    for dtype in (torch.float16,) if gpu else DTYPES.values():
+        model = random_model("llama2-7b" if gpu else shape, dtype, device)
         seconds_of(ours, model, make_histories()[:2])
         with torch.profiler.profile() as found:
-            seconds_of(ours, model, make_histories(full=False))
-        averages = found.key_averages()
-        print(dtype, averages.table(sort_by="self_cpu_time_total", row_limit=14), sep="\n")
+            seconds_of(ours, model, make_histories(full=gpu))
+        column = f"self_{'device' if gpu else 'cpu'}_time_total"
+        table = found.key_averages().table(sort_by=column, row_limit=14, max_name_column_width=60)
+        print(dtype, table, sep="\n")
     return {}
 
 

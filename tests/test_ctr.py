@@ -622,8 +622,7 @@ def flat(vectors):
 def attention_by_loops(layer, e, heads):
     """ReLU(self-attention over fields + W e) of one row."""
     width = len(e[0]) // heads
-    query, key, value, skip = ([matrix(layer[name].weight, vector) for vector in e]
-                               for name in ("query", "key", "value", "skip"))
+    query, key, value, skip = ([matrix(weight, vector) for vector in e] for weight in layer.weight.chunk(4))
     result = []
     for i in range(len(e)):
         mixed = []
@@ -730,6 +729,20 @@ def test_each_model_against_explicit_loops(name):
         w = model.weights(ids[row:row + 1])[0, :, 0].tolist() if hasattr(model, "weights") else None
         found = by_loops(name, model, e.detach().tolist(), w)
         assert float(logits[row].detach()) == pytest.approx(found, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ctr.MODELS)
+def test_a_field_of_one_value_breaks_no_model(name, world):
+    """The ids of a collapsed codebook: they say nothing, but a score stays a probability near the others'."""
+    dataset, codes = world[0], np.zeros((len(world[0].users), 2), int)
+    _, lookup = ctr.build_features(dataset, "ids", codes, [4, 3])
+    fields = ctr.build_features(dataset, "ids", codes, [4, 3])[0]
+    rows = [ctr.rows_of(dataset, split, lookup, CPU) for split in (TRAIN, VALIDATION)]
+    torch.manual_seed(0)
+    model = ctr.MODELS[name](fields)
+    facts, _ = ctr.train(model, *rows, None, training(epochs=15, patience=15, lr=0.01))
+    assert facts["val_logloss"] < 0.75
+    assert ctr.logloss(rows[1][1], ctr.predict(model, rows[1][0])) < 0.75
 
 
 @pytest.mark.parametrize("name", ctr.MODELS)

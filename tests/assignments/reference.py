@@ -25,7 +25,7 @@ def quantize_one(theta, codebook):
     quantizer = quantize.VectorQuantizer(codebook)
     quantizer.__dict__["_parameters"]["codebook"] = codebook  # the test's own leaf: it wants the gradients
     quantized, codebook_term, commitment = quantizer(theta)
-    return quantized, quantizer.assign(theta), codebook_term, commitment
+    return quantized, quantize.nearest(theta, quantizer.codebook), codebook_term, commitment
 
 
 def cross(x0, weights, biases):
