@@ -225,7 +225,7 @@ class TokenNLL(torch.autograd.Function):
 
 
 class ScaledGradient(torch.autograd.Function):
-    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled against underflow, unless it overflows."""
+    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled up, unless it overflows."""
 
     @staticmethod
     def forward(ctx, theta, nll):
@@ -237,11 +237,12 @@ class ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         for scale in (64.0, 1.0):  # at 1024 Llama-2-7B's shape overflows
-            gradient, = torch.autograd.grad(ctx.nll, ctx.theta, scale * upstream, retain_graph=True)
+            weight = torch.full_like(upstream, scale)
+            gradient, = torch.autograd.grad(ctx.nll, ctx.theta, weight, retain_graph=True)
             if gradient.isfinite().all():
                 break
         del ctx.nll  # frees the LLM's graph
-        return gradient / scale, None
+        return gradient * (upstream / scale)[:, None, None], None
 
 
 class ProfileLikelihood:

@@ -256,14 +256,13 @@ class ONN(PNN):
 class AFN(Recommender):
     """first order + MLP on exp(sum_i w_ik ln|e_i|), learned powers. Cheng et al. 2020, Eq. (6)-(8).
 
-    Note: |e| >= 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range, by its eps also a field
-    without variance (a collapsed codebook).
+    Note: |e| >= 1e-4, for ln blows up at 0; BatchNorm holds ln and exp in range.
     """
 
     def __init__(self, fields, neurons=32):
         super().__init__(fields)
         self.powers = nn.Linear(self.F, neurons)
-        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)
+        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)  # a collapsed codebook's too
         self.exp_norm = nn.BatchNorm1d(neurons * self.D)
         self.deep = nn.Sequential(mlp(neurons * self.D), linear(16, 1))
 

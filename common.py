@@ -271,7 +271,7 @@ def do_all(pieces, what, unit, device):
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
-    begun = multiprocessing.RawArray("b", len(pieces))  # shared; who begins one twice writes the same
+    begun = multiprocessing.RawArray("b", len(pieces))  # shared; begun twice, a piece is the same
 
     def walk(worker):
         mine = range(RANK, len(pieces), RANKS)
@@ -394,7 +394,7 @@ def count_parameters(model):
 
 def pieces_of(tokenizer, texts, anchor=" 1"):
     """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it.
-    A digit is the anchor, for it joins nothing."""
+    A digit as anchor joins nothing."""
     skip = len(tokenizer.encode(anchor, add_special_tokens=False))
     return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
 

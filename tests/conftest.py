@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded: small models are faster on one thread
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits are compared, and a GPU does not survive a fork
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits are compared, and a GPU does not survive a fork
 
 import numpy as np
 import pytest

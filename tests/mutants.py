@@ -187,7 +187,7 @@ MUTANTS["common.py"] = [
     ("a finished piece is made again", "    if not path.exists():\n        save_torch",
      "    if True:\n        save_torch",
      "resume:test_stage_04_goes_on_after_an_interrupt_and_after_other_settings "
-     "resume:test_pieces_of_work_are_done_side_by_side"),
+     "resume:test_processes_side_by_side_do_each_piece_once"),
     ("the tiny LM knows titles of all rows", "np.unique(dataset.rows(TRAIN)[:, 1])",
      "np.unique(dataset.interactions[:, 1])",
      "+infer:test_the_tiny_lm_knows_titles_and_lengths_of_training_rows_only"),
@@ -400,8 +400,11 @@ MUTANTS["02_infer_profiles.py"] = [
      ".index_add(0, real.nonzero()[:, 0], nll) / lengths", "infer:test_nll_against_a_loop_over_tokens"),
     ("each profile gets the first theta", "theta[:, segment.profile, None]", "theta[:, 0, None]",
      "infer:test_nll_against_a_loop_over_tokens"),
-    ("fp16: the scale stays on the gradient", "return gradient / scale, None", "return gradient, None",
+    ("fp16: the scale stays on the gradient", "(upstream / scale)[:, None, None]",
+     "upstream[:, None, None]",
      "+infer:test_fp16_finds_the_theta_of_fp32_with_the_same_prior"),
+    ("fp16: a mean over users takes the scale away", "torch.full_like(upstream, scale)", "scale * upstream",
+     "+infer:test_small_and_large_gradients_survive_fp16[3e-07]"),
     ("fp16 gradients not scaled up", "for scale in (64.0, 1.0):", "for scale in (1.0,):",
      "+infer:test_small_and_large_gradients_survive_fp16[3e-07]"),
     ("fp16 gradients scaled to infinity", "for scale in (64.0, 1.0):", "for scale in (64.0,):",
@@ -696,7 +699,7 @@ MUTANTS["03_quantize.py"] = [
     ("--start words is ignored", 'if args.start == "words":\n            self', "if False:\n            self",
      "+quantize:test_words_are_the_lm_s_likeliest_and_weigh_what_it_gives_them"),
     ("the words have no names", "self.words = self.take_words()", "self.take_words()",
-     "+quantize:test_the_bank_of_words_says_them_and_another_bank_does_not_keep_them"),
+     "+quantize:test_the_words_stand_beside_their_codes_and_another_bank_does_not_keep_them"),
 ]
 
 MUTANTS["04_train_ctr.py"] = [

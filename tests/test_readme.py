@@ -26,6 +26,17 @@ def test_every_flag_they_name_exists():
     assert len(named) > 20 and not [flag for flag in named if not re.search(rf"{flag}[\s,\]]", offered)]
 
 
+def test_each_mutant_s_line_and_tests_are_there():
+    mutants = importlib.import_module("mutants")
+    named = [(file, *rest) for file, some in mutants.MUTANTS.items() for rest in some]
+    assert f"{len(named)} one-line bugs" in TEXT
+    for file, what, old, _, tests in named:
+        assert (ROOT / file).read_text().count(old) == 1, (file, what)
+        for short, test in (name.split(":") for name in tests.split()):
+            source = (ROOT / "tests" / f"{mutants.SHORT[short]}.py").read_text()
+            assert f"def {test.split('[')[0]}(" in source, test
+
+
 def test_every_deviation_has_its_row_and_its_mark():
     sources = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "common.py"))
     section = TEXT[TEXT.index("## Differences"):TEXT.index("## Troubleshooting")]
