@@ -42,6 +42,15 @@ def run_stage(script, *args, env=None, cwd=ROOT, timeout=300):
 
 def fork_stage(script, *args, cwd=ROOT):
     """The same in a forked process: torch, which takes seconds to import, is there already."""
+    def run():
+        sys.argv = [str(script), *map(str, args)]
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return fork(run, cwd)
+
+
+def fork(call, cwd=ROOT, **env):
+    """call() in a forked process; returns the finished process with what it printed."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
@@ -51,8 +60,8 @@ def fork_stage(script, *args, cwd=ROOT):
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
                 os.chdir(cwd)
-                sys.argv = [str(script), *map(str, args)]
-                runpy.run_path(str(ROOT / script), run_name="__main__")
+                os.environ.update(env)
+                call()
                 status = 0
             except SystemExit as stop:
                 status = stop.code or 0
@@ -67,7 +76,7 @@ def fork_stage(script, *args, cwd=ROOT):
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode())
-    return subprocess.CompletedProcess(args, os.waitstatus_to_exitcode(status), *texts)
+    return subprocess.CompletedProcess(call, os.waitstatus_to_exitcode(status), *texts)
 
 
 def call_stage(module, *args):

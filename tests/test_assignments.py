@@ -1,13 +1,10 @@
 """The assignments are red as the student finds them and with wrong solutions, green with the teacher's."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, fork, fork_stage
 
 TASKS = ("a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8", "b1", "b2", "b3")
 WRONG = ("a3", "a7", "a8", "b3")  # have wrong solutions in assignments/wrong.py
@@ -16,20 +13,13 @@ HUNTS = ("b1_wrong_order", "b2_leak", "b3_random_control")
 
 @pytest.fixture(scope="module")
 def printed():
-    """What six processes print, side by side: pytest on stubs, reference and wrong.py, and the bug hunts."""
-    def tests(tasks):
-        return ["-m", "pytest", "-m", " or ".join(tasks), "--tb=no", "-rA", "-p", "no:cacheprovider",
-                "tests/assignments"]
+    """What six processes print: pytest on stubs, reference and wrong.py, and the bug hunts."""
+    def tests(tasks, **env):
+        flags = "--tb=no", "-rA", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/assignments"
+        return fork(lambda: pytest.main(["-m", " or ".join(tasks), *flags]), **env).stdout
 
-    commands = {"stubs": (tests(TASKS), {}), "reference": (tests(TASKS), {"REFERENCE": "1"}),
-                "wrong": (tests(WRONG), {"WRONG": "1"})}
-    commands |= {name: ([f"tests/assignments/{name}.py"], {}) for name in HUNTS}
-    running = {}
-    for name, (command, extra) in commands.items():
-        env = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-        running[name] = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True,
-                                         stderr=subprocess.DEVNULL, cwd=ROOT, env=env)
-    return {name: process.communicate(timeout=600)[0] for name, process in running.items()}
+    return {"stubs": tests(TASKS), "reference": tests(TASKS, REFERENCE="1"), "wrong": tests(WRONG, WRONG="1"),
+            **{name: fork_stage(f"tests/assignments/{name}.py").stdout for name in HUNTS}}
 
 
 def outcomes(text):
