@@ -225,7 +225,7 @@ class TokenNLL(torch.autograd.Function):
 
 
 class ScaledGradient(torch.autograd.Function):
-    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled up, unless it overflows."""
+    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled up unless it overflows."""
 
     @staticmethod
     def forward(ctx, theta, nll):
