@@ -262,7 +262,7 @@ class AFN(Recommender):
     def __init__(self, fields, neurons=32):
         super().__init__(fields)
         self.powers = nn.Linear(self.F, neurons)
-        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)  # else a constant field drifts
+        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)  # or a constant field drifts
         self.exp_norm = nn.BatchNorm1d(neurons * self.D)
         self.deep = nn.Sequential(mlp(neurons * self.D), linear(16, 1))
 
