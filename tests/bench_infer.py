@@ -224,7 +224,7 @@ def memory_of(name, shape, device):
 
 def compare(shape, device, full, repeats):
     """Our way in fp32 and bf16, the authors' in fp32: medians of interleaved rounds, fewer if slow."""
-    histories = make_histories(full, 8 if device.type == "cuda" else 1)  # eight users fill no GPU
+    histories = make_histories(full, 8 if device.type == "cuda" else 1)  # 64 users fill no GPU
     users = len(histories)
     models = {dtype: random_model(shape, DTYPES[dtype], device) for dtype in DTYPES}
     work = useful_flops(models["fp32"], histories, make_likelihood(models["fp32"]).prompt_length)

@@ -405,6 +405,8 @@ MUTANTS["02_infer_profiles.py"] = [
      "+infer:test_fp16_finds_the_theta_of_fp32_with_the_same_prior"),
     ("fp16: a mean over users takes the scale away", "torch.full_like(upstream, scale)", "scale * upstream",
      "+infer:test_small_and_large_gradients_survive_fp16[3e-07]"),
+    ("fp16: the LLM's graph outlives its backward pass", "        del ctx.nll  # frees the LLM's graph\n", "",
+     "+infer:test_the_graph_of_an_fp16_llm_is_freed_by_backward"),
     ("fp16 gradients not scaled up", "for scale in (64.0, 1.0):", "for scale in (1.0,):",
      "+infer:test_small_and_large_gradients_survive_fp16[3e-07]"),
     ("fp16 gradients scaled to infinity", "for scale in (64.0, 1.0):", "for scale in (64.0,):",

@@ -4,14 +4,17 @@ Adapters first: what a rewrite changes is changed there alone.
 """
 
 import contextlib
+import gc
 import json
 import types
+import weakref
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, settings
+from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, random_theta,
+                      settings)
 
 import common
 
@@ -226,6 +229,19 @@ def test_small_and_large_gradients_survive_fp16(loudness, world):
 
     half, full = gradient(torch.float16), gradient(torch.float32)
     assert (torch.nn.functional.cosine_similarity(half, full) > 0.98).all()
+
+
+def test_the_graph_of_an_fp16_llm_is_freed_by_backward(world):
+    """Else the next step's would stand beside it: twice the memory of a block."""
+    model, tokenizer = make_lm("gpt2")
+    likelihood = likelihood_of(model.half(), tokenizer, world[0])
+    theta = random_theta(likelihood, 2).requires_grad_()
+    nll = likelihood(theta, *infer.pad([np.arange(5, 17), np.arange(40, 48)], [0, 1], "cpu"))
+    graph = weakref.ref(nll.grad_fn.nll)  # its end
+    assert graph().requires_grad
+    nll.sum().backward()
+    gc.collect()
+    assert graph() is None and nll.requires_grad and theta.grad.abs().sum() > 0
 
 
 # ---------------------------------------------------------------- the artifacts
