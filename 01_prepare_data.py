@@ -48,7 +48,7 @@ CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
 TASK_PROMPT = ".\nWhat is the user's interaction history?"
 
-SPLITS = ("train", "validation", "test", "support", "cold")  # 0 to 4
+SPLITS = ("train", "validation", "test", "support", "cold")
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
 MAX_BAD = 0.01  # share of bad lines to skip

@@ -291,7 +291,7 @@ class JointVQ(KMeans):
         # DEVIATION(5): theta is centred and divided by the spread of the LLM's words for the slot: lr,
         # alpha and beta then mean the same for every LLM.
         centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
-        if args.paper:  # theta as it is
+        if args.paper:
             centre, unit = torch.zeros_like(centre), torch.ones_like(unit)
         z = (torch.tensor(theta) - centre) / unit
         books = first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed)

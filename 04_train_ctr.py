@@ -49,7 +49,7 @@ def nonempty_names(text):
 
 
 def parse_arguments():
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, "cpu")  # a GPU is slower here
     add = parser.add_argument
     add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
     add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
@@ -394,7 +394,7 @@ def train(model, train_rows, validation_rows, stranger, args):
         model.train()
         start = time.perf_counter()
         order = torch.randperm(len(ids), device=ids.device)
-        shuffled, targets = ids[order], labels[order]  # a step is a slice
+        shuffled, targets = ids[order], labels[order]
         if stranger is not None and args.user_dropout:
             # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
             shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger

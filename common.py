@@ -14,6 +14,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -78,14 +79,17 @@ def fail(message, status=2):
 class Parser(argparse.ArgumentParser):
     """argparse with every stage's flags, and errors in one line."""
 
-    def __init__(self, doc, device=True):
+    def __init__(self, doc, device="auto"):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
         add("--run", type=folder, default=Path("runs/demo"), help="this run's folder")
         add("--seed", type=at_least(0, int, 2**32), default=0, help="of everything random in this stage")
         if device:
-            add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where it is")
+            add("--device", choices=("auto", "cpu", "cuda"), default=device, help="auto: cuda where it is")
+
+    def format_help(self):
+        return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
     def error(self, message):
         fail(f"error: {message} ({self.prog}); see: python {self.prog} --help")
@@ -507,8 +511,8 @@ class DCN(nn.Module):
 
 # -------- the tiny LM: no part of the method, skip it first
 #
-# The demo needs no download. This small GPT-2 learns from sentences about invented people what LLMs know
-# from the web: which titles go with which word in a profile's slot.
+# This small GPT-2 learns from sentences about invented people what LLMs know from the web: which titles go
+# with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
 LIKING = 1.4  # rated: log odds of liking a title that fits all his tastes; less this where none fits
@@ -614,13 +618,13 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
 
 def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
     """AdamW, a one-cycle step size, batches of like length."""
-    by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()  # hardly any padding
+    by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()
     batches = by_length[len(ids) % batch:].reshape(-1, batch)
     order = [rows for _ in range(epochs) for rows in rng.permutation(batches)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(order), pct_start=0.1)
     for rows in progress(order, "training the tiny LM", "step"):
-        real = int(targets[rows].ne(-100).any(0).sum())  # cut the batch's common padding
+        real = int(targets[rows].ne(-100).any(0).sum())
         loss = next_token_loss(model, ids[rows, :real], targets[rows, :real])
         optimizer.zero_grad()
         loss.backward()
@@ -639,7 +643,7 @@ def train_tiny(dataset, folder, length, args):
         args.seed, args.history, TINY_FIT, LIKING, length, width, words, count])
     with contextlib.suppress(UserError):
         if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
-            return load_language_model(str(folder), torch.float32, torch.device("cpu"))  # it is whole
+            return load_language_model(str(folder), torch.float32, torch.device("cpu"))
     traits = [Trait(profile, items) for profile in dataset.profiles]
     if not any(trait.words for trait in traits):
         raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")

@@ -39,6 +39,8 @@ FORKS.set_forkserver_preload([
 MUTANTS = {}
 
 MUTANTS["common.py"] = [
+    ("a flag without a default says None", 'return re.sub(r"\\s+\\(default:\\s+None\\)", "",',
+     'return re.sub("nothing", "",', "pipeline:test_help_describes_every_flag[stage0]"),
     ("a helper outlives its parent", "ctypes.CDLL(None).prctl(1, 9)", "pass",
      "resume:test_a_helper_dies_with_its_parent"),
     ("a comma is drawn to the anchor", 'anchor=" 1"', 'anchor=" a;"',
@@ -705,6 +707,8 @@ MUTANTS["03_quantize.py"] = [
 ]
 
 MUTANTS["04_train_ctr.py"] = [
+    ("stage 04 takes the GPU, which is slower", 'Parser(__doc__, "cpu")', "Parser(__doc__)",
+     "+data:test_the_llm_s_stages_take_the_gpu_that_is_there_and_stage_04_the_cores"),
     ("the last batch's loss alone says that a model diverged", "if not np.isfinite(scores).all():",
      "if not loss.isfinite():", "pipeline:test_bad_input_is_one_line_exit_2_and_changes_no_artifact"),
     ("with theta random is codes", "theta = noise if \"random\" in ids else rng.permutation(theta)",

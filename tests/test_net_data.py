@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import call_stage, copy_run, ctr, load_script, make_lm, prepare, prepare_args
+from conftest import call_stage, copy_run, ctr, infer, load_script, make_lm, prepare, prepare_args, quantize
 from test_prepare import write_ml_100k
 
 import common
@@ -339,6 +339,16 @@ def test_numbers_on_the_command_line_are_finite_and_within_bounds(capsys, monkey
             parser.parse_args()
         lines = capsys.readouterr().err.strip().split("\n")
         assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith(f"error: argument {flag}")
+
+
+def test_the_llm_s_stages_take_the_gpu_that_is_there_and_stage_04_the_cores(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for stage, where in ((infer, "cuda"), (quantize, "cuda"), (ctr, "cpu")):
+        monkeypatch.setattr("sys.argv", ["stage.py"])
+        assert common.pick_device(stage.parse_arguments().device).type == where
+        for flag in ("cpu", "cuda"):
+            monkeypatch.setattr("sys.argv", ["stage.py", "--device", flag])
+            assert common.pick_device(stage.parse_arguments().device).type == flag
 
 
 # ---------------------------------------------------------------- common: seeds, models

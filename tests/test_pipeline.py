@@ -427,7 +427,9 @@ def test_errors_of_a_real_process_have_no_traceback(tmp_path):
 def test_help_describes_every_flag(stage, capsys):
     with pytest.raises(SystemExit) as stop:
         call_stage(stage, "--help")
-    lines = capsys.readouterr().out.split("options:")[1].split("\n  -")[1:]
+    text = capsys.readouterr().out
+    assert "(default: runs/demo)" in text and "None" not in text
+    lines = text.split("options:")[1].split("\n  -")[1:]
     assert stop.value.code == 0 and len(lines) > 10
     for line in lines:  # "-run RUN  what it is for"
         assert len(line.split("  ", 1)[-1].split()) > 3, line
