@@ -40,7 +40,7 @@ MUTANTS = {}
 
 MUTANTS["common.py"] = [
     ("a flag without a default says None", 'return re.sub(r"\\s+\\(default:\\s+None\\)", "",',
-     'return re.sub("nothing", "",', "pipeline:test_help_describes_every_flag[stage0]"),
+     'return re.sub("nothing", "",', "pipeline:test_help_describes_every_flag[01_prepare_data]"),
     ("a helper outlives its parent", "ctypes.CDLL(None).prctl(1, 9)", "pass",
      "resume:test_a_helper_dies_with_its_parent"),
     ("a comma is drawn to the anchor", 'anchor=" 1"', 'anchor=" a;"',
