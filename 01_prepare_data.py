@@ -12,7 +12,6 @@ Writes to --run (U users, I items, N interactions, M profiles):
 
 Run:
     python 01_prepare_data.py  # the demo, 1 s
-    python 01_prepare_data.py --dataset ml-100k --run runs/ml-100k  # downloads 5 MB
 """
 
 import ast
@@ -75,8 +74,10 @@ def parse_arguments():
         add(f"--{name}-col", default=columns.get(name), help=f"column of the {name}")
     add("--value-sep", default="|", help="between values")
     args = parser.parse_args()
-    if not args.value_sep or args.dataset == "csv" and not args.ratings_file:
-        parser.error("csv needs --ratings-file and --value-sep")
+    if not args.value_sep or (args.dataset == "csv") != bool(args.ratings_file):
+        parser.error("csv, --ratings-file and --value-sep need each other")
+    if args.dataset == "demo" and args.data_dir:
+        parser.error("--data-dir needs --dataset")
     return args
 
 
@@ -229,15 +230,15 @@ def load_csv(args):
     source = collect(rows, (HOBBY,) + (BACKGROUND,) * bool(args.background_col))
     columns = {name: column for name in ("title", "hobby", "background")
                if (column := getattr(args, f"{name}_col"))}
-    if columns:
-        wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
-        for raw, *texts in table(args.items_file or args.ratings_file, wanted,
-                                 lambda raw, *cells: (raw_id(raw), *map(clean_text, cells))):
-            found = dict(zip(columns, texts))
-            source.titles[raw] = found.pop("title", None)
-            source.attributes[raw] = {
-                name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
-                for name, text in found.items()}
+    wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
+    items = table(args.items_file or args.ratings_file, wanted,
+                  lambda raw, *cells: (raw_id(raw), *map(clean_text, cells)))
+    for raw, *texts in items if columns else ():
+        found = dict(zip(columns, texts))
+        source.titles[raw] = found.pop("title", None)
+        source.attributes[raw] = {
+            name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
+            for name, text in found.items()}
     return source
 
 
@@ -266,7 +267,7 @@ def good(records, parse, path):
     for count, record in enumerate(progress(records, path.name, "lines"), 1):
         try:
             yield parse(record)
-        except Exception as error:  # in many ways
+        except Exception as error:
             bad += 1
             example = example or f"record {count}: {error!r:.150}"
     if bad > MAX_BAD * count:
@@ -276,13 +277,16 @@ def good(records, parse, path):
         print(f"{path.name}: skipped {bad:,d} bad of {count:,d} lines, the first is {example}")
 
 
+def exactly(count, cells):
+    if len(cells) != count:
+        raise ValueError(f"{len(cells)} cells, not {count}")
+    return cells
+
+
 def cells(path, separator, count, parse=lambda *cells: cells):
     """parse(*cells) of every line; `count` cells a line, ISO-8859-1 (MovieLens)."""
     def parse_line(line):
-        found = line.decode("latin-1").rstrip("\r\n").split(separator)
-        if len(found) != count:
-            raise ValueError(f"{len(found)} cells, not {count}")
-        return parse(*found)
+        return parse(*exactly(count, line.decode("latin-1").rstrip("\r\n").split(separator)))
 
     return good(lines(path), parse_line, path)
 
@@ -303,7 +307,7 @@ def table(path, columns, parse=lambda *cells: cells):
 
     def parse_line(line):
         row = next(csv.reader([line.decode().rstrip("\r\n")], delimiter=separator, strict=True))
-        return parse(*[row[place] for place in places])
+        return parse(*[exactly(len(names), row)[place] for place in places])
 
     return good(rows, parse_line, path)
 
@@ -362,7 +366,7 @@ def records(path):
         else:
             return lines(path)
         wrong = f"holds a {type(found).__name__}, not a list"
-    except Exception as error:  # in many ways
+    except Exception as error:
         found, wrong = None, f"cannot be read: {error}"
     if not isinstance(found, list):
         raise UserError(f"{path.name} {wrong}", path.parent, "use the file as published")
@@ -527,12 +531,11 @@ def show(dataset, facts):
         if len(np.unique(labels)) < 2:
             print(f"WARNING: all labels of the {name} split are equal: try more data or --positive-above")
     prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
-    rows = dataset.rows(TRAIN)
+    prompt, rows = prompt + dataset.task_prompt, dataset.rows(TRAIN)
     for user in np.unique(rows[:, 0])[:3]:
         items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
         titles = "".join(f" {dataset.items[item]['title']};" for item in items)
-        text = f"prompt of user {dataset.users[user]}: {prompt}{dataset.task_prompt}{titles}"
-        print(text.replace("\n", " "))
+        print(f"prompt of user {dataset.users[user]}: {prompt}{titles}".replace("\n", " "))
 
 
 # -------- save

@@ -15,7 +15,6 @@ Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  quantize.
 
 Run:
     python 03_quantize.py  # the demo: 15 s
-    python 03_quantize.py --keep-codebooks  # after 02 --users: codes for new users
 """
 
 import argparse
@@ -66,6 +65,8 @@ def parse_arguments():
     if "--paper" in sys.argv:
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
+    if args.keep_codebooks and (args.codes or args.quantizer):
+        parser.error("--keep-codebooks keeps K_m and quantizer")
     args.quantizer = args.quantizer or ("em" if args.assign == "likelihood" else "vq")
     fitting = "likelihood" if args.quantizer in ("em", "words") else "nearest"
     args.assign = args.assign or fitting
@@ -73,8 +74,6 @@ def parse_arguments():
         parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}")
     if args.start == "words" and fitting == "nearest":
         parser.error("--start words goes with --quantizer em")
-    if args.keep_codebooks and args.codes:
-        parser.error("--codes does not go with --keep-codebooks")
     return args
 
 
@@ -137,7 +136,7 @@ def rows_by_user(rows, n_users):
 @torch.no_grad()
 def nearest(theta, codebook):
     """Eq. (6): c = argmin_k ||theta - v_k||^2. theta (B, d), codebook (K, d) -> (B,)."""
-    return torch.cdist(theta, codebook).argmin(dim=1)
+    return torch.cdist(theta, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
 class VectorQuantizer(nn.Module):
@@ -256,7 +255,7 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
 # -------- quantizers: fit learns, assign applies
 
 def assign_all(theta, books):
-    """Eq. (6): theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
+    """theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
     return torch.stack([nearest(theta[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
 
 
@@ -429,9 +428,9 @@ class SoftCodeEM(KMeans):
         return codes, log
 
     def assign(self):
-        """K_1 x ... x K_M forward passes a user; no gradient, no theta."""
+        """K_1 x ... x K_M forward passes a user; no gradient."""
         self.open()
-        return self.e_step(np.zeros(self.problem.theta.shape[:2], int))[1]
+        return self.e_step(KMeans.assign(self))[1]
 
 
 class Words(SoftCodeEM):
@@ -443,7 +442,7 @@ class Words(SoftCodeEM):
     def fit(self):
         self.open()
         self.words = self.take_words()
-        evidence, codes, *_ = self.e_step(np.zeros(self.problem.theta.shape[:2], int))
+        evidence, codes, *_ = self.e_step(KMeans.assign(self))
         return codes, [{"epoch": 0, "log_likelihood": evidence}]
 
 

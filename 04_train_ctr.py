@@ -476,7 +476,8 @@ def show(summary, base_logloss):
     print(f"\n{'model':11s}{'ids':16s}" + "".join(f"{key:18s}" for key in columns))
     for model, ids, entry in lines:
         print(f"{model:11s}{ids:16s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
-    print(f"{'constant':11s}{'base rate':16s}{' 0.5000':18s}{' 0.5000':18s}{base_logloss:7.4f}")
+    chance = f"{' 0.5000':18s}" * columns.index("test_logloss")
+    print(f"{'constant':11s}{'base rate':16s}{chance}{base_logloss:7.4f}")
 
 
 # -------- main

@@ -434,7 +434,7 @@ class FieldEmbedding(nn.Module):
             self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row is 0 until unknown ids are trained; padding never counts, so there it stays 0.
+        # A field's last row starts at 0, for unknown ids; padding, which never counts, and AFN leave it so.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
@@ -516,7 +516,7 @@ class DCN(nn.Module):
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
 LIKING = 1.4  # rated: log odds of liking a title that fits all his tastes; less this where none fits
-TINY_SIZES = (64, 768, 16000), (128, 2048, 24000)  # width, words, sentences; from 500 items the second
+TINY_SIZES = (64, 768, 16000), (128, 2048, 24000)  # width, words, sentences; above 500 items the second
 
 
 class Trait:
@@ -538,11 +538,11 @@ class Trait:
 def make_sentences(traits, items, count, length, rng, rated):
     """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
 
-    Half have a word for each profile, half for one only: the strict mask wants x^m understood alone. Most
+    Half have a word for each profile, half for one only: the strict mask wants x^m understood alone. Many
     texts are short: the word has to tell what other titles cannot.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    lengths = [size for size in (1, 2, 3, 5, 8, 12) if size < length] + [length]
+    lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]  # odd: told's period is 4
     sentences = []
     for number in range(count):
         told = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]

@@ -111,6 +111,8 @@ def generosity(problem, sizes, device, seed):
 def mf(problem, sizes, device, seed):
     """Truncated SVD of (label - mean label) over the seen rows, 0 elsewhere: U S of each user."""
     rows, shape = problem.dataset.rows(common.SEEN), (len(problem.dataset.users), len(problem.dataset.items))
+    if min(shape) < 2:
+        raise common.UserError("mf factorizes nothing", f"{shape[0]} users, {shape[1]} items", "leave it out")
     matrix = csr_matrix((rows[:, 2] - rows[:, 2].mean(), (rows[:, 0], rows[:, 1])), shape=shape)
     svd = sklearn.decomposition.TruncatedSVD(min(FACTORS, min(shape) - 1), random_state=seed)
     known, size = np.bincount(rows[:, 0], minlength=shape[0]) > 0, math.prod(sizes)
@@ -122,6 +124,9 @@ CONTROLS = {control.__name__: control for control in (metadata, text, hidden, wo
 
 def save_bank(run, name, columns, dataset, made_by):
     """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M')."""
+    most = max(size for _, size in columns)
+    if most > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
+        raise common.UserError(f"{name} would have {most:,d} codes", run, "give smaller --codes")
     bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
     (run / f"feature_bank_{name}.json").unlink(missing_ok=True)
     common.save_npy(run / f"feature_bank_{name}.npy", bank)
@@ -156,7 +161,8 @@ def main():
         columns = CONTROLS[name](problem, sizes, device, args.seed)
         bank = save_bank(args.run, name, columns, problem.dataset,
                          f"docs/controls.py {name} --seed {args.seed}")
-        if truth is not None and bank.shape == truth.shape:
+        # text and hidden have columns of another meaning
+        if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
             agreed = quantize.agreement(bank[problem.known], truth[problem.known])["nmi_truth"]
             print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
     names = ",".join(args.names or CONTROLS)

@@ -44,6 +44,17 @@ def history_first(tokenizer, traits, people):
     return rows
 
 
+def shortened(tokenizer, traits, people, room):
+    """people with as many first titles of each as fit `room` tokens beside the longest words."""
+    texts = sorted({text for _, titles in people for text in titles})
+    cost = {text: len(ids) for text, ids in zip(texts, common.pieces_of(tokenizer, texts))}
+    for trait in traits:
+        words = common.pieces_of(tokenizer, [f" {word}" for word in trait.words])
+        room -= max(map(len, words), default=0)
+    return [(words, [text for text, end in zip(titles, np.cumsum([cost[text] for text in titles]))
+                     if end <= room]) for words, titles in people]
+
+
 def padded(rows, value):
     return nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), batch_first=True, padding_value=value)
 
@@ -82,7 +93,8 @@ def main():
     texts = infer.history_texts(dataset, common.TRAIN, SimpleNamespace(**facts))
     length = min(facts["max_history"], max(20, *map(len, texts)))
     count = args.tiny_sentences or facts["tiny_sentences"] or common.TINY_SIZES[len(items) > 500][2]
-    people = common.make_sentences(traits, items, count, length, rng, rated)
+    people = shortened(tokenizer, traits, common.make_sentences(traits, items, count, length, rng, rated),
+                       likelihood.room)
     ids, targets, _ = common.encode_sentences(tokenizer, traits, dataset.task_prompt, people)
     rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]
     rows[::EVERY] = [turned for turned, _ in history_first(tokenizer, traits, people[::EVERY])]
@@ -90,6 +102,7 @@ def main():
     model = type(likelihood.model)(likelihood.model.config)
     common.fit_tiny(model, padded(rows, 0), padded(rows, -100), rng)
     fresh, found = common.make_sentences(traits, items, 400, length, rng, rated), {}
+    fresh = shortened(tokenizer, traits, fresh, likelihood.room)
     for name, some in (("the run's LM", likelihood.model), ("lm-both", model.eval())):
         found[name] = {
             "a wrong word": common.sensitivity(

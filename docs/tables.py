@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -141,7 +142,7 @@ def code_fingerprint():
 
 def call(script, run, flags, log):
     """Run a script on one thread; its output goes to the log. A failure ends the study with its last line."""
-    command = [sys.executable, script, "--run", str(run), *flags.split()]
+    command = [sys.executable, script, "--run", str(run), *shlex.split(flags)]
     with open(log, "a", encoding="utf-8") as file:
         result = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -172,7 +173,7 @@ def repeat(study, name, seed, data_dir):
     first = next(iter(STUDIES[origin].values()))["flags"][0]
     if flags[0] is not None:
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
-        words += f" --data-dir {data_dir}" if data_dir and "--dataset" in words else ""
+        words += f" --data-dir {shlex.quote(str(data_dir))}" if data_dir and "--dataset" in words else ""
         call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log)
     if settings["names"]:
         rename(run, settings["names"])
@@ -181,7 +182,7 @@ def repeat(study, name, seed, data_dir):
             call("docs/lm_both.py", first_run, f"--seed {seed}", log)
         if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
-        words = flags[1].format(base=base, first=first_run)
+        words = flags[1].format(base=shlex.quote(str(base)), first=shlex.quote(str(first_run)))
         call("02_infer_profiles.py", run, f"{words} --seed {seed}", log)
     call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log)
     if settings["controls"]:

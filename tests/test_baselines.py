@@ -300,6 +300,22 @@ def test_the_lm_for_both_directions_has_the_sizes_of_02(runs, monkeypatch):
     assert made == [(300, max(20, *map(len, texts)))]
 
 
+def test_invented_people_have_as_many_titles_as_the_lm_has_room_for(world):
+    """The longest words count too; who fits keeps all, and what comes first stays."""
+    traits = [common.Trait(profile, world.dataset.items) for profile in world.dataset.profiles]
+    people = [({0: "music", 1: "student"}, [" Basic Guitar;"] * 9), ({1: "family"}, [" Pan;", " Pot;"])]
+
+    def tokens(text):
+        return len(common.pieces_of(world.tokenizer, [text])[0])
+
+    words = sum(max(tokens(f" {word}") for word in trait.words) for trait in traits)
+    for spare in (0, tokens(" Basic Guitar;") - 1):
+        room = words + 4 * tokens(" Basic Guitar;") + spare
+        assert lm_both.shortened(world.tokenizer, traits, people, room) == [
+            (people[0][0], [" Basic Guitar;"] * 4), people[1]]
+    assert lm_both.shortened(world.tokenizer, traits, people, 1000) == people
+
+
 def test_history_first_is_the_text_turned_round_and_knows_where_the_word_begins(world):
     traits = [common.Trait(profile, world.dataset.items) for profile in world.dataset.profiles]
     people = [({0: "music", 1: "student"}, [" A;", " B b;"]), ({1: "engineer"}, [" C;"])]

@@ -139,6 +139,11 @@ def test_mf_clusters_the_factors_of_the_centred_labels(clustered):
     assert np.allclose(clustered[0][0] @ clustered[0][0].T, factors @ factors.T, atol=1e-6)  # signs aside
 
 
+def test_mf_of_one_item_is_one_line():
+    with pytest.raises(common.UserError, match="8 users, 1 items"):
+        controls.mf(toy([(user, 0, user % 2, TRAIN) for user in range(8)], users=8, items=1), [2, 1], CPU, 0)
+
+
 def test_words_is_03_with_words(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
     call_stage(controls, "--run", run, "words", "--codes", "5,3")
@@ -199,8 +204,15 @@ def test_a_bank_is_made_again_to_the_byte_and_with_other_sizes(cold_runs, tmp_pa
     assert common.load(run, "feature_bank_mf.json")["codes"] == [4]
 
 
+def test_only_columns_of_the_planted_profiles_are_compared_with_the_truth(inferred, tmp_path, capsys):
+    for name, compared in (("metadata", True), ("words", True), ("text", False), ("mf", False)):
+        call_stage(controls, "--run", copy_run(inferred, tmp_path / "run"), name)
+        assert ("NMI with the planted truth" in capsys.readouterr().out) == compared, name
+
+
 @pytest.mark.parametrize("args, words", [(["metadata", "magic"], "unknown magic"),
                                          (["--codes", "4"], "codebook sizes"),
+                                         (["mf", "--codes", "256,128"], "mf would have 32,768 codes"),
                                          (["--run", "/nowhere"], "dataset.json is missing")])
 def test_controls_that_cannot_be_made_are_one_line(args, words, inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")

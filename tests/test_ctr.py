@@ -493,6 +493,18 @@ def cells_of(ids, values, model="dcn"):
              "test_gauc": value - 0.1, "test_logloss": 0.7 - value / 10} for seed, value in enumerate(values)]
 
 
+def test_the_constant_stands_in_its_columns_also_where_there_is_no_gauc(capsys):
+    for gauc in (True, False):
+        rows = cells_of("none", (0.5, 0.6))
+        for row in rows if not gauc else ():
+            row["test_gauc"] = None
+        ctr.show(ctr.summarize(rows), 0.6931)
+        header, *_, constant = capsys.readouterr().out.strip().splitlines()
+        places = [header.index(name) + 1 for name in header.split() if name.startswith("test")]
+        assert ("test_gauc" in header) == gauc and len(places) == 2 + gauc
+        assert [constant[place:place + 6] for place in places] == ["0.5000"] * (1 + gauc) + ["0.6931"]
+
+
 def test_summary_pairs_differences_by_seed():
     rows = [*cells_of("none", (0.50, 0.60)), *cells_of("random", (0.52, 0.57)),
             *cells_of("userip", (0.60, 0.80)), *cells_of("planted", (0.70, 0.90)),

@@ -361,6 +361,9 @@ def test_sentences_fit_their_words_and_some_tell_one_profile_only():
                    for title in titles])
     assert fit > 0.6 and {len(words) for words, _ in sentences} == {1, 2}
     assert {len(titles) for _, titles in sentences} == {1, 2, 3, 5, 8}
+    for length in (1, 2, 4, 5, 9, 12, 20):  # whatever is told of people, some have as many titles as users
+        people = common.make_sentences(traits, dataset.items, 84, length, np.random.default_rng(0), False)
+        assert {tuple(told) for told, texts in people if len(texts) == length} == {(0, 1), (0,), (1,)}, length
     rated = common.make_sentences(traits, dataset.items, 50, 8, np.random.default_rng(0), rated=True)
     assert {title[-3:-1] for _, titles in rated for title in titles} == {" +", " -"}
 

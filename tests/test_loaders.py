@@ -199,6 +199,18 @@ def test_csv_of_ones_own(separator, tmp_path):
         assert run_01(tmp_path / "run", *flags, *change)[0]["fingerprint"] != base, change
     without_items = [*flags[:4], *flags[6:12]]
     assert run_01(tmp_path / "run", *without_items)[1][0] == {"id": "I00", "title": "I00", "attributes": {}}
+    with pytest.raises(common.UserError, match="cannot read nothing.csv"):
+        run_01(tmp_path / "run", *without_items, "--items-file", tmp_path / "nothing.csv")
+
+
+@pytest.mark.parametrize("line, cells", [("I00,Thing, of wood,A,low", 5), ("I00,Thing,A", 3)])
+def test_a_line_with_a_comma_too_many_or_too_few_is_refused_not_shifted(line, cells, tmp_path):
+    flags = own_csv(tmp_path / "raw")
+    header, _, *rest = (tmp_path / "raw" / "i.csv").read_text(encoding="utf-8").splitlines()
+    write(tmp_path / "raw" / "i.csv", "\n".join([header, line, *rest]) + "\n")
+    with pytest.raises(common.UserError, match=f"1 of {ITEMS} lines .* record 1: .*{cells} cells, not 4"):
+        run_01(tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_profile_runs_through_all_stages(tmp_path):

@@ -27,6 +27,33 @@ def test_nearest_code_against_explicit_loops():
     assert quantize.nearest(theta, quantizer.codebook).tolist() == expected
 
 
+def test_nearest_does_not_depend_on_the_origin_nor_on_how_many_ask_at_once():
+    """Users may differ by a ten-thousandth of where they all lie: |a|^2 + |b|^2 - 2ab would be noise."""
+    generator = torch.Generator().manual_seed(0)
+    theta, codebook = (1 + 2e-4 * torch.randn(size, 64, generator=generator) for size in (500, 7))
+    exact = ((theta[:, None].double() - codebook.double()) ** 2).sum(2).argmin(1)
+    assert torch.equal(quantize.nearest(theta, codebook), exact) and len(exact.unique()) == 7
+    assert torch.equal(quantize.nearest(theta[:3], codebook), exact[:3])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_by_words_who_has_no_history_now_has_the_code_nearest_to_his_theta(inferred, monkeypatch, assign):
+    """After 01 was run again an old user may have no training like; his theta is still there."""
+    problem, _ = quantize.read_problem(inferred)
+    user = int(np.flatnonzero(problem.known)[3])
+    likelihood, histories, *rest = problem.open_likelihood(torch.device("cpu"))
+    histories[user] = []
+    monkeypatch.setattr(problem, "open_likelihood", lambda device: (likelihood, histories, *rest))
+    quantizer = quantize.Words(problem, [4, 3], SimpleNamespace(seed=0), torch.device("cpu"))
+    codes = quantizer.fit()[0]
+    if assign:
+        problem.theta[user] = torch.stack([book[2] for book in quantizer.books]).numpy()
+        codes = quantizer.assign()
+    nearest = quantize.assign_all(torch.tensor(problem.theta), quantizer.books)
+    assert codes[user].tolist() == nearest[user].tolist() and (not assign or codes[user].tolist() == [2, 2])
+    assert (codes != nearest).any()  # who has a history gets the likeliest
+
+
 def test_straight_through_value_is_the_code_and_gradient_the_identity():
     theta, quantizer = torch.randn(6, 3, requires_grad=True), quantize.VectorQuantizer(torch.randn(2, 3))
     quantized, _, _ = quantizer(theta)
@@ -325,7 +352,7 @@ def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp
     (["--start", "words"], "--start words goes with --quantizer em"), (["--codes", "4"], "2 codebook sizes"),
     (["--quantizer", "words", "--assign", "nearest"], "--assign nearest does not go with --quantizer words"),
     (["--assign", "likelihood", "--codes", "40,3"], "120 combinations"),
-    (["--keep-codebooks", "--codes", "4,3"], "--codes does not go with --keep-codebooks")])
+    (["--keep-codebooks", "--codes", "4,3"], "--keep-codebooks keeps K_m and quantizer")])
 def test_flags_that_do_not_go_together_are_one_line(flags, words, inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:

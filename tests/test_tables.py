@@ -439,8 +439,9 @@ def test_a_stage_is_called_on_one_thread_and_its_last_line_is_the_error(monkeypa
         "import os, sys\nprint(sys.argv[1:], os.environ['OMP_NUM_THREADS'])\n"
         "if '--fail' in sys.argv:\n"
         "    print('error: no data (here); get some', file=sys.stderr)\n    sys.exit(2)")
-    tables.call("stage.py", tmp_path / "run", "--seed 3", tmp_path / "log.txt")
-    assert f"['--run', '{tmp_path / 'run'}', '--seed', '3'] 1" in (tmp_path / "log.txt").read_text()
+    tables.call("stage.py", tmp_path / "run", "--seed 3 --data-dir 'a b'", tmp_path / "log.txt")
+    said = f"['--run', '{tmp_path / 'run'}', '--seed', '3', '--data-dir', 'a b'] 1"
+    assert said in (tmp_path / "log.txt").read_text()
     with pytest.raises(common.UserError, match=r"^stage.py failed: no data \(here\); get some") as stop:
         tables.call("stage.py", tmp_path / "run", "--fail", tmp_path / "log.txt")
     assert str(tmp_path / "log.txt") in str(stop.value)
