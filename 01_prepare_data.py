@@ -531,7 +531,8 @@ def show(dataset, facts):
         if len(np.unique(labels)) < 2:
             print(f"WARNING: all labels of the {name} split are equal: try more data or --positive-above")
     prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
-    prompt, rows = prompt + dataset.task_prompt, dataset.rows(TRAIN)
+    prompt += dataset.task_prompt
+    rows = dataset.rows(TRAIN)
     for user in np.unique(rows[:, 0])[:3]:
         items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
         titles = "".join(f" {dataset.items[item]['title']};" for item in items)

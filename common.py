@@ -542,7 +542,7 @@ def make_sentences(traits, items, count, length, rng, rated):
     texts are short: the word has to tell what other titles cannot.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]  # odd: told's period is 4
+    lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]  # odd: told's period is even
     sentences = []
     for number in range(count):
         told = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]

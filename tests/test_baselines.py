@@ -262,6 +262,16 @@ def test_stages_take_kar_s_theta_for_theirs(runs, world):
     assert not (runs / "clean" / "kar" / "kar").exists()
 
 
+def test_the_lm_for_both_directions_reads_no_more_than_its_window_holds(runs, monkeypatch):
+    original, seen = common.make_sentences, []
+    monkeypatch.setattr(common, "make_sentences", lambda traits, items, count, *rest: [
+        (words, 60 * titles) for words, titles in original(traits, items, min(count, 60), *rest)])
+    monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([model, ids]))
+    call_stage(lm_both, "--run", runs / "clean", "--tiny-sentences", 64)  # its evaluation reads them too
+    model, ids = seen
+    assert 0.9 * model.config.n_positions < ids.shape[1] <= model.config.n_positions
+
+
 def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, world, monkeypatch):
     seen = []
     monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([ids, targets]))
