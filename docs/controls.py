@@ -79,8 +79,9 @@ def text(problem, sizes, device, seed):
 
 @torch.no_grad()
 def hidden(problem, sizes, device, seed):
-    """The mean of the last hidden states over a history, behind the prompt with theta_0 for everybody."""
-    likelihood, histories, start, *_ = problem.open_likelihood(device)
+    """The mean of the last hidden states over a history, behind one prompt for everybody."""
+    likelihood, histories, space, _ = problem.open_likelihood(device)
+    start = space.origin
     vectors = np.full((len(histories), start.shape[1]), np.nan)
     prompt, budget = likelihood.prompt_length, infer.token_budget_of(likelihood)
     for users in infer.make_blocks(histories, None, budget, prompt):

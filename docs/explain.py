@@ -30,7 +30,7 @@ class Lexicon:
     """What theta is compared with [Table 5]: the LLM's whole words and, joined (their mean), the words of the
     items' attributes that it writes in several pieces; then its pieces. A * marks a stop word, a - a piece.
 
-    labels: list of n strings; vectors: (n, d), unit length; whole: bool (n,), false for the pieces.
+    labels: list of n strings; vectors: (n, d); whole: bool (n,), false for the pieces.
     """
 
     def __init__(self, likelihood, tokenizer, dataset):
@@ -48,26 +48,27 @@ class Lexicon:
         joined = [table[ids].mean(0) for ids in common.pieces_of(tokenizer, [f" {word}" for word in said])]
         self.labels = [*(self.mark(texts[index]) for index in whole), *map(self.mark, said),
                        *(f"-{texts[index]}" for index in parts)]
-        self.vectors = normalize(torch.stack([*table[whole], *joined, *table[parts]]), dim=1)
+        self.vectors = torch.stack([*table[whole], *joined, *table[parts]])
         self.whole = torch.arange(len(self.labels)) < len(whole) + len(said)
 
     @staticmethod
     def mark(word):
         return word + "*" * (word.lower() in ENGLISH_STOP_WORDS)
 
-    def nearest(self, vectors, count=4):
-        """The `count` labels of the largest cosine for each row of vectors (n, d), pieces last: n lists."""
-        cosine = normalize(torch.as_tensor(vectors).float(), dim=1) @ self.vectors.T
+    def nearest(self, moves, origin, count=4):
+        """Labels towards which each row of moves (n, d) leads from origin (d,), pieces last: n lists."""
+        directions = normalize(self.vectors - torch.as_tensor(origin), dim=1)
+        cosine = normalize(torch.as_tensor(moves).float(), dim=1) @ directions.T
         cosine = cosine - 4 * ~self.whole  # Note: a cosine is at most 1, so a piece comes last
         order = cosine.topk(min(count, len(self.labels)), dim=1).indices
         return [[self.labels[index] for index in row] for row in order.tolist()]
 
 
-def similar_users(theta, population, known, user, count):
-    """[(cosine, user)]: whose theta (U, M, d), minus the population's (M, d), points the same way as his."""
-    centred = (theta - population).reshape(len(theta), -1)
-    lengths = np.linalg.norm(centred, axis=1)
-    cosine = centred @ centred[user] / np.maximum(lengths * lengths[user], 1e-12)
+def similar_users(z, known, user, count):
+    """[(cosine, user)]: whose z (U, M, r), 0 for the population, points the same way as this user's."""
+    rows = z.reshape(len(z), -1)
+    lengths = np.linalg.norm(rows, axis=1)
+    cosine = rows @ rows[user] / np.maximum(lengths * lengths[user], 1e-12)
     cosine[~known] = -np.inf
     cosine[user] = -np.inf
     return [(float(cosine[other]), int(other)) for other in np.argsort(-cosine, kind="stable")[:count]
@@ -100,7 +101,7 @@ def continue_greedily(likelihood, theta, tokens):
 
 class Explainer:
     """A finished run opened for questions: problem (03), bank (U, M), books, the likelihood of Eq. (4),
-    histories, lexicon, population theta, names (M lists of the codes' own words, or M None)."""
+    histories, space, lexicon, names (M lists of the codes' names)."""
 
     def __init__(self, run, device):
         self.problem, self.truth = quantize.read_problem(run)
@@ -110,19 +111,24 @@ class Explainer:
                           self.problem.facts["fingerprint"])
         common.check_same(run, "feature_bank.npy", "quantize.json", common.fingerprint(self.bank),
                           quantized["fingerprint"])
-        self.names = [profile.get("words") for profile in quantized["profiles"]]
+        self.names = [profile["words"] for profile in quantized["profiles"]]
         self.books = common.load(run, "codebooks.pt", ("codebooks",))["codebooks"]
-        self.likelihood, self.histories, _, _, self.tokenizer = self.problem.open_likelihood(device)
+        self.likelihood, self.histories, space, self.tokenizer = self.problem.open_likelihood(device)
         settings = SimpleNamespace(**self.problem.facts)
         self.texts = infer.history_texts(self.problem.dataset, common.SEEN, settings)
         self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
-        self.population = np.array(self.problem.facts["start"], dtype=np.float32)  # where all users started
-        words, _ = infer.starting_point(self.likelihood, "slot", None)
-        self.offset = words.cpu().numpy() - self.population  # back to the words that the LLM expects there
+        self.space, self.theta = self.problem.space, self.problem.theta()
+        self.population = space.origin.cpu().numpy()  # where everybody started, (M, d)
 
-    def words_near(self, vectors, m, count=4):
-        """Words near soft tokens (n, d) of profile m. What all users share was fitted to say no word."""
-        return self.lexicon.nearest(vectors + self.offset[m], count)
+    def words_of(self, z, m):
+        """The profile's own words for each row of z (n, r), the one towards which it lies first: n lists."""
+        coordinates = normalize(self.space.coordinates[m], dim=1)
+        order = (torch.as_tensor(z) @ coordinates.T).argsort(dim=1, descending=True)
+        return [[self.space.words[m][index] for index in row] for row in order.tolist()]
+
+    def moved_to(self, z, m, count=4):
+        """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists."""
+        return self.lexicon.nearest(torch.as_tensor(z) @ self.space.basis[m], self.population[m], count)
 
     @torch.no_grad()
     def nll(self, user, theta):
@@ -132,28 +138,28 @@ class Explainer:
         return float(self.likelihood(theta, ids, lengths)) / max(1, int(lengths))
 
     def profile_lines(self, user, m):
-        """What is to say of a user's profile m: words near theta, his code, who shares it, words near it."""
-        code, book, theta = int(self.bank[user, m]), self.books[m].numpy(), self.problem.theta[None, user, m]
-        lines = [f"  {self.problem.dataset.profiles[m]['name']}:",
-                 "    words near theta    " + " | ".join(self.words_near(theta, m)[0])]
+        """What is to say of a user's profile m: the words towards which theta moved, and its code."""
+        code, book, z = int(self.bank[user, m]), self.books[m].numpy(), self.problem.z[None, user, m]
+        lines = [f"  {self.problem.dataset.profiles[m]['name']}:"]
         if code == len(book):
-            return [*lines, "    code                unknown"]
-        named = f"{code} ({self.names[m][code]})" if self.names[m] else str(code)
+            return [*lines, "    code                unknown: no history, so nothing moved"]
         sharing = int((self.bank[:, m] == code).sum())
         share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
-        lean = book[None, code] - self.population[m]  # what sets it apart from the average user
-        return [*lines, f"    {'code ' + named:19s} {share}",
-                "    words near the code " + " | ".join(self.words_near(book[None, code], m)[0]),
-                "    the code leans to   " + " | ".join(self.lexicon.nearest(lean)[0])]
+        first, *others = self.words_of(z, m)[0][:4]
+        moved = f"{first}, by {np.linalg.norm(z):.2f} sd of the prior; then {' | '.join(others)}"
+        return [*lines, f"    theta moved towards {moved}",
+                "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),
+                f"    {'code ' + str(code):19s} {self.names[m][code]}, {share}",
+                "    the code leads to   " + " | ".join(self.moved_to(book[None, code], m)[0])]
 
     def codes(self, user):
-        """All codes of a user in one word each, by name where they have names."""
-        return " ".join(names[code] if names and code < len(names) else str(code)
+        """All codes of a user by name."""
+        return " ".join(names[code] if code < len(names) else "unknown"
                         for names, code in zip(self.names, self.bank[user].tolist()))
 
     def card(self, user):
         """The lines that describe one user."""
-        dataset, theta, known = self.problem.dataset, self.problem.theta, self.problem.known
+        dataset, theta, known = self.problem.dataset, self.theta, self.problem.known
         history = "".join(self.texts[user]) or " none, so theta is the population's"
         lines = [f"user {dataset.users[user]}", "  history:" + history]
         for m in range(len(dataset.profiles)):
@@ -161,7 +167,7 @@ class Explainer:
         if not known[user]:
             return [*lines, "  most similar users: none, nothing is known of this one"]
         lines.append("  most similar users:")
-        for cosine, other in similar_users(theta, self.population, known, user, 3):
+        for cosine, other in similar_users(self.problem.z, known, user, 3):
             lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {self.codes(other)}):"
                          + "".join(self.texts[other][-4:]))
         said = continue_greedily(self.likelihood, theta[user], min(SAID, self.likelihood.room))
@@ -177,7 +183,7 @@ class Explainer:
 
     def statistics(self, rng):
         """Figures over all users who have a profile: {name: value}. Those of words need a truth."""
-        theta, known, found = self.problem.theta, np.flatnonzero(self.problem.known), {}
+        theta, known, found = self.theta, np.flatnonzero(self.problem.known), {}
         sample = rng.permutation(known)[:SAMPLE]
         own, other = (np.array([self.nll(user, theta[whose]) for user, whose in zip(sample, whom)])
                       for whom in (sample, np.roll(sample, 1)))
@@ -189,14 +195,13 @@ class Explainer:
             return found
         planted = (prepare.DEMO_HOBBIES, prepare.DEMO_BACKGROUNDS)
         for m, (profile, values) in enumerate(zip(self.problem.dataset.profiles, planted)):
-            near = self.words_near(theta[known, m], m, 3)
-            near = [[label.rstrip("*") for label in labels] for labels in near]
+            near = self.words_of(self.problem.z[known, m], m)
             words = np.array(list(values))[self.truth[known, m]]
             chance = rng.permutation(words)  # the same words on other users
             found[profile["name"]] = {
                 f"planted word {place}{kind}": float(np.mean([word in top for word, top in zip(whose, tops)]))
                 for place, tops in (("nearest", [labels[:1] for labels in near]),
-                                    ("among the nearest three", near))
+                                    ("among the nearest two", [labels[:2] for labels in near]))
                 for kind, whose in (("", words), (" by chance", chance))}
         return found
 

@@ -40,7 +40,7 @@ PICTURES = {  # name: (studies, metric, title) of its panels, behind --tables; u
     "cold": (("ml-100k-cold ml-100k-cold-em ml-100k-cold-rated", "cold_auc", "over all pairs of rows"),
              ("ml-100k-cold ml-100k-cold-em ml-100k-cold-rated", "cold_gauc", "within a user"))}
 FILLERS = ("The", "user", "likes")  # the sentence of Fig. 7 begins with these and goes on with titles
-STAGES = {"\u03b8 is noise": "theta is noise", "\u03b8\u2080": "theta_0", "\u03b8 inferred": "inferred"}
+STAGES = {"\u03b8 is noise": "theta is noise", "mean word": "mean word", "\u03b8 inferred": "inferred"}
 
 
 def mask_figure(problem, likelihood, tokenizer, histories):
@@ -99,7 +99,7 @@ def attention_by_word(problem, likelihood, tokenizer, start):
     """How much the words of a sentence about one user's titles look at theta^m, for seven users.
 
     Returns (users, words, weights): weights[m][s] is (users, words), each row of sum 1, for s one of STAGES:
-    theta as noise (the paper's start), theta_0 (ours), and theta inferred.
+    theta as noise (the paper's start), the mean of the words (ours), and theta inferred.
     """
     known = np.flatnonzero(problem.known)
     texts = infer.history_texts(problem.dataset, common.SEEN, SimpleNamespace(**problem.facts))
@@ -108,7 +108,7 @@ def attention_by_word(problem, likelihood, tokenizer, start):
     parts = common.pieces_of(tokenizer, [" " + word if word != ";" else word for word in words])
     owner = np.repeat(np.arange(len(words)), [len(ids) for ids in parts])
     users = [int(longest), *known[:: max(1, len(known) // 6)][:6].tolist()]
-    inferred = problem.theta[users]
+    inferred = problem.theta()[users]
     noise = np.random.default_rng(0).uniform(-0.1, 0.1, inferred.shape).astype(np.float32)
     first, weights = start.cpu().numpy()[None].repeat(len(users), 0), [[] for _ in problem.dataset.profiles]
     for theta in (noise, first, inferred):
@@ -147,7 +147,7 @@ def theta_figure(problem, bank, truth):
     figure, grid = plt.subplots(len(profiles), len(colourings), squeeze=False,
                                 figsize=(4.2 * len(colourings), 3.6 * len(profiles)))
     for m, profile in enumerate(profiles):
-        points = PCA(2, random_state=0).fit_transform(problem.theta[known, m])
+        points = PCA(2, random_state=0).fit_transform(problem.z[known, m])
         for axes, (name, values) in zip(grid[m], colourings):
             if m >= values.shape[1]:  # a critic is not planted
                 axes.set_axis_off()
@@ -256,8 +256,8 @@ def main():
     quantized = common.load(args.run, "quantize.json", ("profiles",))
     results = common.load(args.run, "results.json", ("summary", "rows"))
     bank = np.array(common.load(args.run, "feature_bank.npy"))
-    likelihood, histories, start, _, tokenizer = problem.open_likelihood(torch.device("cpu"))
-    attention, shares, words = attention_figure(problem, likelihood, tokenizer, start)
+    likelihood, histories, space, tokenizer = problem.open_likelihood(torch.device("cpu"))
+    attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.origin)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,
                "mask": mask_figure(problem, likelihood, tokenizer, histories),
                "theta": theta_figure(problem, bank, truth), "usage": usage_figure(quantized),

@@ -44,7 +44,7 @@ CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_trai
         "docs/controls.py", "docs/baselines.py", "docs/lm_both.py")
 PAGE, KEPT = ROOT / "docs" / "RESULTS.md", ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
-           2: ("profiles.npy", "profiles.json", "profiles_users.json", "lm-tiny")}
+           2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
 CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
             "mf")  # no claims of ours
@@ -54,9 +54,10 @@ ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 def variant(first, second, third="", controls="", fourth="", **more):
     """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for docs/controls.py and, if
-    given, names: said in the place of the profiles'; baselines: methods of docs/baselines.py; lm_both: if
-    docs/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken from."""
-    defaults = {"names": None, "baselines": "", "lm_both": False, "source": None}
+    given, names: prompts in the place of the profiles'; baselines: methods of docs/baselines.py; lm_both: if
+    docs/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken from; once:
+    controls that the first repetition makes for all, for they ask a large LLM."""
+    defaults = {"names": None, "baselines": "", "lm_both": False, "source": None, "once": ""}
     return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}
 
 
@@ -81,6 +82,16 @@ def baselines(fourth="--ids", tiny=""):
                                 baselines="rella")}
 
 
+NONSENSE = ("This user's zorp is", ". This user quells xans that are")  # prompts
+ASKED = "text hidden words"  # controls that take forward passes of the LLM
+REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,words,userip,planted"
+
+
+def real(first, second, third="--quantizer kmeans"):
+    """A real LLM on a part of the demo."""
+    return variant(first, second, third, f"metadata {ASKED}", REAL_ROWS, once=ASKED)
+
+
 ML = "--dataset ml-100k"
 ATTRIBUTES = "--fields attributes --ids none,random,shuffled,metadata,text,generosity,words,userip"
 COLD = "--fields ids+attributes --ids"
@@ -93,15 +104,19 @@ STUDIES = {  # name: {variant: flags}
             "", "--ids random,shuffled,userip --profile-input embedding"),
         "plain k-means": own("--quantizer kmeans"), "no likelihood in the joint loss": own("--no-llm-loss"),
         "EM, codes as soft tokens": own("--assign likelihood"),
-        "EM from the words": own("--assign likelihood --start words"),
-        "the LLM's words": own("--quantizer words"), "the paper's literal settings": own("--paper"),
+        "the words, asked": own("--quantizer words"), "the paper's literal settings": own("--paper"),
         "plain causal mask": variant(None, "--mask causal", fourth="--ids userip"),
-        "theta starts as noise": variant(None, "--init random", fourth="--ids userip"),
+        "k-means++ in place of the words": own("--start kmeans"),
+        "the whole space (paper)": variant(None, "--rank 0", fourth="--ids userip"),
+        "the whole space, no prior, fixed task prompt (paper)": variant(
+            None, "--rank 0 --prior 0 --task-steps 0", fourth="--ids userip"),
+        "fixed task prompt": variant(None, "--task-steps 0", fourth="--ids userip"),
+        "rank 1": variant(None, "--rank 1", fourth="--ids userip"),
         "no prior": variant(None, "--prior 0", fourth="--ids userip"),
         "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
         "history of all titles": variant(None, "--history all", fourth="--ids userip"),
         "nonsense profile names": variant("", "--lm {base}/lm-tiny", fourth="--ids userip",
-                                          names=("zorp", "quell"))},
+                                          names=NONSENSE)},
     "demo-codes": {"K = 4,3": variant(None, None, "", "", "--ids none,random,userip,planted"), **{
         f"K = {sizes}": own(f"--codes {sizes}", "--ids none,random,userip")
         for sizes in ("2,3", "8,3", "16,3", "4,9", "4,27")}},
@@ -124,13 +139,21 @@ STUDIES = {  # name: {variant: flags}
         "rated titles and a critic": variant(
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
             f"{COLD} none,random,metadata,generosity,userip")},
+    "real-demo": {
+        "SmolLM2": real("--subsample-users 600", "--lm smollm2"),
+        "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
+        "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2")},
+    "real-ml-100k": {
+        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 5", "--quantizer kmeans",
+                           "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip",
+                           once="text")},
     "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
     "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
 }
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines")
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ml-100k")
 FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
 
 
@@ -140,19 +163,19 @@ def code_fingerprint():
     return common.fingerprint([(ROOT / name).read_text(encoding="utf-8") for name in CODE])
 
 
-def call(script, run, flags, log):
-    """Run a script on one thread; its output goes to the log. A failure ends the study with its last line."""
+def call(script, run, flags, log, threads=1):
+    """Run a script; its output goes to the log. A failure ends the study with its last line."""
     command = [sys.executable, script, "--run", str(run), *shlex.split(flags)]
     with open(log, "a", encoding="utf-8") as file:
         result = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if result.returncode:
         last = log.read_text(encoding="utf-8").strip().rsplit("\n", 1)[-1]
         raise common.UserError(f"{script} failed: {last.removeprefix('error: ')}", run, f"see {log}")
 
 
-def repeat(study, name, seed, data_dir):
-    """One repetition of one variant, unless its results are there."""
+def repeat(study, name, seed, data_dir, threads=1):
+    """One repetition of one variant, unless its results are there; threads: of a process."""
     run = folder(study, name, seed)
     if (run / "code.json").exists():
         return
@@ -174,30 +197,36 @@ def repeat(study, name, seed, data_dir):
     if flags[0] is not None:
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
         words += f" --data-dir {shlex.quote(str(data_dir))}" if data_dir and "--dataset" in words else ""
-        call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log)
+        call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log, threads)
     if settings["names"]:
         rename(run, settings["names"])
     if flags[1] is not None:
         if settings["lm_both"]:
-            call("docs/lm_both.py", first_run, f"--seed {seed}", log)
+            call("docs/lm_both.py", first_run, f"--seed {seed}", log, threads)
         if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
         words = flags[1].format(base=shlex.quote(str(base)), first=shlex.quote(str(first_run)))
-        call("02_infer_profiles.py", run, f"{words} --seed {seed}", log)
-    call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log)
-    if settings["controls"]:
-        call("docs/controls.py", run, f"{settings['controls']} --seed {seed}", log)
+        call("02_infer_profiles.py", run, f"{words} --seed {seed}", log, threads)
+    call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log, threads)
+    controls = settings["controls"].split()
+    if seed and study in ONE_THETA:
+        for control in settings["once"].split():
+            controls.remove(control)
+            for path in folder(study, name, 0).glob(f"feature_bank_{control}.*"):
+                shutil.copy(path, run / path.name)
+    if controls:
+        call("docs/controls.py", run, f"{' '.join(controls)} --seed {seed}", log, threads)
     for method in settings["baselines"].split():
-        call("docs/baselines.py", run, f"{method} --seed {seed}", log)
-    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log)
+        call("docs/baselines.py", run, f"{method} --seed {seed}", log, threads)
+    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log, threads)
     common.save_json(run / "code.json", code_fingerprint())
 
 
 def rename(run, names):
-    """Say other words for the profiles' names in the prompt of a prepared run."""
+    """Give the profiles of a prepared run other prompts."""
     facts, dataset = common.load(run, "dataset.json"), common.load_dataset(run)
     for profile, name in zip(dataset.profiles, names):
-        profile["prompt"] = profile["prompt"].replace(profile["name"], name)
+        profile["prompt"] = name
     facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
     common.save_json(run / "dataset.json", facts)
 
@@ -220,7 +249,7 @@ def run_study(study, seeds, jobs, data_dir, again):
         # Each wave takes artifacts from those before it; of one theta, from the first repetition.
         for place, names in ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, others)):
             for some in ([0], range(1, seeds)):
-                pairs = itertools.product([place], names, some, [data_dir])
+                pairs = itertools.product([place], names, some, [data_dir], [max(1, os.cpu_count() // jobs)])
                 list(pool.map(lambda pair: repeat(*pair), pairs))
 
 

@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
 prepare, infer, quantize, ctr = (importlib.import_module(name) for name in
                                  ("01_prepare_data", "02_infer_profiles", "03_quantize", "04_train_ctr"))
-infer.POPULATION_STEPS = 8  # in this process: with 40, two thirds of the time of stage 02 on a small world
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -106,8 +105,8 @@ def make_tokenizer(bos=False):
     bpe = ByteLevelBPETokenizer()
     words = [word for group in (*prepare.DEMO_HOBBIES.values(), *prepare.DEMO_BACKGROUNDS.values())
              for word in group]
-    prompt = ("This user's hobby is music, and his background is family.\n"
-              "What is the user's interaction history?")
+    prompt = ("This user's hobby is music. This user only buys products that are ordinary. "
+              "Products that this user bought:")
     text = [f"{prompt} {word};" for word in words]
     bpe.train_from_iterator(text * 3, vocab_size=400, min_frequency=2, show_progress=False,
                             special_tokens=["<s>"])
@@ -160,8 +159,8 @@ def lm(request):
 def prepare_args(**changes):
     return SimpleNamespace(**{"seed": 0, "signal": 1.0, "dataset": "demo", "min_interactions": 4,
                               "positive_above": 3.0, "max_per_user": None, "subsample_users": None,
-                              "cold_users": 0.0, "data_dir": None, "critic": False,
-                              **changes})
+                              "cold_users": 0.0, "data_dir": None, "critic": False, "hobby_words": None,
+                              "background_words": None, **changes})
 
 
 def small_world(**changes):
@@ -177,9 +176,9 @@ def world():
 
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
-    return SimpleNamespace(**{"steps": 3, "lr": 0.1, "prior": 1.0, "init": "slot", "mask": "strict",
-                              "history": "liked", "max_history": 20, "block_size": None, "seed": 0,
-                              **changes})
+    return SimpleNamespace(**{"steps": 3, "lr": 0.5, "prior": 1.0, "rank": 16, "task_steps": 48,
+                              "mask": "strict", "history": "liked", "max_history": 20, "block_size": None,
+                              "seed": 0, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -209,6 +208,11 @@ def copy_run(source, target):
 
 def likelihood_of(model, tokenizer, dataset, mask="strict", chunk=4096):
     return infer.ProfileLikelihood(model, infer.prompt_segments(tokenizer, dataset), mask, chunk)
+
+
+def space_of(likelihood, tokenizer, dataset, rank=16):
+    """The words' space of a data set, without a learned task prompt."""
+    return infer.fit_space(likelihood, tokenizer, dataset.profiles, rank)
 
 
 def random_theta(likelihood, users, seed=0):

@@ -98,11 +98,11 @@ def test_hidden_is_the_mean_last_state_over_a_history_whoever_is_in_the_block(cl
     problem, _ = quantize.read_problem(inferred)
     found = controls.hidden(problem, [4, 3], CPU, 0)
     assert [size for _, size in found] == [12, 4]
-    likelihood, histories, start, *_ = problem.open_likelihood(CPU)
+    likelihood, histories, space, _ = problem.open_likelihood(CPU)
     vectors, known, _ = clustered[0]
     for user in (0, 7, 31, 60):
         with torch.no_grad():
-            states = likelihood.hidden(start[None], torch.from_numpy(histories[user])[None].long())[0]
+            states = likelihood.hidden(space.origin[None], torch.from_numpy(histories[user])[None].long())[0]
         assert known[user] and len(states) == likelihood.prompt_length + len(histories[user])
         assert np.allclose(vectors[user], states[-len(histories[user]):].mean(0).numpy(), atol=1e-4)
     assert known.tolist() == [len(ids) > 0 for ids in histories]
@@ -146,8 +146,8 @@ def test_mf_of_one_item_is_one_line():
 
 def test_words_is_03_with_words(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
-    call_stage(controls, "--run", run, "words", "--codes", "5,3")
-    call_stage(quantize, "--run", run, "--quantizer", "words", "--codes", "5,3")
+    call_stage(controls, "--run", run, "words", "--codes", "3,2")
+    call_stage(quantize, "--run", run, "--quantizer", "words", "--codes", "3,2")
     assert_bytes_equal(run / "feature_bank_words.npy", run / "feature_bank.npy")
 
 

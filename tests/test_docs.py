@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import (call_stage, copy_run, infer, likelihood_of, load_script, ok, quantize, random_theta,
+from conftest import (call_stage, copy_run, infer, likelihood_of, load_script, ok, random_theta,
                       fork_stage)
 
 import common
@@ -37,14 +37,15 @@ def test_lexicon_whole_words_before_pieces_joined_words_and_stop_words(lm, world
     whole = [label for label, is_whole in zip(lexicon.labels, lexicon.whole) if is_whole]
     pieces = [label for label, is_whole in zip(lexicon.labels, lexicon.whole) if not is_whole]
     assert "is*" in whole and all(label[0] == "-" for label in pieces)
-    assert {"music", "student"} <= set(whole)  # also where the tokenizer cuts them in pieces
-    values = ("wealthy", "fishing", "student")
+    assert {"music", "ordinary"} <= set(whole)  # also where the tokenizer cuts them in pieces
+    values = ("luxurious", "fishing", "cheap")
     word, ids = next((value, ids) for value, ids in zip(
         values, common.pieces_of(tokenizer, [f" {value}" for value in values])) if len(ids) > 1)
-    assert lexicon.nearest(likelihood.words.weight[ids].mean(0)[None])[0][0] == word
-    piece = lexicon.vectors[~lexicon.whole][0]
-    closest = (lexicon.vectors[lexicon.whole] @ piece).topk(3).indices
-    assert lexicon.nearest(piece[None], 3)[0] == [whole[index] for index in closest]
+    origin = torch.randn(32)
+    assert lexicon.nearest(likelihood.words.weight[ids].mean(0)[None] - origin, origin)[0][0] == word
+    piece = lexicon.vectors[~lexicon.whole][0] - origin
+    cosine = torch.nn.functional.cosine_similarity(lexicon.vectors[lexicon.whole] - origin, piece)
+    assert lexicon.nearest(piece[None], origin, 3)[0] == [whole[index] for index in cosine.topk(3).indices]
 
 
 def test_attention_to_theta_is_the_average_over_layers_and_heads(world, lm):
@@ -82,7 +83,7 @@ def test_the_card_and_the_figures_over_all_users(inferred):
     assert all(part in printed for part in (f"user {users[3]}", f"code {bank[3, 0]}", "greedily",
                                             "hobby: planted word nearest"))
     explainer = explain.Explainer(inferred, torch.device("cpu"))
-    theta = explainer.problem.theta
+    theta = explainer.problem.theta()
     ids, lengths = infer.pad(explainer.histories, [3], torch.device("cpu"))
     expected = float(explainer.likelihood(torch.tensor(theta[5:6]), ids, lengths)) / int(lengths)
     assert explainer.nll(3, theta[5]) == pytest.approx(expected, rel=1e-5)
@@ -93,12 +94,12 @@ def test_the_card_and_the_figures_over_all_users(inferred):
 
 
 def test_statistics_find_a_planted_word_that_is_there(inferred):
-    """With theta put on the planted words themselves, the top word is always right and chance is not."""
+    """With z put at half the planted words, the top word is always right and chance is not."""
     explainer = explain.Explainer(inferred, torch.device("cpu"))
     for m, planted in enumerate((explain.prepare.DEMO_HOBBIES, explain.prepare.DEMO_BACKGROUNDS)):
-        labels = explainer.lexicon.labels
-        vectors = np.stack([explainer.lexicon.vectors[labels.index(word)].numpy() for word in planted])
-        explainer.problem.theta[:, m] = vectors[explainer.truth[:, m]] - explainer.offset[m]
+        places = [explainer.space.words[m].index(word) for word in planted]
+        vectors = explainer.space.coordinates[m][places].numpy()
+        explainer.problem.z[:, m] = vectors[explainer.truth[:, m]] / 2
     found = explainer.statistics(np.random.default_rng(0))
     for name in ("hobby", "background"):
         assert found[name]["planted word nearest"] == 1
@@ -124,20 +125,24 @@ def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-def test_a_card_calls_codes_by_their_words(inferred, tmp_path):
-    """Where the codes are the LLM's own words, they stand beside the numbers; the unknown code has none."""
-    run = copy_run(inferred, tmp_path / "run")
-    call_stage(quantize, "--run", run, "--quantizer", "words")
-    words = [profile["words"] for profile in json.loads((run / "quantize.json").read_text())["profiles"]]
-    explainer = explain.Explainer(run, torch.device("cpu"))
+def test_a_card_says_towards_which_word_theta_moved_and_calls_codes_by_their_names(inferred):
+    words = [profile["words"] for profile in json.loads((inferred / "quantize.json").read_text())["profiles"]]
+    explainer = explain.Explainer(inferred, torch.device("cpu"))
     user = int(np.flatnonzero(explainer.problem.known)[0])
-    bank = explainer.bank
-    for m, line in enumerate(line for line in explainer.card(user) if line.startswith("    code ")):
-        assert line.startswith(f"    code {bank[user, m]} ({words[m][bank[user, m]]})")
+    bank, z = explainer.bank, explainer.problem.z[user]
+    lines = explainer.card(user)
+    for m, line in enumerate(line for line in lines if line.startswith("    code ")):
+        assert line.startswith(f"    code {bank[user, m]} ") and f" {words[m][bank[user, m]]}, shared" in line
+    for m, line in enumerate(line for line in lines if "theta moved towards" in line):
+        theta = explainer.space.origin[m] + torch.tensor(z[m]) @ explainer.space.basis[m]
+        vectors = explainer.space.origin[m] + explainer.space.coordinates[m] @ explainer.space.basis[m]
+        inner = explainer.space.z(torch.stack([theta, theta]).expand(1, 2, -1))[0, m]
+        cosine = torch.nn.functional.cosine_similarity(inner[None], explainer.space.coordinates[m])
+        assert len(vectors) and line.split()[3].rstrip(",") == explainer.space.words[m][int(cosine.argmax())]
     assert explainer.codes(user) == " ".join(words[m][code] for m, code in enumerate(bank[user]))
     explainer.bank[user] = [len(book) for book in words]
-    assert "    code                unknown" in explainer.card(user)
-    assert explainer.codes(user) == " ".join(str(len(book)) for book in words)
+    assert any(line.startswith("    code                unknown") for line in explainer.card(user))
+    assert explainer.codes(user) == "unknown unknown"
 
 
 def test_a_bank_of_other_codes_is_refused(inferred, tmp_path):

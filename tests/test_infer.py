@@ -10,7 +10,7 @@ import pytest
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
-from conftest import infer, likelihood_of, make_lm, random_theta, settings, small_world
+from conftest import infer, likelihood_of, make_lm, random_theta, settings, small_world, space_of
 
 import common
 
@@ -160,83 +160,66 @@ def test_token_nll_and_its_gradient_against_autograd(chunk):
     assert torch.allclose(nll, reference, atol=1e-5) and torch.allclose(mine, theirs, atol=1e-5)
 
 
-def problem(likelihood, init="slot", seed=0):
-    """(start, spread, histories of six users of different lengths)."""
-    rng = np.random.default_rng(0)
-    histories = [rng.integers(300, size=4 + user) for user in range(6)]
-    return *infer.starting_point(likelihood, init, np.random.default_rng(seed)), histories
+def problem(lm, dataset, mask="strict", rank=16):
+    """(likelihood, space, histories of six users of different lengths)."""
+    likelihood, rng = likelihood_of(*lm, dataset, mask), np.random.default_rng(0)
+    return likelihood, space_of(likelihood, lm[1], dataset, rank), [rng.integers(300, size=4 + user)
+                                                                    for user in range(6)]
 
 
-def solve(likelihood, users, seed=0, **changes):
-    """theta (B, M, d) of these users."""
-    start, spread, histories = problem(likelihood, changes.get("init", "slot"), seed)
-    return infer.infer_block(likelihood, start, spread, histories, users, settings(**changes))["theta"]
+def solve(lm, dataset, users, mask="strict", **changes):
+    """z (B, M, r) of these users."""
+    likelihood, space, histories = problem(lm, dataset, mask, changes.get("rank", 16))
+    return infer.infer_block(likelihood, space, histories, users, settings(**changes))["z"]
 
 
 def test_inference_lowers_the_nll_of_each_user_and_leaves_the_llm_bit_identical(lm, world):
-    likelihood = likelihood_of(*lm, world[0])
+    likelihood, space, histories = problem(lm, world[0])
 
     def digest():
         state = likelihood.model.state_dict().values()
         return hashlib.sha256(b"".join(value.numpy().tobytes() for value in state)).hexdigest()
 
     untouched = digest()
-    start, spread, histories = problem(likelihood)
+    infer.fit_task(likelihood, space, histories, settings(steps=15))
     ids, lengths = infer.pad(histories, [0, 1, 2], "cpu")
-    theta, path = infer.descend(likelihood, start, spread, ids, lengths,
-                                settings(steps=15, prior=0.0, lr=0.3))
-    assert path.shape == (15, 3) and (likelihood(theta, ids, lengths) < path[0]).all()
+    z, path = infer.descend(likelihood, space, ids, lengths, settings(steps=15, prior=0.0))
+    assert path.shape == (16, 3) and (likelihood(space.theta(z), ids, lengths) < path[0]).all()
     assert digest() == untouched
     assert all(parameter.grad is None for parameter in likelihood.model.parameters())
 
 
-def test_a_solved_block_holds_theta_and_the_nll_of_every_step_summed_over_its_users(lm, world):
-    likelihood = likelihood_of(*lm, world[0])
-    start, spread, histories = problem(likelihood)
-    block = infer.infer_block(likelihood, start, spread, histories, [1, 4], settings(steps=5))
+def test_a_solved_block_holds_z_and_the_nll_of_every_step_summed_over_its_users(lm, world):
+    likelihood, space, histories = problem(lm, world[0])
+    block = infer.infer_block(likelihood, space, histories, [1, 4], settings(steps=5))
     ids, lengths = infer.pad(histories, [1, 4], "cpu")
-    theta, path = infer.descend(likelihood, start, spread, ids, lengths, settings(steps=5))
-    assert torch.equal(block["theta"], theta) and theta.dtype == torch.float32 and block["tokens"] == 5 + 8
-    expected = [*path.sum(1).tolist(), float(likelihood(theta, ids, lengths).sum())]
-    assert block["nll"] == pytest.approx(expected, rel=1e-5) and block["seconds"] > 0
+    z, path = infer.descend(likelihood, space, ids, lengths, settings(steps=5))
+    assert torch.equal(block["z"], z) and z.dtype == torch.float32 and block["tokens"] == 5 + 8
+    assert block["nll"] == pytest.approx(path.sum(1).tolist(), rel=1e-5) and block["seconds"] > 0
+    assert block["nll"][-1] == pytest.approx(float(likelihood(space.theta(z), ids, lengths).sum()), rel=1e-5)
 
 
 def test_users_of_a_block_do_not_touch_each_other(lm, world):
-    likelihood = likelihood_of(*lm, world[0])
-    together, alone = solve(likelihood, [0, 3, 5]), solve(likelihood, [3])
+    together, alone = solve(lm, world[0], [0, 3, 5]), solve(lm, world[0], [3])
     assert np.allclose(together[1], alone[0], atol=2e-4)
 
 
 def test_every_inference_setting_changes_theta(world):
-    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
-    results = {"default": solve(likelihood, [0, 1])}
-    for change in ({"steps": 5}, {"lr": 0.2}, {"prior": 0.0}, {"init": "vocab"}, {"init": "random"}):
-        results[str(change)] = solve(likelihood, [0, 1], **change)
-    results["mask"] = solve(likelihood_of(likelihood.model, make_lm("gpt2")[1], world[0], "causal"), [0, 1])
-    results["seed of init random"] = solve(likelihood, [0, 1], init="random", seed=1)
+    lm = make_lm("gpt2")
+    results = {"default": solve(lm, world[0], [0, 1])}
+    for change in ({"steps": 1}, {"lr": 0.05}, {"prior": 0.2}, {"mask": "causal"}):
+        results[str(change)] = solve(lm, world[0], [0, 1], **change)
     names = list(results)
     for i, first in enumerate(names):
         for second in names[:i]:
             assert not np.allclose(results[first], results[second], atol=1e-6), (first, second)
+    assert [solve(lm, world[0], [0], rank=rank).shape[2] for rank in (0, 1, 2, 16)] == [32, 1, 2, 3]
 
 
-def test_a_prior_keeps_theta_near_its_start(world):
-    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
-    start, _ = infer.starting_point(likelihood, "slot", None)
-    loose, tight = (torch.linalg.norm(solve(likelihood, [0, 1], steps=20, prior=prior) - start)
+def test_a_prior_keeps_z_near_the_origin(world):
+    loose, tight = (torch.linalg.norm(solve(make_lm("gpt2"), world[0], [0, 1], steps=20, prior=prior))
                     for prior in (0.0, 50.0))
     assert tight < 0.5 * loose
-
-
-def test_slot_start_is_the_expected_next_word(world):
-    model, tokenizer = make_lm("gpt2")
-    likelihood = likelihood_of(model, tokenizer, world[0])
-    ids = torch.tensor([common.pieces_of(tokenizer, [world[0].profiles[1]["prompt"]])[0]])
-    probability = model(ids).logits[0, -1].softmax(0)
-    best = probability.argsort(descending=True)[:infer.SLOT_WORDS]
-    expected = (probability[best, None] * likelihood.words.weight[best]).sum(0) / probability[best].sum()
-    start, spread = infer.starting_point(likelihood, "slot", None)
-    assert torch.allclose(start[1], expected, atol=1e-5) and (spread > 0).all()
 
 
 class Poisoned(infer.ProfileLikelihood):
@@ -249,17 +232,10 @@ class Poisoned(infer.ProfileLikelihood):
 
 def test_a_non_finite_likelihood_is_one_line_that_names_its_users_alone(world):
     model, tokenizer = make_lm("gpt2")
+    _, space, histories = problem((model, tokenizer), world[0])
     likelihood = Poisoned(model, infer.prompt_segments(tokenizer, world[0]))
-    start, spread, histories = problem(likelihood)
-    with pytest.raises(common.UserError, match=r"theta is not finite for users 3 \(--lr 0.1"):
-        infer.infer_block(likelihood, start, spread, histories, [0, 3, 5], settings())
-
-
-def test_a_step_too_large_is_found_at_the_end_of_its_block(world):
-    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
-    start, spread, histories = problem(likelihood)
-    with pytest.raises(common.UserError, match=r"not finite for users 0, 1, 2, 3, 4 .*--lr 1e\+30"):
-        infer.infer_block(likelihood, start, spread, histories, list(range(6)), settings(lr=1e30, prior=0.0))
+    with pytest.raises(common.UserError, match=r"not finite for users 3 .*--dtype"):
+        infer.infer_block(likelihood, space, histories, [0, 3, 5], settings())
 
 
 @pytest.mark.parametrize("history", ["liked", "all", "rated"])
@@ -311,7 +287,7 @@ def test_histories_are_cut_at_whole_titles(world):
 def test_pieces_join_to_the_text_of_the_whole():
     for kind in ("gpt2", "llama"):
         tokenizer = make_lm(kind)[1]
-        parts = ["This user's hobby is", ", and his background is", " Gold Guitar;", " Naïve «Ωmega» 🎸;"]
+        parts = ["This user's hobby is", ", and this background is", " Gold Guitar;", " Naïve «Ωmega» 🎸;"]
         joined = [token for ids in common.pieces_of(tokenizer, parts) for token in ids]
         assert tokenizer.decode(joined) == "".join(parts)
 
@@ -372,8 +348,8 @@ def test_a_sentence_is_its_words_the_task_and_its_titles_and_only_titles_count_a
     dataset, _ = small_world()
     tokenizer = make_lm("gpt2")[1]
     traits = [common.Trait(profile, dataset.items) for profile in dataset.profiles]
-    sentences = [({0: "music", 1: "family"}, [" Gold Guitar;"]),
-                 ({1: "wealthy"}, [" Mini Pan;", " Basic Rod;"])]
+    sentences = [({0: "music", 1: "ordinary"}, [" Gold Guitar;"]),
+                 ({1: "luxurious"}, [" Mini Pan;", " Basic Rod;"])]
     ids, targets, history = common.encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
     for row, (words, titles) in enumerate(sentences):
         prompt = "".join(f"{traits[m].prompt} {word}" for m, word in words.items()) + dataset.task_prompt

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from conftest import infer, likelihood_of, make_lm, make_tokenizer, random_theta, settings
+from conftest import infer, likelihood_of, make_lm, make_tokenizer, random_theta, settings, space_of
 
 import common
 
@@ -47,16 +47,16 @@ def opened(folder, dataset, dtype="fp32"):
 
 @pytest.mark.parametrize("kind", ["Gemma", "BioGpt"])
 def test_vectors_are_what_the_llm_makes_of_words(kind, folder_of, world):
-    """These LLMs scale after the table: start and spread of the raw weights would be 5 times too small."""
+    """These LLMs scale after the table: a space of the raw weights would be 5 times too small."""
     likelihood, *_ = opened(folder_of(kind), world[0])
     ids, table = torch.tensor([5, 9, 17]), likelihood.words.weight
     assert torch.equal(likelihood.vectors(ids), likelihood.words(ids))
     assert torch.allclose(likelihood.vectors()[ids], 32 ** 0.5 * table[ids], rtol=1e-4)
-    start, spread = infer.starting_point(likelihood, "slot", None)
-    probability, index = likelihood.next_word(0).topk(infer.SLOT_WORDS)
-    share = (probability / probability.sum())[:, None]
-    assert torch.allclose(start[0], (share * likelihood.words(index)).sum(0), atol=1e-5)
-    assert float(spread[0]) > 2 * float(((table[index] - (share * table[index]).sum(0)) ** 2).mean().sqrt())
+    space, plain = space_of(likelihood, make_tokenizer(), world[0]), table[common.pieces_of(
+        make_tokenizer(), [" music"])[0]].mean(0)
+    music = space.words[0].index("music")
+    vector = space.origin[0] + space.coordinates[0][music] @ space.basis[0]
+    assert torch.allclose(vector, 32 ** 0.5 * plain, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["GPTNeo", "GPTJ", "CodeGen"])
@@ -102,11 +102,12 @@ def test_a_model_that_ignores_its_mask_is_refused(leak, kind, world):
 
 
 def test_an_llm_that_overflows_is_no_flaw_of_its_architecture(world):
-    """Stage 02 then says that theta is not finite, and which --dtype to take."""
+    """Stage 02 then says that the likelihood is not finite, and which --dtype to take."""
     model, tokenizer = make_lm("llama")
     model.model.layers[0].mlp.down_proj.weight.data.fill_(torch.inf)
     likelihood = likelihood_of(model, tokenizer, world[0])
-    assert likelihood.next_word(0).isnan().all() and infer.find_flaw(likelihood) is None
+    theta, ids = random_theta(likelihood, 1), torch.arange(3)[None]
+    assert likelihood(theta, ids, torch.tensor([3])).isnan().all() and infer.find_flaw(likelihood) is None
 
 
 def test_a_bug_in_one_s_own_mask_is_raised(lm_folders, world, monkeypatch):

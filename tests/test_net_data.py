@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import call_stage, copy_run, ctr, infer, load_script, make_lm, prepare, prepare_args, quantize
+from conftest import (call_stage, copy_run, ctr, infer, load_script, make_lm, prepare, prepare_args, quantize,
+                      small_world)
 from test_prepare import write_ml_100k
 
 import common
@@ -26,7 +27,7 @@ def source_of(users, items, ratings=None, times=None):
     names = [str(number) for number in range(max(*users, *items) + 1)]
     ratings = np.full(len(users), 5.0) if ratings is None else ratings
     return prepare.Source(names, names, np.asarray(users, np.int32), np.asarray(items, np.int32),
-                          np.asarray(ratings, np.float32), times, {}, {})
+                          np.asarray(ratings, np.float32), times, {}, {}, (), "?")
 
 
 def mean_sd(values):
@@ -131,6 +132,46 @@ def test_raw_ids_are_in_the_order_of_numbers_then_of_the_alphabet(tmp_path):
     names = ["10", "9", "b", "100", "a", "007"]
     dataset, _ = stage_01(tmp_path / "a", [(user, item, 5, 1) for user in names for item in names])
     assert dataset.users == [item["id"] for item in dataset.items] == ["007", "9", "10", "100", "a", "b"]
+
+
+def test_words_are_the_values_of_items_of_training_rows_by_frequency():
+    """Against a loop; an item of held-out rows alone says nothing, a word said twice counts once."""
+    dataset, _ = small_world()
+    args, source = prepare_args(subsample_users=120), prepare.load_demo(prepare_args())
+    source.attributes = {raw: {"hobby": [f"h{index % 5}", "all", "all"], "background": []}
+                         for index, raw in enumerate(source.item_ids)}
+    rare = dataset.rows(common.TEST)[0, 1]
+    source.attributes[dataset.items[rare]["id"]]["hobby"] = ["zzz"]
+    found, _ = prepare.build(source, args)
+    counts = {}
+    for item in sorted(set(found.rows(common.TRAIN)[:, 1].tolist())):
+        for value in sorted(set(found.items[item]["attributes"]["hobby"])):
+            counts[value] = counts.get(value, 0) + 1
+    expected = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    assert list(found.profiles[0]["words"].items()) == expected and expected[0][0] == "all"
+    assert found.profiles[1]["words"] == {}
+    met = found.interactions[:, 3] == common.TRAIN
+    assert ("zzz" in counts) == bool((met & (found.interactions[:, 1] == rare)).any())
+
+
+def test_a_word_of_held_out_items_is_no_word():
+    source = prepare.load_demo(prepare_args())
+    plain, _ = prepare.build(source, prepare_args(min_interactions=1, subsample_users=30))
+    trained = set(plain.rows(common.TRAIN)[:, 1].tolist())
+    unseen = [item for item in range(len(plain.items)) if item not in trained]
+    assert unseen  # an item that only held-out rows have
+    for item in unseen:
+        source.attributes[plain.items[item]["id"]] = {"hobby": ["poison"], "background": ["poison"]}
+    found, _ = prepare.build(source, prepare_args(min_interactions=1, subsample_users=30))
+    assert all("poison" not in profile["words"] for profile in found.profiles)
+    assert found.profiles == plain.profiles
+
+
+def test_words_by_flag_take_the_place_of_the_values():
+    dataset, _ = small_world(hobby_words=["chess", "music"], critic=True)
+    words = [profile["words"] for profile in dataset.profiles]
+    assert words[0] == {"chess": 1, "music": 1} and set(words[1]) == {"cheap", "ordinary", "luxurious"}
+    assert list(words[2]) == ["harsh", "balanced", "generous"]
 
 
 def test_max_per_user_keeps_a_random_few_of_each_user():
@@ -654,7 +695,7 @@ def study_of(tables, monkeypatch, name="own"):
     started, wrote = [], {"01": "interactions.npy", "02": "profiles.npy", "03": "feature_bank.npy",
                           "docs": "feature_bank_metadata.npy", "04": "results.json"}
 
-    def call(script, run, flags, log):
+    def call(script, run, flags, log, threads):
         started.append((run.parent.name, int(run.name), script[:4].split("_")[0], flags.split()))
         (run / wrote[script[:4].split("_")[0]]).write_text(f"{run.parent.name} {run.name}")
         if script[:2] == "02" and run.parent.name == "base":

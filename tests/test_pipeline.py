@@ -24,7 +24,8 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
         assert f"next: python 0{number}" in process.stdout
     assert not any(process.stderr for process in printed), [process.stderr for process in printed]
     facts = json.loads((run / "profiles.json").read_text())
-    assert facts["lm"] == "tiny" and set(facts["heldout_nll"]) == {"own", "population", "shuffled"}
+    assert facts["lm"] == "tiny" and set(facts["heldout_nll"]) == {
+        "own", "population", "shuffled", "hobby", "background"}
     assert set(facts["lm_sensitivity"]) == {"hobby", "background"}
     steps = facts["train_nll_steps"]
     assert len(steps) == 9 and steps[-1] < steps[0]
@@ -32,10 +33,10 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"lm-tiny", "predictions"}
     profiles = np.load(run / "profiles.npy")
     assert profiles.dtype == np.float32
-    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 64)
+    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 3)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_history"] == unknown.sum()
-    assert (profiles[unknown] == np.float32(facts["start"])).all()
+    assert (profiles[unknown] == 0).all()
     call_stage(infer, "--run", run, "--tiny-sentences", 400, "--steps", 9)
     trained = "training the tiny LM"
     assert trained in printed[1].stdout and trained not in capsys.readouterr().out
@@ -94,14 +95,13 @@ def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_fo
 
 
 def test_support_rows_change_theta_of_their_own_users_alone(lm_folders, tmp_path, monkeypatch):
-    """But for the population's theta, where all start."""
-    monkeypatch.setattr(infer, "fit_population", lambda likelihood, start, *_: start)
+    """But for the task prompt, which all share."""
     clean, poison = tmp_path / "clean", tmp_path / "poisoned"
     call_stage(prepare, "--run", clean, "--subsample-users", 100, "--cold-users", 0.3)
     poisoned(clean, poison, (SUPPORT,))
     theta = []
     for run in (clean, poison):
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 0)
         theta.append(np.load(run / "profiles.npy"))
     dataset = common.load_dataset(clean)
     cold = np.isin(np.arange(len(dataset.users)), dataset.rows(SUPPORT)[:, 0])
@@ -136,7 +136,8 @@ def test_support_rows_train_neither_the_surrogate_nor_the_codebooks(monkeypatch)
     for each in (dataset, other_support(dataset)):
         theta = np.random.default_rng(0).normal(size=(len(dataset.users), 2, 8)).astype(np.float32)
         known = np.ones(len(theta), dtype=bool)
-        problem = quantize.Problem(None, each, theta, known, {"spread": [1.0, 1.0], "prior": 1.0})
+        space = SimpleNamespace(coordinates=None)
+        problem = quantize.Problem(None, each, theta, known, {"prior": 1.0}, space)
         quantizer = quantize.JointVQ(problem, [4, 3], args, torch.device("cpu"))
         codes, _ = quantizer.fit()
         found.append([codes, *quantizer.books, *made[-1][0].state_dict().values()])
@@ -201,11 +202,11 @@ def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6, *args)
         return np.load(run / "profiles.npy")
     base = theta()
-    for flags in (("--steps", 4), ("--lr", 0.1), ("--prior", 0), ("--init", "vocab"), ("--init", "random"),
-                  ("--mask", "causal"), ("--history", "all"), ("--history", "rated"), ("--max-history", 3),
-                  ("--dtype", "bf16")):
-        assert not np.allclose(theta(*flags), base, atol=1e-7), flags
-    assert not np.allclose(theta("--init", "random", "--seed", 1), theta("--init", "random"))
+    for flags in (("--steps", 1), ("--lr", 0.05), ("--prior", 0), ("--rank", 1), ("--rank", 0),
+                  ("--task-steps", 0), ("--task-steps", 3), ("--mask", "causal"), ("--seed", 1),
+                  ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16")):
+        found = theta(*flags)
+        assert found.shape != base.shape or not np.allclose(found, base, atol=1e-7), flags
     assert np.allclose(theta("--block-size", 7), base, atol=2e-3)  # how, not what
     assert theta("--lm", lm_folders["llama"]).shape == base.shape
 
@@ -221,12 +222,11 @@ def test_sentences_and_seed_change_the_tiny_lm(prepared, tmp_path):
 def test_quantizers_and_starts_of_stage_03_change_the_codebooks(inferred, tmp_path):
     run, found = copy_run(inferred, tmp_path / "run"), {}
     for flags in ("--quantizer vq", "--quantizer kmeans", "--quantizer em", "--quantizer words",
-                  "--quantizer em --start words", "--quantizer words --codes 5,3"):
+                  "--quantizer em --start kmeans", "--quantizer words --codes 4,2"):
         call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1, *flags.split())
-        facts, by_words = common.load(run, "quantize.json"), "--quantizer words" in flags
+        facts = common.load(run, "quantize.json")
         found[flags] = facts["codebooks_fingerprint"]
-        assert by_words == ("words" in facts["profiles"][0])
-        assert not by_words or len(facts["profiles"][0]["words"]) == facts["codes"][0]
+        assert len(facts["profiles"][0]["words"]) == facts["codes"][0]
     assert len(set(found.values())) == len(found)
 
 
@@ -311,6 +311,14 @@ def change_codebooks(change):
     return damage
 
 
+def change_space(change):
+    def damage(run):
+        saved = torch.load(run / "space.pt")
+        change(saved)
+        torch.save(saved, run / "space.pt")
+    return damage
+
+
 BAD = [  # stage, flags, what happens to the run before, words the error must hold
     (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["cannot read u.genre", "/nowhere"]),
     (prepare, ["--min-interactions", 100000], None, ["0 interactions are left", "lower it"]),
@@ -337,7 +345,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, [], empty_training, ["no user has a training history", "--history all"]),
     (infer, ["--lm", "tiny"], empty_training, ["no user has a training history", "--history all"]),
     (infer, [], long_prompt, ["no title fits", "change --lm"]),
-    (infer, ["--users", "/nowhere"], None, ["other settings (steps)", "the first run"]),
+    (infer, ["--users", "/nowhere", "--steps", 9], None, ["other settings (steps)", "the first run"]),
     (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], put("profiles.json", "[]"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], put("profiles.json", "null"), ["profiles.json lacks", "02_infer_profiles.py"]),
@@ -352,8 +360,13 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, ["--beta", 1e39], None, ["--beta", "out of range"]),
     (infer, ["--users", "/nowhere"], change_facts(lambda facts: facts.pop("seconds")),
      ["profiles.json lacks seconds", "02_infer_profiles.py"]),
-    (quantize, ["--keep-codebooks"], change_facts(lambda facts: facts["start"].reverse()),
+    (quantize, ["--keep-codebooks"], change_facts(lambda facts: facts.update(rank=3)),
      ["made with another LLM", "03_quantize.py"]),
+    (quantize, [], change_space(lambda saved: saved["origin"].add_(1)), ["space.pt was made from another"]),
+    (quantize, [], drop("space.pt"), ["space.pt is missing", "02_infer_profiles.py"]),
+    (prepare, ["--hobby-words", "music"], None, ["two different words", "--hobby-words"]),
+    (prepare, ["--hobby-words", "music,,cooking"], None, ["two different words", "--hobby-words"]),
+    (infer, ["--lm", "/nowhere/model.gguf"], None, ["no such file", "model.gguf", "--lm"]),
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["codebooks"].pop()),
      ["codebooks.pt has 1 books of vq", "--keep-codebooks"]),
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["facts"].update(quantizer="ward")),
@@ -361,8 +374,6 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
     (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["does not go with --quantizer vq"]),
     (quantize, ["--quantizer", "words", "--assign", "nearest"], None, ["does not go with --quantizer words"]),
-    (quantize, ["--start", "words"], None, ["--start words goes with --quantizer em"]),
-    (quantize, ["--quantizer", "kmeans", "--start", "words"], None, ["words goes with --quantizer em"]),
     (quantize, ["--quantizer", "em", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),
     (quantize, ["--quantizer", "words", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),
     (quantize, ["--quantizer", "sense"], None, ["invalid choice", "--help"]),

@@ -144,7 +144,7 @@ def test_k_core_filter_against_a_brute_force_loop():
     rng = np.random.default_rng(1)
     names = [str(number) for number in range(50)]
     users, items = rng.integers(40, size=260), rng.integers(50, size=260)
-    source = prepare.Source(names, names, users, items, np.ones(260), None, {}, {})
+    source = prepare.Source(names, names, users, items, np.ones(260), None, {}, {}, (), "?")
     rows = list(range(260))
     while True:
         users, items = (collections.Counter(ids[row] for row in rows) for ids in (source.users, source.items))

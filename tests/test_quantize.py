@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (assert_bytes_equal, call_stage, copy_run, infer, likelihood_of, make_lm, ok, quantize,
-                      random_rows, run_stage)
+                      random_rows, run_stage, space_of)
 from torch import nn
 
 import common
@@ -38,7 +38,7 @@ def test_nearest_does_not_depend_on_the_origin_nor_on_how_many_ask_at_once():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_by_words_who_has_no_history_now_has_the_code_nearest_to_his_theta(inferred, monkeypatch, assign):
-    """After 01 was run again an old user may have no training like; his theta is still there."""
+    """After 01 was run again an old user may have no training like; his z is still there."""
     problem, _ = quantize.read_problem(inferred)
     user = int(np.flatnonzero(problem.known)[3])
     likelihood, histories, *rest = problem.open_likelihood(torch.device("cpu"))
@@ -47,9 +47,9 @@ def test_by_words_who_has_no_history_now_has_the_code_nearest_to_his_theta(infer
     quantizer = quantize.Words(problem, [4, 3], SimpleNamespace(seed=0), torch.device("cpu"))
     codes = quantizer.fit()[0]
     if assign:
-        problem.theta[user] = torch.stack([book[2] for book in quantizer.books]).numpy()
+        problem.z[user] = torch.stack([book[2] for book in quantizer.books]).numpy()
         codes = quantizer.assign()
-    nearest = quantize.assign_all(torch.tensor(problem.theta), quantizer.books)
+    nearest = quantize.assign_all(torch.tensor(problem.z), quantizer.books)
     assert codes[user].tolist() == nearest[user].tolist() and (not assign or codes[user].tolist() == [2, 2])
     assert (codes != nearest).any()  # who has a history gets the likeliest
 
@@ -195,38 +195,40 @@ def test_every_joint_setting_changes_the_outcome():
 
 
 def stub_problem(world, histories, prior=1.0):
-    """(what a quantizer asks of a Problem, with a random LLM and these histories; likelihood; tokenizer)."""
+    """(what a quantizer asks of a Problem, with a random LLM and these histories; likelihood; space)."""
     model, tokenizer = make_lm("gpt2")
     likelihood = likelihood_of(model, tokenizer, world[0])
-    opened = likelihood, histories, *infer.starting_point(likelihood, "slot", None), tokenizer
-    theta = np.zeros((len(histories), 2, 32), dtype=np.float32)
-    return SimpleNamespace(open_likelihood=lambda _: opened, facts={"prior": prior}, theta=theta,
-                           known=np.array([len(ids) > 0 for ids in histories])), likelihood, tokenizer
+    space = space_of(likelihood, tokenizer, world[0])
+    z = np.zeros((len(histories), *space.basis.shape[:2]), dtype=np.float32)
+    opened = likelihood, histories, space, tokenizer
+    known = np.array([len(ids) > 0 for ids in histories])
+    problem = SimpleNamespace(open_likelihood=lambda _: opened, z=z, space=space, known=known,
+                              facts={"prior": prior})
+    return problem, likelihood, space
 
 
 @pytest.mark.parametrize("prior", [0.0, 2.5])
 def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_sum(prior, world, monkeypatch):
     rng = np.random.default_rng(0)
     histories = [rng.integers(300, size=length) for length in (4, 9, 0, 30, 31, 9, 2)]
-    problem, likelihood, _ = stub_problem(world, histories, prior)
-    start, spread = infer.starting_point(likelihood, "slot", None)
+    problem, likelihood, space = stub_problem(world, histories, prior)
     monkeypatch.setattr(infer, "token_budget_of", lambda _: 120)  # of 6 users a block holds one or two
     blocks, make_blocks = [], infer.make_blocks
     monkeypatch.setattr(infer, "make_blocks", lambda *args: [blocks.append(block) or block
                                                              for block in make_blocks(*args)])
     torch.manual_seed(0)
-    centre, unit, z = torch.randn(2, 32), torch.rand(2, 1) + 0.5, torch.randn(7, 2, 32, requires_grad=True)
+    z = torch.randn(7, *space.basis.shape[:2], requires_grad=True)
     users = np.array([5, 0, 3, 6, 1, 4])
-    llm = quantize.JointVQ(problem, [4, 3], None, CPU).llm_loss(centre, unit)
+    llm = quantize.JointVQ(problem, [4, 3], None, CPU).llm_loss()
     own = z[users].detach().requires_grad_()
     value = llm(own, users)
     assert len(blocks) >= 3
     plain = 0.0
     for user in users:
-        theta = centre + unit * z[user]
         ids = torch.tensor(histories[user])[None]
+        theta = torch.stack([space.origin[m] + z[user, m] @ space.basis[m] for m in range(2)])
         nll = likelihood(theta[None], ids, torch.tensor([ids.shape[1]])).sum()
-        plain = plain + nll + prior / 2 * sum((((theta - start)[m] / spread[m]) ** 2).sum() for m in range(2))
+        plain = plain + nll + prior / 2 * (z[user] ** 2).sum()
     gradient, = torch.autograd.grad(plain / len(users), z)
     assert value == pytest.approx(plain.item() / len(users), rel=1e-5)
     assert torch.allclose(own.grad, gradient[users], rtol=1e-3, atol=1e-4)
@@ -236,20 +238,20 @@ def test_first_codebooks_find_groups_and_refuse_more_codes_than_theta():
     rng = np.random.default_rng(0)
     centres = rng.normal(0, 5, (4, 16))
     theta = (centres[np.arange(200) % 4] + rng.normal(0, 0.1, (200, 16)))[:, None]
-    found = quantize.first_codebooks(theta, [4], "kmeans", 0)[0].numpy()
+    found = quantize.first_codebooks(theta, [4], "kmeans", 0, None)[0].numpy()
     assert sorted(np.linalg.norm(found - centre, axis=1).min() < 0.2 for centre in centres) == [True] * 4
     with pytest.raises(quantize.UserError, match="5 codes for 2 distinct"):
-        quantize.first_codebooks(np.repeat(np.eye(2)[:, None], 3, 0), [5], "kmeans", 0)
+        quantize.first_codebooks(np.repeat(np.eye(2)[:, None], 3, 0), [5], "kmeans", 0, None)
 
 
-def brute_force(likelihood, histories, books, log_weights):
+def brute_force(likelihood, space, histories, books, log_weights):
     """Per user {combination of codes: log pi_c + log P(y_u | c)}, a user and a combination at a time."""
     found = []
     for ids in histories:
         joint_ = {}
         for codes in itertools.product(*(range(len(book)) for book in books)):
-            theta = torch.stack([book[code] for book, code in zip(books, codes)])[None]
-            nll = likelihood(theta, torch.tensor(ids)[None], torch.tensor([len(ids)]))
+            z = torch.stack([book[code] for book, code in zip(books, codes)])[None]
+            nll = likelihood(space.theta(z), torch.tensor(ids)[None], torch.tensor([len(ids)]))
             joint_[codes] = float(sum(weight[code] for weight, code in zip(log_weights, codes)) - nll)
         found.append(joint_)
     return found
@@ -259,15 +261,15 @@ HISTORIES = [np.arange(5), np.arange(0), np.arange(3, 12), np.arange(40, 44)]
 
 
 def test_em_e_step_against_enumeration(world):
-    problem, likelihood, _ = stub_problem(world, HISTORIES)
+    problem, likelihood, space = stub_problem(world, HISTORIES)
     quantizer = quantize.SoftCodeEM(problem, [3, 2], None, CPU)
     quantizer.open()
     torch.manual_seed(0)
-    quantizer.books = [torch.randn(3, 32), torch.randn(2, 32)]
+    quantizer.books = [torch.randn(3, 3), torch.randn(2, 3)]
     quantizer.log_weights = [torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.6, 0.4]).log()]
     evidence, codes, drawn, usage = quantizer.e_step(np.full((4, 2), 1))
     histories = [HISTORIES[user] for user in (0, 2, 3)]
-    expected = brute_force(likelihood, histories, quantizer.books, quantizer.log_weights)
+    expected = brute_force(likelihood, space, histories, quantizer.books, quantizer.log_weights)
     totals = [np.logaddexp.reduce(list(joint_.values())) for joint_ in expected]
     assert evidence == pytest.approx(np.mean(totals), abs=1e-3)
     assert [tuple(codes[user]) for user in (0, 2, 3)] == [max(joint_, key=joint_.get) for joint_ in expected]
@@ -287,33 +289,13 @@ def test_more_combinations_than_em_can_try_are_one_line_that_says_so(name, world
     quantize.QUANTIZERS[name](problem, [20, 5], None, CPU).open()
 
 
-def test_words_are_the_likeliest_explanation_of_a_history_among_the_llm_s_own_words(world):
-    problem, likelihood, tokenizer = stub_problem(world, HISTORIES)
-    quantizer = quantize.Words(problem, [4, 3], None, CPU)
-    codes, log = quantizer.fit()
-    slots = [likelihood.next_word(m).sort(descending=True) for m in range(2)]
-    books = [likelihood.words.weight[slot.indices[:size]] for slot, size in zip(slots, (4, 3))]
-    weights = [slot.values[:size].log() for slot, size in zip(slots, (4, 3))]
-    expected = brute_force(likelihood, [HISTORIES[user] for user in (0, 2, 3)], books, weights)
-    assert [tuple(codes[user]) for user in (0, 2, 3)] == [max(joint_, key=joint_.get) for joint_ in expected]
-    assert quantizer.words == [[tokenizer.decode([token]).strip() for token in slot.indices[:size].tolist()]
-                               for slot, size in zip(slots, (4, 3))]
-    total = sum(float((slot.values[:size].sum()).log()) for slot, size in zip(slots, (4, 3)))
-    evidence = np.mean([np.logaddexp.reduce(list(joint_.values())) for joint_ in expected]) - total
-    assert log == [{"epoch": 0, "log_likelihood": pytest.approx(evidence, abs=1e-3)}]
+def test_words_can_be_asked_again_and_no_more_of_them_than_there_are(world):
+    problem, *_ = stub_problem(world, HISTORIES)
+    quantizer = quantize.Words(problem, [4, 3], SimpleNamespace(seed=0), CPU)
+    codes, _ = quantizer.fit()
     assert np.array_equal(quantizer.assign(), codes)
-
-
-def test_em_from_words_begins_where_words_ends_and_its_codes_then_lose_their_names(inferred):
-    problem = problem_of(inferred)
-    words = quantize.Words(problem, [4, 3], None, CPU)
-    codes, log = words.fit()
-    args = SimpleNamespace(seed=0, start="words", epochs=0, lr=0.05)
-    quantizer = quantize.SoftCodeEM(problem, [4, 3], args, CPU)
-    again, first = quantizer.fit()
-    assert np.array_equal(again[problem.known], codes[problem.known]) and quantizer.words is None
-    assert first[0]["log_likelihood"] == pytest.approx(log[0]["log_likelihood"])
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(quantizer.books, words.books))
+    with pytest.raises(common.UserError, match="5 codes for the 4 words of profile 1 .--codes"):
+        quantize.Words(problem, [5, 3], SimpleNamespace(seed=0), CPU).fit()
 
 
 def test_random_codes_of_k_means_are_random(inferred):
@@ -340,8 +322,10 @@ def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp
     users, header = json.loads((run / "users.json").read_text()), ["user_id", "hobby", "background"]
     with open(run / "feature_bank.csv", newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))
-    assert lines == [header, *([user, *map(str, row)] for user, row in zip(users, bank.tolist()))]
-    assert bank[7].tolist() == [4, 3] and lines[8][1:] == ["4", "3"]
+    names = [[*found, "unknown"] for found in words]
+    named = [[names[0][a], names[1][b]] for a, b in bank.tolist()]
+    assert lines == [header, *([user, *row] for user, row in zip(users, named))]
+    assert bank[7].tolist() == [4, 3] and lines[8][1:] == ["unknown", "unknown"]
     call_stage(quantize, "--run", run, "--keep-codebooks")  # names stay with their codebooks
     assert np.array_equal(np.load(run / "feature_bank.npy"), bank)
     facts = json.loads((run / "quantize.json").read_text())
@@ -349,7 +333,7 @@ def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--start", "words"], "--start words goes with --quantizer em"), (["--codes", "4"], "2 codebook sizes"),
+    (["--codes", "4"], "2 codebook sizes"),
     (["--quantizer", "words", "--assign", "nearest"], "--assign nearest does not go with --quantizer words"),
     (["--assign", "likelihood", "--codes", "40,3"], "120 combinations"),
     (["--keep-codebooks", "--codes", "4,3"], "--keep-codebooks keeps K_m and quantizer")])
@@ -375,6 +359,8 @@ def test_agreement_does_not_depend_on_the_numbers_of_codes_and_compares_profiles
 def test_health_figures_and_collapse_warning(capsys):
     codes = np.array([[0, 1]] * 50 + [[1, 1]] * 50)
     report = quantize.health(codes, [4, 3], [{"name": "a"}, {"name": "b"}])
+    for profile, words in zip(report, ("abcd", "efg")):
+        profile["words"] = list(words)
     assert report[0]["active"] == 2 and report[0]["max_share"] == 0.5
     assert report[0]["perplexity"] == pytest.approx(2.0)
     assert report[1]["counts"] == [0, 100, 0] and report[1]["perplexity"] == pytest.approx(1.0)
@@ -391,7 +377,8 @@ def test_bank_is_eq_6_over_all_users_and_the_csv_agrees(inferred):
     assert bank.dtype == np.int16 and bank.shape == (len(users), 2)
     assert [len(book) for book in stored["codebooks"]] == facts["codes"] == [4, 3]
     assert lines[0] == "user_id,hobby,background"
-    assert lines[1:] == [f"{user},{a},{b}" for user, (a, b) in zip(users, bank.tolist())]
+    hobby, background = ([*profile["words"], "unknown"] for profile in facts["profiles"])
+    assert lines[1:] == [f"{user},{hobby[a]},{background[b]}" for user, (a, b) in zip(users, bank.tolist())]
     interactions = np.load(inferred / "interactions.npy")
     liked = set(interactions[(interactions[:, 3] == 0) & (interactions[:, 2] == 1), 0].tolist())
     for user, codes in enumerate(bank.tolist()):
@@ -429,9 +416,9 @@ def test_assignment_is_a_pure_function_of_theta_and_codebooks(inferred):
     problem, order = problem_of(inferred), np.random.default_rng(0).permutation(120)
     quantizer = quantize.KMeans(problem, [4, 3], SimpleNamespace(seed=0, start="kmeans"), CPU)
     codes, _ = quantizer.fit()
-    theta = problem.theta.copy()
-    assert np.array_equal(quantizer.assign(), codes) and np.array_equal(problem.theta, theta)
-    problem.theta = theta[order]
+    z = problem.z.copy()
+    assert np.array_equal(quantizer.assign(), codes) and np.array_equal(problem.z, z)
+    problem.z = z[order]
     assert np.array_equal(quantizer.assign(), codes[order])
 
 
@@ -442,7 +429,7 @@ def test_em_assigns_by_the_history_alone_and_its_likelihood_rises(inferred):
     codes, log = quantizer.fit()
     evidence = [entry["log_likelihood"] for entry in log]
     assert evidence[0] < evidence[1] < evidence[2]
-    problem.theta = np.zeros_like(problem.theta)  # a new user has no theta: forward passes suffice
+    problem.z = np.zeros_like(problem.z)  # a new user has no z: forward passes suffice
     assert np.array_equal(quantizer.assign()[problem.known], codes[problem.known])
 
 
@@ -487,7 +474,7 @@ def test_paper_sets_defaults_that_a_flag_overrides(monkeypatch):
     monkeypatch.setattr("sys.argv", ["03_quantize.py", "--paper", "--beta", "0.5"])
     args = quantize.parse_arguments()
     assert (args.alpha, args.beta, args.lr, args.batch_users) == (1e-3, 0.5, 1e-3, 128)
-    assert (args.start, args.warm_up, args.llm_loss) == ("kmeans", 0, True)  # of the start it says nothing
+    assert (args.start, args.warm_up, args.llm_loss) == ("words", 0, True)  # of the start it says nothing
 
 
 def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
@@ -506,17 +493,16 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
         assert numbers(*flags) != base, flags
     em = ("--assign", "likelihood", "--codes", "2,2", "--epochs", 1)
     base = numbers(*em)
-    for flags in (("--start", "words"), ("--start", "random"), ("--lr", 0.2), ("--epochs", 2)):
+    for flags in (("--start", "kmeans"), ("--start", "random"), ("--lr", 0.2), ("--epochs", 2)):
         assert numbers(*em, *flags) != base, flags
 
 
 def test_likelihood_of_stage_03_is_that_of_stage_02(inferred):
     facts = json.loads((inferred / "profiles.json").read_text())
-    likelihood, histories, start, spread, _ = problem_of(inferred).open_likelihood(CPU)
-    assert spread.tolist() == facts["spread"] and start.tolist() == facts["start"]
-    theta, nll, tokens = np.load(inferred / "profiles.npy"), 0.0, 0
+    likelihood, histories, space, _ = problem_of(inferred).open_likelihood(CPU)
+    z, nll, tokens = np.load(inferred / "profiles.npy"), 0.0, 0
     for block in infer.make_blocks(histories, 16, None, likelihood.prompt_length):
         ids, lengths = infer.pad(histories, block, CPU)
-        nll += float(likelihood(torch.tensor(theta[block]), ids, lengths).sum())
+        nll += float(likelihood(space.theta(torch.tensor(z[block])), ids, lengths).sum())
         tokens += int(lengths.sum())
     assert nll / tokens == pytest.approx(facts["train_nll"]["after"], abs=1e-4)

@@ -211,7 +211,7 @@ def test_killed_five_times_at_random_points_it_ends_in_the_same_bytes(run, flags
 
 
 @pytest.mark.parametrize("owner, name, number, only", [
-    (infer, "load", 1, lambda _, name, *keys: name == "000007.pt"),  # half of the rows are written
+    (infer, "load", 1, lambda _, name, *keys: name == "000007.pt"),  # half of the blocks are read
     (infer, "heldout_nll", 1, lambda *_: True), (infer, "save_json", 1, lambda *_: True),
     (infer, "save_json", 2, lambda *_: True)], ids=["gather", "finish", "users", "facts"])
 def test_killed_in_the_gathering_it_gathers_again(owner, name, number, only, solved, unbroken, flags,
@@ -226,25 +226,25 @@ def test_killed_in_the_gathering_it_gathers_again(owner, name, number, only, sol
     assert_same_run(run, unbroken)
 
 
-PUBLISHED = ("profiles.npy", "profiles_users.json", "profiles.json")
+PUBLISHED = ("profiles.json", "profiles.npy", "profiles_users.json", "space.pt")  # in the order of their move
 
 
-@pytest.mark.parametrize("moved", range(4))
-def test_killed_between_its_renames_the_same_command_publishes_the_rest(moved, solved, unbroken, flags,
-                                                                        tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("moved", range(5))
+def test_killed_between_its_renames_the_next_reader_moves_the_rest(moved, solved, unbroken, flags, tmp_path,
+                                                                   monkeypatch, capsys):
     run, work = shutil.copytree(solved, tmp_path / "run"), stage(infer, tmp_path / "run", *flags)
     before = [(run / name).stat().st_ino for name in PUBLISHED]
-    if moved < 3:
-        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).parent == run)
+    if moved < 4:
+        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).name in PUBLISHED
+                           and Path(target).parent == run)
     else:
-        killed = killed_at(shutil, "rmtree", work)
+        killed = killed_at(Path, "rmdir", work)
     assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
     is_new = [(run / name).stat().st_ino != inode for name, inode in zip(PUBLISHED, before)]
-    assert is_new == [at < moved for at in range(3)]
-    if moved in (1, 2):  # old and new files side by side: nobody takes them for one run
-        with pytest.raises(common.UserError, match="profiles.npy was made from another profiles.json"):
-            quantize.read_problem(run)
-    assert call_02(monkeypatch, run, *flags) == 0 and "nothing to do" in capsys.readouterr().out
+    assert is_new == [at < moved for at in range(4)]
+    quantize.read_problem(run)  # whoever reads finds one whole run
+    assert [(run / name).stat().st_ino != inode for name, inode in zip(PUBLISHED, before)] == [True] * 4
+    assert call_02(monkeypatch, run, *flags) == 0
     assert_same_run(run, unbroken)
 
 
@@ -260,7 +260,7 @@ def open_02(run, flags, threads, *launcher):
 def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(run, flags, unbroken,
                                                                                monkeypatch):
     for _ in range(4):  # a busy machine may let it finish before it is interrupted
-        call_02(monkeypatch, run, *flags, number=1)  # makes the population's theta, in fewer steps
+        call_02(monkeypatch, run, *flags, number=1)  # makes the task prompt
         process = open_02(run, flags, 2)
         wait_for_blocks(run, lambda process=process: process.poll() is None, 1)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: its helper gets it too
@@ -477,10 +477,17 @@ def test_a_rank_whose_neighbour_stopped_says_so(monkeypatch, capsys):
 
 # ---------------------------------------------------------------- full disks and folders that are none
 
-@pytest.mark.parametrize("size, place", [(1500, "a block"), (10_000, "the gathering")])
-def test_a_full_disk_in_stage_02_is_one_line_and_the_same_command_goes_on(size, place, run, flags, unbroken,
+@pytest.mark.parametrize("place", ["a block", "the gathering"])
+def test_a_full_disk_in_stage_02_is_one_line_and_the_same_command_goes_on(place, run, flags, unbroken,
                                                                            tmp_path, monkeypatch):
-    status, text = run_forked(limited(stage(infer, run, *flags), size), tmp_path / "stderr")
+    def work():
+        if place == "a block":
+            return limited(stage(infer, run, *flags), 1000)()
+        gather = infer.gather
+        infer.gather = lambda *args: limited(lambda: None, 1000)() or gather(*args)  # this is a fork
+        call_stage(infer, "--run", run, *flags)
+
+    status, text = run_forked(work, tmp_path / "stderr")
     assert status == 2 and is_one_line(text) and "free disk space" in text
     done = blocks_done(run)
     assert done == (0 if place == "a block" else blocks_of(unbroken))
@@ -492,7 +499,7 @@ def test_a_full_disk_in_stage_02_is_one_line_and_the_same_command_goes_on(size, 
 def test_a_full_disk_under_the_tiny_lm_is_one_line_and_the_same_command_goes_on(run, tmp_path):
     work = stage(infer, run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
     status, text = run_forked(limited(work, 150_000), tmp_path / "stderr")
-    assert status == 2 and is_one_line(text) and "the tiny LM cannot be written" in text
+    assert status == 2 and is_one_line(text) and "the LLM cannot be written" in text
     assert "disk space" in text and not [path for path in run.glob("*lm-tiny*/*")]
     work()
     assert (run / "lm-tiny" / "tiny.json").exists() and (run / "profiles.json").exists()
@@ -585,20 +592,21 @@ def healthy(prepared, tmp_path_factory):
     return run
 
 
-def test_the_file_that_vouches_moves_in_last(tmp_path, monkeypatch):
-    moved = []
+@pytest.mark.parametrize("at", range(3))
+def test_files_that_belong_together_move_in_all_or_none(at, tmp_path):
+    """A kill before the folder is ready changes nothing; after it the next reader sees all of them."""
+    for name in "ab":
+        common.save_json(tmp_path / f"{name}.json", "old")
 
-    def replace(source, target):
-        assert not (tmp_path / "b.json").exists()  # it vouched for the old files
-        moved.append(Path(target).name)
+    def work():
+        with common.together(tmp_path) as aside:
+            for name in "ab":
+                common.save_json(aside / f"{name}.json", "new")
 
-    (tmp_path / "b.json").write_text("old")
-    monkeypatch.setattr(os, "replace", replace)
-    with common.together(tmp_path, "b.json") as aside:
-        for name in ("c.npy", "b.json", "a.npy"):
-            (aside / name).write_text("")
-        assert not moved and (tmp_path / "b.json").read_text() == "old"
-    assert sorted(moved[:2]) == ["a.npy", "c.npy"] and moved[2:] == ["b.json"]
+    killed = killed_at(os, "replace", work, at + 3, lambda *_: True)  # two are of save_json
+    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    found = [common.load(tmp_path, f"{name}.json") for name in "ab"]
+    assert found == (["old", "old"] if at == 0 else ["new", "new"]) and not (tmp_path / common.READY).exists()
 
 
 def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
@@ -699,7 +707,7 @@ def test_a_folder_in_a_file_s_place_is_one_line_and_stage_03_goes_on(inferred, t
     (run / "codebooks.pt").unlink()
     (run / "codebooks.pt").mkdir()
     text = one_line(capsys, stage(quantize, run, "--quantizer", "kmeans"))
-    assert "codebooks.pt" in text and not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert "codebooks.pt" in text
     (run / "codebooks.pt").rmdir()
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
 
@@ -751,7 +759,7 @@ def test_low_precision_gradients_point_where_fp32_ones_do(kind, dtype, world):
         assert theta.grad.dtype == torch.float32
         return theta.grad.flatten(1)
 
-    assert (torch.nn.functional.cosine_similarity(gradient(dtype), gradient(torch.float32)) > 0.99).all()
+    assert (torch.nn.functional.cosine_similarity(gradient(dtype), gradient(torch.float32)) > 0.97).all()
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
@@ -849,8 +857,8 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     assert facts["rows_kept"] == len(old_rows) and len(fresh) >= 12
     assert len(np.unique(new[fresh, 0], axis=0)) == len(fresh) and len(inferred) == len(old_rows) + len(fresh)
     others = np.setdiff1d(range(len(users)), inferred)  # the five not asked for, and who has no history
-    assert len(others) >= 5 and (new[others] == np.float32(facts["start"])).all()
-    assert facts["start"] == old_facts["start"]  # new users start where the old ones did
+    assert len(others) >= 5 and (new[others] == 0).all()
+    assert facts["space_fingerprint"] == old_facts["space_fingerprint"]  # new users live in the same space
     tokens = facts["train_tokens"] - old_facts["train_tokens"]  # of the new users; the likelihood is of all
     for when, at in (("before", 0), ("after", -1)):
         new_sum = facts["train_nll"][when] * facts["train_tokens"]
@@ -868,7 +876,18 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     assert {users.index(raw) for raw in added[15:]} & set(everybody) and len(everybody) > len(inferred)
 
 
-@pytest.mark.parametrize("moved", range(4))
+def test_codebooks_of_another_space_are_not_kept(run, lm_folders):
+    """The words changed, and with them what a coordinate means."""
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    call_stage(quantize, "--run", run, "--quantizer", "kmeans")
+    call_stage(prepare, "--run", run, "--subsample-users", 120, "--hobby-words", "a,b,c,d")
+    call_stage(infer, "--run", run, *flags)
+    with pytest.raises(common.UserError, match="codebooks.pt was made with another LLM or 02 flags"):
+        call_stage(quantize, "--run", run, "--keep-codebooks")
+
+
+@pytest.mark.parametrize("moved", range(5))
 def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, run, lm_folders, tmp_path):
     flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
@@ -878,10 +897,11 @@ def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, ru
     users = json.loads((run / "users.json").read_text())
     (run / "new.txt").write_text("\n".join(set(users) - set(owners["users"])))
     work = stage(infer, run, *flags, "--users", run / "new.txt")
-    if moved < 3:
-        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).parent == run)
+    if moved < 4:
+        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).name in PUBLISHED
+                           and Path(target).parent == run)
     else:
-        killed = killed_at(shutil, "rmtree", work)
+        killed = killed_at(Path, "rmdir", work)
     assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
     work()
     new = np.load(run / "profiles.npy")
@@ -913,7 +933,7 @@ def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
     call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
     assert (run / "profiles.npy").read_bytes() == content
     again = json.loads((run / "profiles.json").read_text())
-    assert all(again[key] == facts[key] for key in ("train_nll", "train_nll_steps", "start"))
+    assert all(again[key] == facts[key] for key in ("train_nll", "train_nll_steps", "space_fingerprint"))
     assert facts["heldout_nll"] and again["heldout_nll"] is None  # it is of those who are new
     (run / "new.txt").write_text("nobody\n")
     with pytest.raises(common.UserError, match="1 users are not in the data set, the first is 'nobody'"):

@@ -248,7 +248,7 @@ class Pretender:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, script, run, flags, log):
+    def __call__(self, script, run, flags, log, threads):
         words = flags.split()
         self.calls.append((script, run, words))
         seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
@@ -273,7 +273,9 @@ class Pretender:
         common.save_json(run / "quantize.json", {"profiles": [{"perplexity": 2.0}] * 2})
 
     def stage_co(self, run, words, seed):
-        pass
+        for name in words[:words.index("--seed")]:
+            for ending in ("npy", "json"):
+                (run / f"feature_bank_{name}.{ending}").write_text(f"{name} of {run.name}")
 
     def stage_lm(self, run, words, seed):
         (run / "lm-both").mkdir(exist_ok=True)
@@ -353,6 +355,21 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     before = len(calls)
     command(module, monkeypatch, "small", "--seeds", "3", "--jobs", "2")
     assert {int(run.name) for _, run, _ in calls[before:]} == {2} and len(calls) == before + 10
+
+
+def test_controls_that_ask_a_large_llm_are_made_once_for_all_repetitions(studies, monkeypatch):
+    module, calls = studies
+    monkeypatch.setitem(module.STUDIES, "small", {"default": tables.variant(
+        "", "", "", "metadata text words", f"--ids {IDS}", once="text words")})
+    monkeypatch.setattr(module, "ONE_THETA", ("small",))
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    made = [words for script, _, words in calls if "controls" in script]
+    assert made == [["metadata", "text", "words", "--seed", "0"], ["metadata", "--seed", "1"]]
+    later = module.folder("small", "default", 1)
+    assert (later / "feature_bank_words.npy").read_text() == "words of 0"
+    assert (later / "feature_bank_text.json").read_text() == "text of 0"
+    assert (later / "feature_bank_metadata.npy").read_text() == "metadata of 1"
+    assert [words for script, _, words in calls if script.startswith("02")] == [["--seed", "0"]]  # one theta
 
 
 def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(studies, monkeypatch, capsys):

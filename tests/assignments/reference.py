@@ -86,6 +86,18 @@ def write_bank(run, name):
         "codes": sizes, "dataset_fingerprint": dataset.fingerprint(), "made_by": "assignment 7"})
 
 
+def prior_of_words(vectors, counts, rank):
+    return infer.gaussian_of(vectors, counts, rank)
+
+
+def gradient_in_z(gradient, basis, z, prior):
+    """By autograd through the project's own Space."""
+    space = infer.Space(torch.zeros_like(basis[:1]), basis[None], None, [], [])
+    z = z[:, None].detach().requires_grad_()
+    loss = (space.theta(z) * gradient[:, None]).sum() + prior / 2 * (z ** 2).sum()
+    return torch.autograd.grad(loss, z)[0][:, 0]
+
+
 def random_codes(codes, sizes, rng):
     return ctr.codes_of("random", {"userip": (codes, sizes)}, rng)[0]
 
@@ -100,6 +112,7 @@ also_right = {"a6": {"prefix sums": SimpleNamespace(FM=PrefixSums)}}  # other so
 a7 = SimpleNamespace(make_bank=make_bank, write_bank=write_bank)
 a8 = SimpleNamespace(gauc=common.gauc, make_world=a8_gauc.make_world,
                      ANSWER={"AUC prefers": "A", "GAUC prefers": "B", "GAUC of A": 0.5})
+a9 = SimpleNamespace(prior_of_words=prior_of_words, gradient_in_z=gradient_in_z)
 b1 = SimpleNamespace(PromptedLM=PromptedLM, influence=b1_wrong_order.influence)
 b2 = SimpleNamespace(**{**vars(b2_leak), "profile_codes": profile_codes})
 b3 = SimpleNamespace(**{**vars(b3_random_control), "random_codes": random_codes})

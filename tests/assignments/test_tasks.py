@@ -21,6 +21,7 @@ common, infer, ctr = (importlib.import_module(name) for name in (
     "common", "02_infer_profiles", "04_train_ctr"))
 STUBS = {"a1": "a1_mask", "a2": "a2_nll", "a3": "a3_straight_through", "a4": "a4_cross_layer",
          "a5": "a5_code_assignment", "a6": "a6_new_model", "a7": "a7_own_ids", "a8": "a8_gauc",
+         "a9": "a9_words_prior",
          "b1": "b1_wrong_order", "b2": "b2_leak", "b3": "b3_random_control"}
 
 
@@ -444,6 +445,68 @@ def test_a8_why_auc_alone_rewards_knowing_generosity(work):
     assert answer["AUC prefers"] == max(auc, key=auc.get), "the one that orders rows of different users"
     assert answer["GAUC prefers"] == max(within, key=within.get), "the one that orders a user's own rows"
     assert answer["GAUC of A"] == pytest.approx(within["A"], abs=0.005), "all of a user's rows have one score"
+
+
+def words_case(n=5, d=7):
+    """(vectors (n, d), counts (n,)) of words, one of them far more common than the others."""
+    generator = torch.Generator().manual_seed(3)
+    return 3 + torch.randn(n, d, generator=generator), torch.tensor([100.0, 4.0, 9.0, 1.0, 25.0])[:n]
+
+
+@pytest.mark.a9
+def test_a9_mean_and_covariance_against_loops(work):
+    vectors, counts = words_case()
+    origin, basis, _ = work.prior_of_words(vectors, counts, 16)
+    total = sum(math.sqrt(count) for count in counts)
+    mean = sum(math.sqrt(count) / total * vector for count, vector in zip(counts, vectors))
+    covariance = sum(math.sqrt(count) / total * torch.outer(vector - mean, vector - mean)
+                     for count, vector in zip(counts, vectors))
+    assert torch.allclose(origin, mean, atol=1e-4), "the origin is the weighted mean, weights the roots"
+    assert basis.shape == (4, 7), "five words differ in four directions"
+    assert torch.allclose(basis.T @ basis, covariance, atol=1e-4), "basis^T basis is the covariance"
+
+
+@pytest.mark.a9
+def test_a9_the_directions_that_are_kept_are_the_longest(work):
+    vectors, counts = words_case()
+    _, full, _ = work.prior_of_words(vectors, counts, 16)
+    _, basis, coordinates = work.prior_of_words(vectors, counts, 2)
+    assert basis.shape == (2, 7) and coordinates.shape == (5, 2)
+    kept = torch.linalg.eigvalsh(full.T @ full)[-2:].sum()
+    assert float(basis.pow(2).sum()) == pytest.approx(float(kept), rel=1e-3), "the two of the most variance"
+    assert float((basis[0] @ basis[1]).abs()) < 1e-3, "principal directions are orthogonal"
+
+
+@pytest.mark.a9
+def test_a9_a_word_s_coordinates_put_theta_on_the_word(work):
+    vectors, counts = words_case()
+    origin, basis, coordinates = work.prior_of_words(vectors, counts, 16)
+    assert torch.allclose(origin + coordinates @ basis, vectors, atol=1e-3)
+    share = counts.sqrt() / counts.sqrt().sum()
+    spread = (share[:, None] * coordinates ** 2).sum(0)
+    assert torch.allclose(spread, torch.ones(4), atol=1e-3), "in z words have variance 1, as the prior has"
+
+
+@pytest.mark.a9
+@pytest.mark.parametrize("prior", [0.0, 2.0])
+def test_a9_gradient_in_z_against_finite_differences(work, prior):
+    vectors, counts = (part.double() for part in words_case())
+    origin, basis, _ = reference_prior(vectors, counts)
+    z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+
+    def loss(z):
+        return (origin + z @ basis).sin().sum(1) + prior / 2 * (z ** 2).sum(1)
+
+    found = work.gradient_in_z((origin + z @ basis).cos(), basis, z, prior)
+    for at in range(4):
+        step = torch.zeros_like(z)
+        step[:, at] = 1e-5
+        slope = (loss(z + step) - loss(z - step)) / 2e-5
+        assert torch.allclose(found[:, at], slope, atol=1e-5), f"direction {at}"
+
+
+def reference_prior(vectors, counts):
+    return importlib.import_module("assignments.reference").a9.prior_of_words(vectors, counts, 16)
 
 
 @pytest.mark.b1

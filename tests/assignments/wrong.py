@@ -112,6 +112,37 @@ a8 = {"users count alike": plain_mean, "users of one label count one half": one_
 a8 = {name: SimpleNamespace(**{**vars(reference.a8), "gauc": gauc}) for name, gauc in a8.items()}
 
 
+# ---------------------------------------------------------------- a9
+
+def weights_without_roots(vectors, counts, rank):
+    return reference.prior_of_words(vectors, counts ** 2, rank)
+
+
+def directions_of_length_1(vectors, counts, rank):
+    origin, basis, coordinates = reference.prior_of_words(vectors, counts, rank)
+    length = basis.norm(dim=1, keepdim=True)
+    return origin, basis / length, coordinates * length.T
+
+
+def not_centred(vectors, counts, rank):
+    origin, _, _ = reference.prior_of_words(vectors, counts, rank)
+    share = counts.sqrt() / counts.sqrt().sum()
+    rank = min(rank, len(vectors) - 1)
+    left, size, directions = (part[..., :rank] for part in (share.sqrt()[:, None] * vectors).svd())
+    return origin, size[:, None] * directions.T, left / share.sqrt()[:, None]
+
+
+def prior_forgotten(gradient, basis, z, prior):
+    return gradient @ basis.T
+
+
+a9 = {"weights are the counts": {"prior_of_words": weights_without_roots},
+      "directions of length 1": {"prior_of_words": directions_of_length_1},
+      "words not centred": {"prior_of_words": not_centred},
+      "the prior forgotten": {"gradient_in_z": prior_forgotten}}
+a9 = {name: SimpleNamespace(**{**vars(reference.a9), **change}) for name, change in a9.items()}
+
+
 # ---------------------------------------------------------------- b3
 
 def drawn(counts):
