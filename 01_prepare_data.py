@@ -45,6 +45,7 @@ from common import (
 # 03's K_m. likes: share of titles that such a person likes, for the tiny LM.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
+PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
 BRAND = {**HOBBY, "prompt": "This user's favorite brand is"}
 PLACE = {**HOBBY, "prompt": "This user's favorite kind of place is"}
 GENRE = {**HOBBY, "prompt": "This user's favorite movie genre is"}
@@ -251,7 +252,7 @@ def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
     wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
     rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
-    source = collect(rows, (HOBBY,) + (BACKGROUND,) * bool(args.background_col), CHOSE)
+    source = collect(rows, (PASTIME,) + (BACKGROUND,) * bool(args.background_col), CHOSE)
     columns = {name: column for name in ("title", "hobby", "background")
                if (column := getattr(args, f"{name}_col"))}
     wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]

@@ -52,7 +52,8 @@ TASK_RATE = 0.6  # Adam's first step size for the task prompt, in units of its t
 TASK_CHECK = 8  # steps between two looks at the users held out
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
-OWN_WORDS = 16  # the LLM's own words for a profile, where items have no attributes
+OWN_WORDS = 16  # the LLM's own words for a profile, where items have no attributes:
+LIKELIEST, BARE_PROMPT = 200, "This user is"  # of so many, those of the largest lift over this prompt
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
             "tiny_sentences", "seed")  # the settings on which theta depends
@@ -286,7 +287,7 @@ def fit_space(likelihood, tokenizer, profiles, rank):
     """The Space of the profiles' words: DEVIATION(4). The task prompt is that of the text."""
     origins, bases, words, coordinates = [], [], [], []
     for m, profile in enumerate(profiles):
-        counts = profile.get("words") or likeliest_words(likelihood, tokenizer, m, profile)
+        counts = profile.get("words") or likeliest_words(likelihood, tokenizer, m)
         texts = [f" {word}" for word in counts]
         # A word of several tokens is the mean of its tokens.
         vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces_of(tokenizer, texts)])
@@ -651,31 +652,33 @@ def open_model(dataset, args, device, length):
 
 
 @torch.no_grad()
-def likeliest_words(likelihood, tokenizer, m, profile):
-    """The LLM's own words for a profile whose items have no attributes: {word: probability}.
+def likeliest_words(likelihood, tokenizer, m):
+    """The LLM's own words for a profile whose items have no attributes: {word: its probability}.
 
-    Function words are likely after any prompt. So a word is ranked by p log(p / q): p is its probability
-    after x^m, q its probability after x^m without the profile's name.
+    Function words are likely after any prompt. So the likeliest words after x^m are ranked by their lift: how
+    much likelier they are there than after BARE_PROMPT, which names no profile.
     """
     def next_word(ids):
         tokens = torch.tensor([begin + ids], device=likelihood.device)
         return likelihood.model(tokens).logits[0, -1].float().softmax(0)
 
     begin = [token for segment in likelihood.segments if segment.kind == "begin" for token in segment.ids]
-    named, = (segment.ids for segment in likelihood.segments
-              if segment.kind == "name" and segment.profile == m)
-    bare, = pieces_of(tokenizer, [profile["prompt"].replace(f" {profile['name']}", "")])
-    p, q = next_word(named), next_word(bare)
-    score = p * (p / q.clamp(min=1e-12)).log()
+    name, = (segment.ids for segment in likelihood.segments
+             if segment.kind == "name" and segment.profile == m)
+    after_name, after_bare = next_word(name), next_word(pieces_of(tokenizer, [BARE_PROMPT])[0])
+    likeliest = after_name.topk(min(LIKELIEST, len(after_name))).indices
+    lift = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
     words = {}
-    for token in score.argsort(descending=True).tolist():
-        text = tokenizer.decode([token])
-        word = text.strip()
-        is_word = text.startswith(" ") and word.isalpha() and len(word) > 2
-        if is_word and word.lower() not in ENGLISH_STOP_WORDS:
-            words.setdefault(word.lower(), float(p[token]))
+    for token in likeliest[lift.argsort(descending=True)].tolist():
+        begins_a_word = tokenizer.convert_ids_to_tokens(token)[:1] in ("\u0120", "\u2581")
+        word = tokenizer.decode([token]).strip().lower()
+        if begins_a_word and word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS:
+            words.setdefault(word, float(after_name[token]))
         if len(words) == OWN_WORDS:
             break
+    if len(words) < 2:
+        raise UserError(f"no item names profile {m + 1}, and the LLM has {len(words)} words of its own",
+                        "dataset.json", "run 01 with --hobby-words and --background-words")
     return words
 
 

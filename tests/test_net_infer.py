@@ -199,8 +199,11 @@ def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(wor
         return types.SimpleNamespace(logits=logits)
 
     likelihood.model = expect
-    found = infer.likeliest_words(likelihood, tokenizer, 0, world[0].profiles[0])
+    found = infer.likeliest_words(likelihood, tokenizer, 0)
     assert list(found)[:2] == ["music", "user"] and found["music"] > found["user"]
+    likelihood.model = lambda tokens: types.SimpleNamespace(logits=torch.zeros(1, tokens.shape[1], 5))
+    with pytest.raises(common.UserError, match="0 words of its own .*--hobby-words"):
+        infer.likeliest_words(likelihood, tokenizer, 0)  # its five tokens are no words
 
 
 # ---------------------------------------------------------------- the task prompt

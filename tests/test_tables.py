@@ -434,10 +434,10 @@ def test_a_stage_that_fails_ends_the_study_and_the_same_command_goes_on(studies,
     module, calls = studies
     fine = module.call
 
-    def call(script, run, flags, log):
+    def call(script, run, flags, log, threads):
         if script.startswith("03") and "kmeans" in flags:
             raise common.UserError("03_quantize.py failed: no", run, "see the log")
-        fine(script, run, flags, log)
+        fine(script, run, flags, log, threads)
 
     monkeypatch.setattr(module, "call", call)
     with pytest.raises(common.UserError, match="03_quantize.py failed"):
@@ -549,7 +549,7 @@ def test_what_a_study_takes_artifacts_from_is_made_before_it(monkeypatch, tmp_pa
     """On a fresh machine too: the study's origin, and of one theta the first repetition."""
     made = []
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "repeat", lambda study, name, seed, _: made.append((study, name, seed)))
+    monkeypatch.setattr(tables, "repeat", lambda study, name, seed, *_: made.append((study, name, seed)))
     monkeypatch.setattr(tables, "code_fingerprint", lambda: "x")
     tables.run_study("ml-100k-attributes", 3, 2, None, again=False)
     assert set(made[:3]) == {("ml-100k", "default", seed) for seed in range(3)} and made[0][2] == 0
