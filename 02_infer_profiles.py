@@ -449,7 +449,7 @@ def parse_arguments():
     add("--prior", type=at_least(0, float, 1e6), default=1.0, help="weight of the prior of z (paper: 0)")
     add("--rank", type=at_least(0), default=16,
         help="most directions of the words' space; 0: the whole space, an isotropic prior (paper)")
-    add("--task-steps", type=at_least(0), default=48,
+    add("--task-steps", type=at_least(0), default=24,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
     add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")

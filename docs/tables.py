@@ -140,7 +140,7 @@ STUDIES = {  # name: {variant: flags}
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
             f"{COLD} none,random,metadata,generosity,userip")},
     "real-demo": {
-        "SmolLM2": real("--subsample-users 600", "--lm smollm2"),
+        "SmolLM2": real("--subsample-users 300", "--lm smollm2"),
         "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
         "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2")},
     "real-ml-100k": {

@@ -176,7 +176,7 @@ def world():
 
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
-    return SimpleNamespace(**{"steps": 3, "lr": 0.5, "prior": 1.0, "rank": 16, "task_steps": 48,
+    return SimpleNamespace(**{"steps": 3, "lr": 0.5, "prior": 1.0, "rank": 16, "task_steps": 24,
                               "mask": "strict", "history": "liked", "max_history": 20, "block_size": None,
                               "seed": 0, **changes})
 
