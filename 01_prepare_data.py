@@ -5,7 +5,7 @@ split that all stages obey. An item gets a title and, for each latent profile, w
 film's genre and era, a product's brand and price.
 
 Writes to --run (U users, I items, N interactions, M profiles):
-    dataset.json      facts, prompts, fingerprints of the rest
+    dataset.json      facts, prompts, words of each profile, fingerprints of the rest
     interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if known
     users.json        (U) raw user ids;  items.json (I) {id, title, attributes}
     truth.npy         int16 (U, M) the demo's planted profiles, for evaluation
@@ -441,7 +441,7 @@ def parse_product(line):
 
 
 def describe_products(facts):
-    """(titles, attributes) of {id: product}: the brand, else the categories; the third of their prices."""
+    """(titles, attributes) of {id: product}: brand, else categories; the third of their prices, if any."""
     prices, titles, attributes = {}, {}, {}
     for fact in facts.values():
         if fact["price"] is not None:
@@ -450,12 +450,13 @@ def describe_products(facts):
     bounds = {name: np.quantile(values if len(values) >= 9 else everything, (1 / 3, 2 / 3))
               for name, values in prices.items()}
     for raw, fact in facts.items():
-        level = fact["level"] or "unpriced"
+        level = fact["level"]
         if fact["price"] is not None and not fact["level"]:
             above = fact["price"] > bounds[tuple(fact["categories"][-1:])]
-            level = ("budget", "midrange", "premium")[above.sum()]
+            level = ("cheap", "ordinary", "luxurious")[above.sum()]
         hobby = [fact["brand"]] if fact["brand"] else fact["categories"]
-        titles[raw], attributes[raw] = fact["title"], {"hobby": hobby, "background": [level]}
+        titles[raw] = fact["title"]
+        attributes[raw] = {"hobby": hobby, "background": [level] if level else []}
     return titles, attributes
 
 

@@ -5,7 +5,7 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by the text tha
     x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
 
 Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
-theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4). Three steps:
+theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) and a prior's term. Three steps:
 
     fit_space  the words that could name a profile become a Gaussian prior: theta^m = origin^m + z^m basis^m
     fit_task   what all users share, the format of the text, is learned once, as soft tokens of D_task

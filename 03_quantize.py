@@ -10,7 +10,7 @@ N(0, I): theta = origin + z basis. DEVIATION(5).
 
 vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is warmed up on
 these codes; then minibatches of users update z, codebooks and surrogate. kmeans is the start alone. em learns
-codes that are soft tokens, words takes the words as they are: a user's code is then the likeliest given
+codes that are soft tokens, words takes the K_m most frequent words: a user's code is then the likeliest given
 the history. A code is named after the word towards which it lies.
 
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt

@@ -56,7 +56,7 @@ def parse_arguments():
     add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
     add("--fields", choices=FIELDS, default="ids", help="paper: ids, of user and item; attributes: no user")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
-        help="of userip and its controls: codes, or theta projected (Table 3, no VQ)")
+        help="of userip and its controls: codes, or theta (its coordinates), projected (Table 3, no VQ)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
@@ -87,7 +87,8 @@ def attribute_table(dataset, name):
 def build_features(dataset, kind, codes, sizes, theta=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns); U and I are unseen ones.
 
-    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or float (U, M, d) instead of codes.
+    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or, instead of codes, its coordinates z,
+    float (U, M, r).
     """
     users, items = (np.arange(len(raw) + 1)[:, None] for raw in (dataset.users, dataset.items))
     # columns: field, 0 of users or 1 of items, table of its ids
@@ -484,14 +485,14 @@ def show(summary, base_logloss):
 
 @dataclass
 class Inputs:
-    """banks: {name: (codes int (U, M), sizes K_m)}; theta: float (U, M, d)."""
+    """banks: {name: (codes int (U, M), sizes K_m)}; theta: float (U, M, r), its coordinates z."""
 
     banks: dict
     theta: np.ndarray | None = None
 
     def of(self, ids, seeds):
         """A row's (codes, sizes, theta). With theta, random is noise, shuffled another user's: codes are no
-        control, as d numbers a user are a user id in disguise."""
+        control, as r numbers a user tell users apart."""
         rng = np.random.default_rng(seeds)
         codes, theta = codes_of(ids, self.banks, rng), self.theta if bank_name(ids) == "userip" else None
         if theta is not None and ids != "userip":

@@ -246,7 +246,7 @@ class Dataset:
     interactions: np.ndarray
     users: list  # raw user id at each user index
     items: list  # {id, title, attributes: {profile name: [values]}} at each index
-    profiles: list  # {name, prompt, codes}
+    profiles: list  # {name, prompt, codes, words: {word: items that have it}}, a critic's also likes
     task_prompt: str
     name: str = "dataset"
 
@@ -397,7 +397,7 @@ def load_language_model(name, dtype, device):
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
-    model = model.to(device).eval().requires_grad_(False)  # only theta is trained
+    model = model.to(device).eval().requires_grad_(False)  # theta and the task prompt alone are trained
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
 

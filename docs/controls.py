@@ -7,7 +7,7 @@
 metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
 text        no inference: k-means of the history's mean word vector; K_1 x ... x K_M clusters, and K_1
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
-words       no descent: the LLM's own words by Bayes' rule (03 --quantizer words)
+words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words)
 generosity  one number: eight quantiles of the share of likes
 mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
 

@@ -99,7 +99,7 @@ def attention_by_word(problem, likelihood, tokenizer, start):
     """How much the words of a sentence about one user's titles look at theta^m, for seven users.
 
     Returns (users, words, weights): weights[m][s] is (users, words), each row of sum 1, for s one of STAGES:
-    theta as noise (the paper's start), the mean of the words (ours), and theta inferred.
+    theta as noise (the authors' start), the mean of the words (ours), and theta inferred.
     """
     known = np.flatnonzero(problem.known)
     texts = infer.history_texts(problem.dataset, common.SEEN, SimpleNamespace(**problem.facts))

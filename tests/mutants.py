@@ -340,7 +340,7 @@ MUTANTS["01_prepare_data.py"] = [
      "np.quantile(everything,", "+data:test_price_levels_are_thirds_within_a_category"),
     ("a price as high as others is dear", 'fact["price"] > bounds[', 'fact["price"] >= bounds[',
      "+data:test_price_levels_are_thirds_within_a_category"),
-    ("a missing price is the lowest", 'fact["level"] or "unpriced"', 'fact["level"] or "budget"',
+    ("a missing price is the lowest", 'level = fact["level"]\n', 'level = fact["level"] or "cheap"\n',
      "+data:test_price_levels_are_thirds_within_a_category"),
     ("the category before the brand", '[fact["brand"]] if fact["brand"] else fact["categories"]',
      'fact["categories"] or [fact["brand"]]', "loaders:test_amazon_in_all_its_dialects"),
