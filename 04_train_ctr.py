@@ -87,7 +87,7 @@ def attribute_table(dataset, name):
 def build_features(dataset, kind, codes, sizes, theta=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns); U and I are unseen ones.
 
-    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or, instead of codes, its coordinates z,
+    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or, for codes, its coordinates z,
     float (U, M, r).
     """
     users, items = (np.arange(len(raw) + 1)[:, None] for raw in (dataset.users, dataset.items))

@@ -17,7 +17,8 @@ SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_t
 OTHERS = [*(f"docs/{name}.py" for name in ("baselines", "controls", "explain", "figures", "lm_both",
                                             "score", "tables")),
           *(f"tests/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare"))]
-FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help"}
+FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help",
+           "--no-deps"}
 
 
 def test_every_flag_they_name_exists():
