@@ -1081,7 +1081,7 @@ MUTANTS["docs/tables.py"] = [
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
     ("a variant's flags of stage 03 are lost", 'f"{flags[2]} --seed {seed}"', 'f"--seed {seed}"',
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
-    ("a variant's controls are not made", 'if settings["controls"]:', "if False:",
+    ("a variant's controls are not made", 'if controls:', "if False:",
      "+data:test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition"),
     ("a source is not taken from", 'first_run / settings["source"] if settings["source"] else base', "base",
      "tables:test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
