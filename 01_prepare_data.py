@@ -99,7 +99,7 @@ def parse_arguments():
 def word_list(text):
     """argparse type: words separated by commas, each once."""
     words = [" ".join(word.split()) for word in text.split(",")]
-    if len(words) < 2 or not all(words) or len(set(words)) < len(words):
+    if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
         raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
     return words
 
@@ -252,7 +252,8 @@ def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
     wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
     rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
-    source = collect(rows, (PASTIME,) + (BACKGROUND,) * bool(args.background_col), CHOSE)
+    has_background = bool(args.background_col or args.background_words)
+    source = collect(rows, (PASTIME,) + (BACKGROUND,) * has_background, CHOSE)
     columns = {name: column for name in ("title", "hobby", "background")
                if (column := getattr(args, f"{name}_col"))}
     wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
@@ -557,7 +558,7 @@ def words_of(profile, items, args):
     if given:
         return dict.fromkeys(given, 1)
     values = [value for item in items for value in set(item["attributes"].get(profile["name"], []))]
-    counts = Counter(values)
+    counts = Counter(value for value in values if value != "unknown")  # in feature_bank.csv: no history
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
     return {word: counts[word] for word in frequent}
 

@@ -287,7 +287,9 @@ def fit_space(likelihood, tokenizer, profiles, rank):
     """The Space of the profiles' words: DEVIATION(4). The task prompt is that of the text."""
     origins, bases, words, coordinates = [], [], [], []
     for m, profile in enumerate(profiles):
-        counts = profile.get("words") or likeliest_words(likelihood, tokenizer, m)
+        counts = profile.get("words", {})
+        if len(counts) < 2:  # one word spans nothing
+            counts = likeliest_words(likelihood, tokenizer, m)
         texts = [f" {word}" for word in counts]
         # A word of several tokens is the mean of its tokens.
         vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces_of(tokenizer, texts)])
@@ -330,7 +332,7 @@ def fit_task(likelihood, space, histories, args):
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
     best_task, best_nll = likelihood.task, float("inf")
     for step in progress(range(steps + 1), "learning the task prompt", "step"):
-        likelihood.task = task
+        likelihood.task = task.detach()
         if step % TASK_CHECK == 0 or step == steps:
             with torch.no_grad():
                 blocks = shared_nll(likelihood, space, histories, held_out, args)
@@ -339,9 +341,13 @@ def fit_task(likelihood, space, histories, args):
                 best_task, best_nll = task.detach().clone(), nll
         if step < steps:
             chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
+            likelihood.task = task
             optimizer.zero_grad()
             for block in shared_nll(likelihood, space, histories, chosen, args):
                 block.backward()
+            if not task.grad.isfinite().all():
+                raise UserError("the task prompt's gradient is not finite", str(likelihood.dtype),
+                                "take --dtype bf16 or fp32, or --task-steps 0")
             optimizer.step()
             schedule.step()
     likelihood.task = best_task
@@ -362,8 +368,14 @@ def descend(likelihood, space, ids, lengths, args):
             nll = likelihood(space.theta(z), ids, lengths)  # Eq. (4)
             # DEVIATION(4): l = l_llm + prior / 2 ||z||^2, a Gaussian prior; the paper has prior = 0.
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-        gradient = torch.autograd.grad(loss.sum(), z)[0] if wants_gradient else None
-        return nll.detach(), loss.detach(), gradient
+            loss_sum = loss.sum()
+        nll, loss, gradient = nll.detach(), loss.detach(), None
+        if wants_gradient:
+            gradient, = torch.autograd.grad(loss_sum, z)
+            # Where low precision overflowed, this point is as bad as one of an infinite loss.
+            overflowed = ~gradient.isfinite().flatten(1).all(1)
+            nll, loss = (values.masked_fill(overflowed, torch.nan) for values in (nll, loss))
+        return nll, loss, gradient
 
     def longest_step(gradient):
         """The step size (B,) that moves no coordinate by more than --lr or than the prior alone would."""
@@ -408,8 +420,10 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
         ids, lengths = pad(histories, block, likelihood.device)
         tokens += int(lengths.sum())
         own, other = z[block], z[[neighbour[user] for user in block]]
-        variants = {"own": own, "population": np.zeros_like(own), "shuffled": other}
-        for m, profile in enumerate(profiles if len(profiles) > 1 else ()):
+        variants = {"own": own, "population": np.zeros_like(own)}
+        if len(solved) > 1:
+            variants["shuffled"] = other
+        for m, profile in enumerate(profiles if len(profiles) > 1 and len(solved) > 1 else ()):
             variants[profile["name"]] = own.copy()
             variants[profile["name"]][:, m] = other[:, m]
         for name, coordinates in variants.items():
@@ -521,6 +535,9 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
         return space.saved()
 
     if RANK == 0:
+        if not (work / "space.pt").exists():  # blocks of another space are worth nothing
+            for path in work.glob("[0-9]*.pt"):
+                path.unlink()
         once(work / "space.pt", make_space)
     wait_for_all()
     space = open_space(work, likelihood.device)
@@ -670,7 +687,7 @@ def likeliest_words(likelihood, tokenizer, m):
     lift = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
     words = {}
     for token in likeliest[lift.argsort(descending=True)].tolist():
-        begins_a_word = tokenizer.convert_ids_to_tokens(token)[:1] in ("\u0120", "\u2581")
+        begins_a_word = (tokenizer.convert_ids_to_tokens(token) or "")[:1] in ("\u0120", "\u2581")
         word = tokenizer.decode([token]).strip().lower()
         if begins_a_word and word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS:
             words.setdefault(word, float(after_name[token]))
@@ -826,6 +843,8 @@ def main():
         else:
             print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
     wait_for_all()
+    if not any("words" in profile for profile in dataset.profiles):
+        raise UserError("dataset.json has no words, it is of an earlier version", args.run, "run 01 again")
     texts = history_texts(dataset, SEEN, args)
     longest = max(map(len, history_texts(dataset, TRAIN, args)))
     if not longest:

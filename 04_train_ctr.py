@@ -496,7 +496,7 @@ class Inputs:
         rng = np.random.default_rng(seeds)
         codes, theta = codes_of(ids, self.banks, rng), self.theta if bank_name(ids) == "userip" else None
         if theta is not None and ids != "userip":
-            noise = rng.standard_normal(theta.shape, dtype=np.float32)
+            noise = rng.standard_normal(theta.shape, dtype=np.float32) * theta.any(axis=0)
             theta = noise if "random" in ids else rng.permutation(theta)
         return *codes, theta
 
@@ -548,7 +548,9 @@ def read_inputs(args):
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
         theta -= theta.mean(axis=0)  # then on the scale of the noise of random
-        theta /= np.maximum(theta.std(axis=(0, 2), keepdims=True), 1e-12)
+        varies = theta.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
+        power = (theta ** 2).sum((0, 2)) / np.maximum(1, len(theta) * varies.sum(1))
+        theta /= np.maximum(power ** 0.5, 1e-12)[:, None]
     if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
         print("WARNING: 02 ran with --users: old users' theta has seen the earlier split")
     return dataset, Inputs(banks, theta)

@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -161,11 +162,11 @@ def together(run):
 def finish(run):
     """Move the files of a stage that ended into place. After a kill in between, the next reader does it."""
     ready = Path(run) / READY
-    if ready.exists():
-        with contextlib.suppress(FileNotFoundError):  # another process moves them too
-            for path in sorted(ready.iterdir()):
-                os.replace(path, ready.parent / path.name)
-            ready.rmdir()
+    for path in sorted(ready.glob("*")):
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
+            os.replace(path, ready.parent / path.name)
+    with contextlib.suppress(OSError):  # it is gone already
+        ready.rmdir()
 
 
 def save_json(path, value):
@@ -196,6 +197,8 @@ MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "
 
 def remedy(run, name):
     """The command that makes this artifact."""
+    if Path(run).name.startswith(("blocks-", "rows-")):  # a piece, which is made again
+        return "run the same command again"
     makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
     return f"run: python {makers[0]} --run {run}" if makers else "run the same command again"
 
@@ -251,7 +254,8 @@ class Dataset:
     name: str = "dataset"
 
     def fingerprint(self):
-        return fingerprint(self.interactions, self.users, self.items, self.profiles, self.task_prompt)
+        order = [list(profile.get("words", ())) for profile in self.profiles]  # which sorted JSON would lose
+        return fingerprint(self.interactions, self.users, self.items, self.profiles, order, self.task_prompt)
 
     def rows(self, splits):
         """int32 (n, 3) user, item, label of one split or several, in stored (time) order."""
@@ -426,11 +430,12 @@ def lm_folder(name):
         return "meta-llama/Llama-2-7b-hf"
     if name not in PACKAGED and not name.endswith(".gguf"):
         return name
-    target = Path("data", Path(name).stem if name.endswith(".gguf") else name)
+    target = Path("data", Path(name).name)
+    finish(target)
     if name in PACKAGED:
         module, command = PACKAGED[name]
         spec = importlib.util.find_spec(module)
-        if (target / "config.json").exists():
+        if (target / "gguf.json").exists():
             return str(target)
         if spec is None:
             raise UserError(f"the package of {name} is not installed", f"--lm {name}",
@@ -446,7 +451,8 @@ def lm_folder(name):
     path = Path(name)
     if not path.is_file():
         raise UserError("there is no such file", name, "check --lm")
-    if not (target / "config.json").exists() or load(target, "gguf.json").get("source") != gguf_mark(path):
+    known = (target / "gguf.json").exists() and load(target, "gguf.json").get("source")
+    if known != gguf_mark(path):
         convert_gguf(path, target)
     return str(target)
 
@@ -484,6 +490,8 @@ def convert_gguf(path, target):
         plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
+    if (target / "gguf.json").exists():
+        shutil.rmtree(target)  # of an earlier file of this name
     with together(target) as aside:
         save_pretrained(aside, plain, tokenizer)
         save_json(aside / "gguf.json", {"source": gguf_mark(path), "file": path.name})

@@ -34,6 +34,14 @@ add_llm() {
   fi
 }
 
+# The demo has its own folders; other runs are made with the four scripts.
+check_words() {
+  case " $* " in
+    *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)
+      echo "error: run.sh runs the demo in runs/demo or runs/llm ($*); call the four scripts for another folder, data set or their --help" >&2; exit 2 ;;
+  esac
+}
+
 case "${1:-}" in
   setup) ;;
   test)
@@ -43,6 +51,7 @@ case "${1:-}" in
     ;;
   llm)
     shift
+    check_words "$@"
     add_llm
     "$VENV/bin/python" 01_prepare_data.py --run runs/llm --subsample-users 300 "$@"
     "$VENV/bin/python" 02_infer_profiles.py --run runs/llm --lm smollm2
@@ -50,10 +59,7 @@ case "${1:-}" in
     "$VENV/bin/python" 04_train_ctr.py --run runs/llm
     ;;
   *)
-    case " $* " in
-      *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)
-        echo "error: run.sh runs the demo in runs/demo ($*); call the four scripts for another folder, data set or their --help" >&2; exit 2 ;;
-    esac
+    check_words "$@"
     "$VENV/bin/python" 01_prepare_data.py "$@"
     "$VENV/bin/python" 02_infer_profiles.py
     "$VENV/bin/python" 03_quantize.py

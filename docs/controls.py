@@ -159,7 +159,13 @@ def main():
     device = common.pick_device(args.device)
     sizes = sizes_of(args.run, problem.dataset.profiles, args.codes)
     for name in args.names or CONTROLS:
-        columns = CONTROLS[name](problem, sizes, device, args.seed)
+        try:
+            columns = CONTROLS[name](problem, sizes, device, args.seed)
+        except common.UserError as error:
+            if args.names:
+                raise
+            print(f"WARNING: {name} is left out: {error}")
+            continue
         bank = save_bank(args.run, name, columns, problem.dataset,
                          f"docs/controls.py {name} --seed {args.seed}")
         # text and hidden have columns of another meaning

@@ -147,7 +147,8 @@ def theta_figure(problem, bank, truth):
     figure, grid = plt.subplots(len(profiles), len(colourings), squeeze=False,
                                 figsize=(4.2 * len(colourings), 3.6 * len(profiles)))
     for m, profile in enumerate(profiles):
-        points = PCA(2, random_state=0).fit_transform(problem.z[known, m])
+        z = np.pad(problem.z[known, m], ((0, 0), (0, 1)))  # two words have one direction
+        points = PCA(2, random_state=0).fit_transform(z)
         for axes, (name, values) in zip(grid[m], colourings):
             if m >= values.shape[1]:  # a critic is not planted
                 axes.set_axis_off()

@@ -168,6 +168,12 @@ def test_a_word_of_held_out_items_is_no_word():
     assert found.profiles == plain.profiles
 
 
+def test_the_order_of_words_belongs_to_the_data(monkeypatch):
+    """It decides at which words k-means begins, and which are asked."""
+    one, two = (small_world(hobby_words=words)[0] for words in (["a", "b", "c"], ["c", "b", "a"]))
+    assert one.fingerprint() != two.fingerprint()
+
+
 def test_words_by_flag_take_the_place_of_the_values():
     dataset, _ = small_world(hobby_words=["chess", "music"], critic=True)
     words = [profile["words"] for profile in dataset.profiles]

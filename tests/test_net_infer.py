@@ -357,6 +357,53 @@ def test_the_best_point_is_kept_and_a_step_too_long_is_halved(slope):
     assert steps[1] == pytest.approx(steps[0] / 2)  # taken back and halved
 
 
+def test_a_point_whose_gradient_overflowed_is_taken_back_and_at_the_start_it_is_said():
+    """As fp16 may: the likelihood is finite there, its gradient is not."""
+    space = infer.Space(torch.zeros(1, 4), torch.eye(4)[None], None, [], [])
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z ** 2 - z
+
+        @staticmethod
+        def backward(ctx, upstream):
+            z, = ctx.saved_tensors
+            return torch.where(z < limit, 2 * z - 1, torch.inf) * upstream
+
+    def overflowing(theta, ids, lengths):
+        return Overflow.apply(space.z(theta)).sum((1, 2))
+
+    ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
+    limit = 0.4
+    z, path = infer.descend(overflowing, space, ids, lengths, settings(steps=6, lr=0.5, prior=0.0))
+    assert z.isfinite().all() and path.isfinite().all() and (z < limit).all() and (path[-1] < path[0]).all()
+    limit = -1.0
+    with pytest.raises(common.UserError, match="not finite for users 0, 1"):
+        infer.infer_block(Bad(overflowing), space, [np.arange(3)] * 2, [0, 1], settings(steps=2, prior=0.0))
+
+
+class Bad:
+    """A likelihood on the CPU that is a function."""
+
+    device, dtype = "cpu", torch.float16
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+
+def test_one_word_spans_nothing_so_the_llm_s_own_are_taken(world):
+    likelihood, tokenizer = likelihood_of(*make_lm("gpt2"), world[0]), make_lm("gpt2")[1]
+    dataset = copy.deepcopy(world[0])
+    dataset.profiles[0]["words"] = {"music": 400}
+    space = space_of(likelihood, tokenizer, dataset)
+    assert len(space.words[0]) > 1 and space.words[1] == list(dataset.profiles[1]["words"])
+
+
 def test_fp16_finds_the_z_of_fp32_with_the_same_prior(world):
     """Whatever keeps fp16 gradients above underflow must not weigh the likelihood anew against the prior."""
     def found(dtype):
