@@ -138,18 +138,6 @@ def history_texts(dataset, splits, settings):
     return [lines[-settings.max_history:] for lines in texts]
 
 
-def tokenize_histories(tokenizer, texts, room):
-    """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens."""
-    distinct = sorted(set(chain(*texts)))
-    ids_of = dict(zip(distinct, pieces_of(tokenizer, distinct)))
-    histories = []
-    for lines in texts:
-        used = np.cumsum([len(ids_of[text]) for text in lines[::-1]])
-        dropped = len(lines) - sum(used <= room)
-        histories.append(np.array([token for text in lines[dropped:] for token in ids_of[text]], np.int32))
-    return histories
-
-
 # -------- model: the likelihood
 
 class ProfileLikelihood:
@@ -432,21 +420,6 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
     return {name: total / tokens for name, total in totals.items()}
 
 
-def warnings_of(steps, heldout):
-    """What failed, a line each."""
-    found = []
-    if not steps[-1] < steps[0]:
-        found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
-                     "nothing was inferred")
-    for name, value in heldout.items():
-        if name != "own" and heldout["own"] >= value:
-            other = {"population": "what all users share", "shuffled": "the theta of another user"}
-            what = other.get(name, f"the {name} of another user: the words for it say nothing here")
-            found.append("on titles not seen a user's own theta is no better "
-                         f"({heldout['own']:.4f} nats a token) than {what} ({value:.4f})")
-    return found
-
-
 # -------- here the method ends; running it: the flags
 
 def parse_arguments():
@@ -475,7 +448,19 @@ def parse_arguments():
     return parser.parse_args()
 
 
-# -------- blocks of users
+# -------- tokens and blocks of users
+
+def tokenize_histories(tokenizer, texts, room):
+    """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens."""
+    distinct = sorted(set(chain(*texts)))
+    ids_of = dict(zip(distinct, pieces_of(tokenizer, distinct)))
+    histories = []
+    for lines in texts:
+        used = np.cumsum([len(ids_of[text]) for text in lines[::-1]])
+        dropped = len(lines) - sum(used <= room)
+        histories.append(np.array([token for text in lines[dropped:] for token in ids_of[text]], np.int32))
+    return histories
+
 
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
@@ -819,6 +804,21 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     publish(work, args.run)
     report(steps, heldout, lm["sensitivity"], speed)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
+
+
+def warnings_of(steps, heldout):
+    """What failed, a line each."""
+    found = []
+    if not steps[-1] < steps[0]:
+        found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
+                     "nothing was inferred")
+    for name, value in heldout.items():
+        if name != "own" and heldout["own"] >= value:
+            other = {"population": "what all users share", "shuffled": "the theta of another user"}
+            what = other.get(name, f"the {name} of another user: the words for it say nothing here")
+            found.append("on titles not seen a user's own theta is no better "
+                         f"({heldout['own']:.4f} nats a token) than {what} ({value:.4f})")
+    return found
 
 
 def report(steps, heldout, sensitivity, speed):
