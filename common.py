@@ -162,6 +162,8 @@ def together(run):
 def finish(run):
     """Move the files of a stage that ended into place. After a kill in between, the next reader does it."""
     ready = Path(run) / READY
+    if not ready.exists():
+        return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
             os.replace(path, ready.parent / path.name)
