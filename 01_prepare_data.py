@@ -40,9 +40,10 @@ from common import (
 
 # -------- settings
 
-# Paper: section 2.3. Note: each prompt is worded so that the values of its data set complete the sentence,
-# and so that an LLM which has never seen the data understands it (docs/RESULTS.md, "Wordings"). codes: stage
-# 03's K_m. likes: share of titles that such a person likes, for the tiny LM.
+# Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
+# interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
+# sentence, for an LLM that has never seen the data. codes: stage 03's K_m. likes: the share of titles that
+# such a person likes, for the tiny LM.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
@@ -54,7 +55,7 @@ PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are
 ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
 CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-BOUGHT = ". Products that this user bought:"  # the task prompts
+BOUGHT = ". Products that this user bought:"  # this and the next three: task prompts
 WATCHED = ".\nMovies that this user watched:"
 VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
@@ -78,8 +79,8 @@ def parse_arguments():
     add("--subsample-users", type=at_least(1), help="keep so many random users")
     add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
     add("--critic", action="store_true", help="a third profile, for rated histories")
-    for name in ("hobby", "background"):
-        add(f"--{name}-words", type=word_list, help="a,b,c: what could name it (default: items' values)")
+    add("--hobby-words", type=word_list, help="a,b,c: what could name it (default: the items' values)")
+    add("--background-words", type=word_list, help="the same for the background")
     add("--signal", type=at_least(0, float, 100), default=1.0, help="demo: strength of the profiles; 0: none")
     add = parser.add_argument_group("csv: comma- or tab-separated, with a header").add_argument
     add("--ratings-file", type=Path, help="a row an interaction")

@@ -53,7 +53,8 @@ TASK_CHECK = 8  # steps between two looks at the users held out
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 OWN_WORDS = 16  # the LLM's own words for a profile, where items have no attributes:
-LIKELIEST, BARE_PROMPT = 200, "This user is"  # of so many, those of the largest lift over this prompt
+LIKELIEST = 200  # of so many likeliest words after the profile's name
+BARE_PROMPT = "This user is"  # those that are most of all likelier than after this
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
             "tiny_sentences", "seed")  # the settings on which theta depends
@@ -231,11 +232,6 @@ class Space:
         """z (B, M, r) -> theta (B, M, d)."""
         return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
 
-    def z(self, theta):
-        """theta (B, M, d) -> z (B, M, r) of the point of the space that is nearest to it."""
-        squared_length = self.basis.pow(2).sum(2).clamp(min=1e-12)  # Shape: (M, r)
-        return torch.einsum("bmd,mrd->bmr", theta - self.origin, self.basis) / squared_length
-
     def saved(self):
         """What space.pt holds."""
         tensors = {"origin": self.origin, "basis": self.basis, "task": self.task}
@@ -249,6 +245,12 @@ class Space:
         return fingerprint(*arrays, *(found.numpy() for found in saved["coordinates"]), self.words)
 
 
+def coordinates_of(vectors, origin, basis):
+    """z (n, r) of the points of a profile's space, origin (d,), basis (r, d), nearest to vectors (n, d)."""
+    squared_length = basis.pow(2).sum(1).clamp(min=1e-12)  # 0 for a direction that the words do not have
+    return (vectors - origin) @ basis.T / squared_length
+
+
 def gaussian_of(vectors, counts, rank):
     """The Gaussian N(origin, basis^T basis) fitted to words: (origin (d,), basis (r, d), coordinates (n, r)).
 
@@ -258,16 +260,15 @@ def gaussian_of(vectors, counts, rank):
     """
     weight = counts.sqrt() / counts.sqrt().sum()
     origin = weight @ vectors
-    deviation = vectors - origin
-    _, size, directions = torch.linalg.svd(weight.sqrt()[:, None] * deviation, full_matrices=False)
+    weighted = weight.sqrt()[:, None] * (vectors - origin)
+    _, size, directions = torch.linalg.svd(weighted, full_matrices=False)
     if rank:
         kept = max(1, min(rank, len(vectors) - 1))
         basis = size[:kept, None] * directions[:kept]
     else:
         spread = size.pow(2).sum().div(len(origin)).sqrt()
         basis = spread * torch.eye(len(origin), device=vectors.device)
-    squared_length = basis.pow(2).sum(1).clamp(min=1e-12)
-    return origin, basis, deviation @ basis.T / squared_length
+    return origin, basis, coordinates_of(vectors, origin, basis)
 
 
 @torch.no_grad()
@@ -350,19 +351,18 @@ def descend(likelihood, space, ids, lengths, args):
     and halved, so that no user ends above the start.
     """
     def evaluate(z, wants_gradient):
-        """(NLL (B,), loss (B,), its gradient (B, M, r) or None) at z (B, M, r)."""
+        """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
+        gradient = torch.zeros_like(z)
         with torch.set_grad_enabled(wants_gradient):
             z = z.detach().requires_grad_(wants_gradient)
             nll = likelihood(space.theta(z), ids, lengths)  # Eq. (4)
             # DEVIATION(4): l = l_llm + prior / 2 ||z||^2, a Gaussian prior; the paper has prior = 0.
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
-            loss_sum = loss.sum()
-        nll, loss, gradient = nll.detach(), loss.detach(), None
-        if wants_gradient:
-            gradient, = torch.autograd.grad(loss_sum, z)
-            # Where low precision overflowed, this point is as bad as one of an infinite loss.
-            overflowed = ~gradient.isfinite().flatten(1).all(1)
-            nll, loss = (values.masked_fill(overflowed, torch.nan) for values in (nll, loss))
+            if wants_gradient:
+                gradient, = torch.autograd.grad(loss.sum(), z)
+        # Where low precision overflowed, a point is as bad as one of an infinite loss.
+        overflowed = ~gradient.isfinite().flatten(1).all(1)
+        nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
 
     def longest_step(gradient):
@@ -398,7 +398,7 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
     """Nats per token of validation titles, {} without any:
 
     own: under the user's z; population: under 0, what all share; shuffled: under another user's z;
-    and for each profile by name: under his own z, but this one profile of another user.
+    and for each profile, by its name: under the user's own z, but this one profile of another user.
     """
     ring = rng.permutation(solved)
     neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))
@@ -514,8 +514,6 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     """Infer what has no file yet in `work`: the space, then the blocks, which processes share. The Space."""
     def make_space():
         space = fit_space(likelihood, tokenizer, dataset.profiles, args.rank)
-        for profile, words in zip(dataset.profiles, space.words):
-            print(f"words of {profile['name']}: {', '.join(words)}")
         space.task = fit_task(likelihood, space, histories, args)
         return space.saved()
 
@@ -527,6 +525,8 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     wait_for_all()
     space = open_space(work, likelihood.device)
     likelihood.task = space.task
+    for profile, words in zip(dataset.profiles, space.words if RANK == 0 else ()):
+        print(f"words of {profile['name']}: {', '.join(words)}")
     pieces = [(work / f"{number:06d}.pt", infer_block, likelihood, space, histories, users, args)
               for number, users in enumerate(blocks)]
     do_all(pieces, "inferring", "block", likelihood.device)

@@ -303,14 +303,14 @@ class KMeans:
     def __init__(self, problem, sizes, args, device):
         self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
 
-    def start(self):
-        """The first codebooks."""
+    def first_books(self):
+        """The codebooks with which learning begins."""
         z = self.problem.z[self.problem.known]
         return first_codebooks(z, self.sizes, self.args.start, self.args.seed, self.problem.space.coordinates)
 
     def fit(self):
         """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
-        self.books = self.start()
+        self.books = self.first_books()
         return self.assign(), []
 
     def assign(self):
@@ -328,7 +328,7 @@ class JointVQ(KMeans):
         z = torch.tensor(problem.z, device=device)
         llm = self.llm_loss() if args.llm_loss and args.epochs else None
         rng = seeded(args.seed, 6)
-        quantizers = nn.ModuleList(map(VectorQuantizer, self.start())).to(device)
+        quantizers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         surrogate = Surrogate(len(z), len(dataset.items), *z.shape[1:]).to(device)
         rows = rows_by_user(dataset.rows(TRAIN), len(z))
         print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(quantizers):,d}, "
@@ -396,34 +396,30 @@ class SoftCodeEM(KMeans):
         """log pi_c of each combination of codes: float (C,)."""
         return sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))
 
-    def usage(self, share):
-        """M tensors (K_m,): responsibilities (B, C) summed over users, by code."""
-        return [torch.zeros(size).index_add(0, self.combinations[:, m], share.sum(0))
-                for m, size in enumerate(self.sizes)]
-
-    def e_step(self, codes, log_likelihood=None):
+    def e_step(self, codes, known=None):
         """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
         M tensors of expected counts (K_m,)). Users without a history keep their codes.
 
-        log_likelihood: a (B, C) for each block, where it is known already.
+        known: log P(y_u | c) (B, C) of each block, where it need not be asked for again.
         """
         codes = torch.tensor(codes)
         drawn, total, usage = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes]
         for number, users in enumerate(progress(self.blocks, "E-step", "block")):
-            known = self.log_likelihood(users) if log_likelihood is None else log_likelihood[number]
-            joint = self.log_weight() + known
+            log_likelihood = self.log_likelihood(users) if known is None else known[number]
+            joint = self.log_weight() + log_likelihood
             share = joint.softmax(1)  # the responsibilities p(c | y_u). Shape: (B, C)
             codes[users] = self.combinations[joint.argmax(1)]
             drawn[users] = self.combinations[torch.multinomial(share, 1).squeeze(1)]
             total += float(joint.logsumexp(1).double().sum())
-            usage = [before + more for before, more in zip(usage, self.usage(share))]
+            for m, counts in enumerate(usage):
+                counts.index_add_(0, self.combinations[:, m], share.sum(0))
         return total / sum(map(len, self.blocks)), codes.numpy(), drawn, usage
 
     def fit(self):
         args = self.args
         self.open()
         seeded(args.seed, 7)
-        self.books = [book.requires_grad_() for book in self.start()]
+        self.books = [book.requires_grad_() for book in self.first_books()]
         self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
         optimizer = torch.optim.AdamW(self.books, lr=args.lr, weight_decay=0.0)
         log, rounds = [], []

@@ -166,7 +166,10 @@ def finish(run):
         return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            os.replace(path, ready.parent / path.name)
+            if path.name.startswith("."):  # what another process had begun to write beside them
+                path.unlink()
+            else:
+                os.replace(path, ready.parent / path.name)
     with contextlib.suppress(OSError):  # it is gone already
         ready.rmdir()
 
@@ -435,28 +438,31 @@ def lm_folder(name):
     target = Path("data", Path(name).name)
     finish(target)
     if name in PACKAGED:
-        module, command = PACKAGED[name]
-        spec = importlib.util.find_spec(module)
-        if (target / "gguf.json").exists():
-            return str(target)
-        if spec is None:
-            raise UserError(f"the package of {name} is not installed", f"--lm {name}",
-                            f"run: {LLM_PACKAGES}; then: {command}")
-        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-        if files:
-            convert_gguf(files[0], target)
-        else:  # this one comes in parts
-            with tempfile.TemporaryDirectory() as aside:
-                whole = importlib.import_module(module).assemble(Path(aside, f"{name}.gguf"))
-                convert_gguf(whole, target)
+        if not (target / "gguf.json").exists():
+            convert_package(name, target)
         return str(target)
     path = Path(name)
     if not path.is_file():
         raise UserError("there is no such file", name, "check --lm")
-    known = (target / "gguf.json").exists() and load(target, "gguf.json").get("source")
-    if known != gguf_mark(path):
+    converted_from = (target / "gguf.json").exists() and load(target, "gguf.json").get("source")
+    if converted_from != gguf_mark(path):
         convert_gguf(path, target)
     return str(target)
+
+
+def convert_package(name, target):
+    """Convert the GGUF file that an installed package holds, whole or in parts."""
+    module, command = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise UserError(f"the package of {name} is not installed", f"--lm {name}",
+                        f"run: {LLM_PACKAGES}; then: {command}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if files:
+        convert_gguf(files[0], target)
+        return
+    with tempfile.TemporaryDirectory() as aside:
+        convert_gguf(importlib.import_module(module).assemble(Path(aside, f"{name}.gguf")), target)
 
 
 def gguf_mark(path):

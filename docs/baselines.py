@@ -116,7 +116,8 @@ def kar_text(world, histories, answer):
 
 def save_theta(world, theta):
     """RUN/kar: stage 01's files, the tiny LM and KAR's theta in our space, as 02 would have left it."""
-    z = world.space.z(torch.from_numpy(theta).to(world.device)).cpu().numpy()
+    columns = zip(torch.from_numpy(theta).to(world.device).unbind(1), world.space.origin, world.space.basis)
+    z = torch.stack([infer.coordinates_of(*column) for column in columns], dim=1).cpu().numpy()
     run, changed = world.args.run / "kar", {"fingerprint": common.fingerprint(z), "heldout_nll": None}
     shutil.rmtree(run, ignore_errors=True)
     later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",

@@ -215,6 +215,12 @@ def space_of(likelihood, tokenizer, dataset, rank=16):
     return infer.fit_space(likelihood, tokenizer, dataset.profiles, rank)
 
 
+def z_of(space, theta):
+    """theta (B, M, d) -> z (B, M, r) of the points of the space nearest to it."""
+    return torch.stack([infer.coordinates_of(*column) for column in
+                        zip(theta.unbind(1), space.origin, space.basis)], dim=1)
+
+
 def random_theta(likelihood, users, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(users, likelihood.profiles, likelihood.words.weight.shape[1], generator=generator)

@@ -168,7 +168,7 @@ def test_a_word_of_held_out_items_is_no_word():
     assert found.profiles == plain.profiles
 
 
-def test_the_order_of_words_belongs_to_the_data(monkeypatch):
+def test_the_order_of_words_belongs_to_the_data():
     """It decides at which words k-means begins, and which are asked."""
     one, two = (small_world(hobby_words=words)[0] for words in (["a", "b", "c"], ["c", "b", "a"]))
     assert one.fingerprint() != two.fingerprint()

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, random_theta,
-                      settings, space_of)
+                      settings, space_of, z_of)
 
 import common
 
@@ -159,7 +159,7 @@ def test_the_words_space_against_an_explicit_covariance(lm, world):
             assert np.allclose(mean + z @ basis, vectors[word], atol=1e-4)
         assert space.words[m] == list(profile["words"])
     z = torch.randn(5, 2, space.basis.shape[1]) * (space.basis.abs().sum(2) > 0)
-    assert torch.allclose(space.z(space.theta(z)), z, atol=1e-4)
+    assert torch.allclose(z_of(space, space.theta(z)), z, atol=1e-4)
 
 
 def test_fewer_directions_than_words_keep_the_most_of_their_variance(world):
@@ -336,7 +336,7 @@ class Valley:
         self.space, self.slope, self.visited = space, slope, []
 
     def __call__(self, theta, ids, lengths):
-        z = self.space.z(theta)
+        z = z_of(self.space, theta)
         self.visited.append(z.detach().clone())
         return self.slope * (z - 0.3).abs().sum((1, 2))
 
@@ -373,7 +373,7 @@ def test_a_point_whose_gradient_overflowed_is_taken_back_and_at_the_start_it_is_
             return torch.where(z < limit, 2 * z - 1, torch.inf) * upstream
 
     def overflowing(theta, ids, lengths):
-        return Overflow.apply(space.z(theta)).sum((1, 2))
+        return Overflow.apply(z_of(space, theta)).sum((1, 2))
 
     ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
     limit = 0.4

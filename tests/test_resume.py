@@ -602,11 +602,13 @@ def test_files_that_belong_together_move_in_all_or_none(at, tmp_path):
         with common.together(tmp_path) as aside:
             for name in "ab":
                 common.save_json(aside / f"{name}.json", "new")
+            (aside / ".c.json.tmp").write_text("half")  # of another process
 
     killed = killed_at(os, "replace", work, at + 3, lambda *_: True)  # two are of save_json
     assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
     found = [common.load(tmp_path, f"{name}.json") for name in "ab"]
     assert found == (["old", "old"] if at == 0 else ["new", "new"]) and not (tmp_path / common.READY).exists()
+    assert not (tmp_path / ".c.json.tmp").exists()
 
 
 def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
