@@ -248,6 +248,16 @@ def test_killed_between_its_renames_the_next_reader_moves_the_rest(moved, solved
     assert_same_run(run, unbroken)
 
 
+def test_a_result_that_is_complete_but_not_yet_renamed_is_not_made_again(solved, unbroken, flags, tmp_path,
+                                                                         monkeypatch):
+    """The blocks are gone by then: without the files that replace them all users would be inferred again."""
+    run = shutil.copytree(solved, tmp_path / "run")
+    killed = killed_at(Path, "replace", stage(infer, run, *flags), 1, lambda path, *_: "blocks-" in path.name)
+    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL and not blocks_done(run)
+    assert call_02(monkeypatch, run, *flags) == 0
+    assert_same_run(run, unbroken)
+
+
 def open_02(run, flags, threads, *launcher):
     """The script itself, as a user starts it, in a process group of its own."""
     command = [sys.executable, *launcher, ROOT / "02_infer_profiles.py", "--run", run, *flags]
@@ -609,6 +619,23 @@ def test_files_that_belong_together_move_in_all_or_none(at, tmp_path):
     found = [common.load(tmp_path, f"{name}.json") for name in "ab"]
     assert found == (["old", "old"] if at == 0 else ["new", "new"]) and not (tmp_path / common.READY).exists()
     assert not (tmp_path / ".c.json.tmp").exists()
+
+
+def test_what_a_kill_left_ready_is_moved_before_new_files_come(tmp_path):
+    def work():
+        with common.together(tmp_path) as aside:
+            common.save_json(aside / "a.json", "first")
+            common.save_json(aside / "b.json", "first")
+
+    killed = killed_at(os, "replace", work, 1, lambda _, target: Path(target).parent == tmp_path
+                       and Path(target).name == "a.json")
+    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    assert (tmp_path / common.READY).exists()
+    with common.together(tmp_path) as aside:
+        common.save_json(aside / "a.json", "second")
+    assert json.loads((tmp_path / "a.json").read_text()) == "second"
+    assert json.loads((tmp_path / "b.json").read_text()) == "first"
+    assert not (tmp_path / common.READY).exists()
 
 
 def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
