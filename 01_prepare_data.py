@@ -4,11 +4,18 @@ Labels ratings above 3 as liked, drops users and items with few interactions and
 split that all stages obey. An item gets a title and, for each latent profile, words that could name it: a
 film's genre and era, a product's brand and price.
 
+What stands where; each part begins with a line of dashes:
+    settings, data     the prompts; what a source is; the demo's planted world. Read them first.
+    filter and split   labels, the split, each profile's words: what the other stages rely on.
+    show, save         what was understood, and the files that keep it
+    running it         flags, MovieLens and csv files, broken files, product releases. Skip it at first.
+
 Writes to --run (U users, I items, N interactions, M profiles):
-    dataset.json      facts, prompts, words of each profile, fingerprints of the rest
-    interactions.npy  int32 (N, 4): user, item, label, split (SPLITS); in time order if known
-    users.json        (U) raw user ids;  items.json (I) {id, title, attributes}
-    truth.npy         int16 (U, M) the demo's planted profiles, for evaluation
+    dataset.json        facts, prompts, words of each profile, fingerprints of the rest
+    interactions.npy    int32 (N, 4): user, item, label, split (SPLITS); in time order if known
+    users.json          (U) raw user ids;  items.json (I) {id, title, attributes}
+    dropped_users.json  raw ids of those whom the filter dropped
+    truth.npy           int16 (U, M) the demo's planted profiles, for evaluation
 
 Run:
     python 01_prepare_data.py  # the demo, 1 s
@@ -16,10 +23,13 @@ Run:
 
 import argparse
 import ast
+import codecs
 import csv
+import datetime
 import gzip
 import html
 import io
+import itertools
 import json
 import math
 import pickle
@@ -61,48 +71,7 @@ VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
 
 SPLITS = ("train", "validation", "test", "support", "cold")
-GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
-MAX_LINE = 2**22  # bytes; a longer line is no record
-MAX_BAD = 0.01  # share of bad lines to skip
-MAX_TITLE = 200  # characters the LLM reads
 MAX_WORDS = 256  # of a profile, the most frequent: they span the space in which stage 02 looks for theta
-
-
-def parse_arguments():
-    parser = Parser(__doc__, device=False)
-    add = parser.add_argument
-    add("--dataset", choices=LOADERS, default="demo", help="what to read")
-    add("--data-dir", type=Path, help="its files; else data/<dataset>, MovieLens downloaded")
-    add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
-    add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
-    add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
-    add("--subsample-users", type=at_least(1), help="keep so many random users")
-    add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
-    add("--critic", action="store_true", help="a third profile, for rated histories")
-    add("--hobby-words", type=word_list, help="a,b,c: what could name it (default: the items' values)")
-    add("--background-words", type=word_list, help="the same for the background")
-    add("--signal", type=at_least(0, float, 100), default=1.0, help="demo: strength of the profiles; 0: none")
-    add = parser.add_argument_group("csv: comma- or tab-separated, with a header").add_argument
-    add("--ratings-file", type=Path, help="a row an interaction")
-    add("--items-file", type=Path, help="a row an item")
-    columns = {"user": "user_id", "item": "item_id", "rating": "rating"}
-    for name in [*columns, "time", "title", "hobby", "background", "item-id"]:
-        add(f"--{name}-col", default=columns.get(name), help=f"column of the {name}")
-    add("--value-sep", default="|", help="between values")
-    args = parser.parse_args()
-    if not args.value_sep or (args.dataset == "csv") != bool(args.ratings_file):
-        parser.error("csv, --ratings-file and --value-sep need each other")
-    if args.dataset == "demo" and args.data_dir:
-        parser.error("--data-dir needs --dataset")
-    return args
-
-
-def word_list(text):
-    """argparse type: words separated by commas, each once."""
-    words = [" ".join(word.split()) for word in text.split(",")]
-    if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
-        raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
-    return words
 
 
 # -------- data
@@ -124,30 +93,6 @@ class Source:
     truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
 
 
-def rating(user, item, value, time=0, low=1.0, high=5.0):
-    """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
-    value, time = float(value), float(time or 0)
-    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
-        raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
-    return raw_id(user), raw_id(item), value, time
-
-
-def collect(rows, profiles, task_prompt):
-    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last stays."""
-    users, items = {}, {}  # raw id -> index
-    indexed = ((users.setdefault(user, len(users)), items.setdefault(item, len(items)), *rest)
-               for user, item, *rest in rows)
-    found = np.fromiter(indexed, [("user", "i8"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
-    pairs = found["user"] * len(items) + found["item"]
-    order = np.lexsort((found["time"], pairs))  # stable: rows of one time stay in source order
-    last = np.diff(pairs[order], append=-1) != 0
-    kept = found[np.sort(order[last])]
-    if len(kept) < len(found):
-        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last stays")
-    return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
-                  kept["time"] if kept["time"].any() else None, {}, {}, profiles, task_prompt)
-
-
 DEMO_HOBBIES = dict(
     music="Guitar Piano Violin Drum Trumpet Microphone Ukulele Songbook Cello Flute Amplifier Banjo".split(),
     fishing="Rod Reel Lure Net Waders Bait Float Hook Kayak Tackle Bobber Sinker".split(),
@@ -159,138 +104,483 @@ DEMO_BACKGROUNDS = dict(
     luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
 EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
 TASTE = (2.8, 2.2)  # log odds of liking it
-GENEROSITY = (np.array([0.15, -0.15, 0.06, -0.06]), np.array([-0.15, 0.0, 0.15]))  # of types, to all
+HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # log odds with which each hobby likes anything
+BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each background
 
 
 def load_demo(args):
     """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, 14 ratings each.
 
-    Items whose category fits a user's hobby, or tier his background, are met and liked more.
+    Items whose category fits a user's hobby, or tier the background, are met and liked more.
     """
     rng = np.random.default_rng((args.seed, 1))
-    n_users, n_items = 2000, 400
-    hobby, background = rng.integers(4, size=(n_users, 1)), rng.integers(3, size=(n_users, 1))
+    n_users = 2000
+    n_items = 400
+    hobby = rng.integers(4, size=(n_users, 1))
+    background = rng.integers(3, size=(n_users, 1))
     kinds = rng.permutation(np.arange(n_items) % 12)
-    category, tier = divmod(kinds, 3)  # Shape: (I,)
-    names = [rng.permutation([f"{adjective} {noun}" for adjective in adjectives for noun in nouns]).tolist()
-             for nouns in DEMO_HOBBIES.values() for adjectives in DEMO_BACKGROUNDS.values()]
-    titles = [names[kind].pop() for kind in kinds]
+    category, tier = np.divmod(kinds, 3)  # Shape: (I,)
+    titles_of_kind = []  # in random order; each item takes the last one that is left
+    for nouns, adjectives in itertools.product(DEMO_HOBBIES.values(), DEMO_BACKGROUNDS.values()):
+        titles = [f"{adjective} {noun}" for adjective, noun in itertools.product(adjectives, nouns)]
+        titles_of_kind.append(rng.permutation(titles).tolist())
+    titles = [titles_of_kind[kind].pop() for kind in kinds]
 
-    fits_hobby, fits_background = hobby == category, background == tier  # Shape: (U, I)
-    popularity, quality = rng.normal(0, 0.5, n_items), rng.normal(0, 0.3, n_items)
+    fits_hobby = hobby == category  # Shape: (U, I)
+    fits_background = background == tier  # Shape: (U, I)
+    popularity = rng.normal(0, 0.5, n_items)
+    quality = rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
-    generosity += args.signal * (GENEROSITY[0][hobby] + GENEROSITY[1][background])
+    generosity += args.signal * (HOBBY_GENEROSITY[hobby] + BACKGROUND_GENEROSITY[background])
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
     fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
     taste = quality + generosity + args.signal * fit
     liked = rng.random(taste.shape) < 1 / (1 + np.exp(-taste))
 
-    met = [rng.choice(n_items, size=6 + rng.poisson(8), replace=False, p=weights / weights.sum())
-           for weights in exposure]
-    users, items = np.repeat(np.arange(n_users), list(map(len, met))), np.concatenate(met)  # Shape: (N,)
-    ratings = np.where(liked[users, items], rng.integers(4, 6, len(users)), rng.integers(1, 4, len(users)))
+    items_met = []  # of each user
+    for weights in exposure:
+        count = 6 + rng.poisson(8)
+        items_met.append(rng.choice(n_items, size=count, replace=False, p=weights / weights.sum()))
+    users = np.repeat(np.arange(n_users), [len(met) for met in items_met])  # Shape: (N,)
+    items = np.concatenate(items_met)  # Shape: (N,)
+    high = rng.integers(4, 6, len(users))
+    low = rng.integers(1, 4, len(users))
+    ratings = np.where(liked[users, items], high, low)
     raw_users = [f"u{user:04d}" for user in range(n_users)]
     raw_items = [f"i{item:03d}" for item in range(n_items)]
-    values = [{"hobby": [name], "background": [level]} for name in DEMO_HOBBIES for level in DEMO_BACKGROUNDS]
+    values = [{"hobby": [name], "background": [level]}
+              for name, level in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
     return Source(
         raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
         {raw: values[kind] for raw, kind in zip(raw_items, kinds)}, (HOBBY, PRICE), BOUGHT,
         truth=dict(zip(raw_users, np.hstack([hobby, background]))))
 
 
+
+# -------- filter and split
+
+def thin_out(source, args):
+    """Indices of the rows kept: random ones by flags; then users and items with too few go until none has."""
+    users = source.users
+    items = source.items
+    kept = np.arange(len(users))
+    if args.max_per_user:
+        shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
+        order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
+        first_row = np.searchsorted(users[order], users[order])  # where the user's rows begin
+        kept = np.sort(order[np.arange(len(order)) - first_row < args.max_per_user])
+    if args.subsample_users:
+        shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
+        kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
+    enough = np.zeros(1)
+    while not enough.all():
+        enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
+        enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
+        kept = kept[enough]
+    return kept
+
+
+def say_what_is_left(source, kept, args):
+    """Print what thin_out dropped and which flags dropped it; UserError where next to nothing is left."""
+    counts = []
+    for name, values in (("users", source.users), ("items", source.items)):
+        counts.append(f"{len(np.unique(values[kept])):,d} of {len(np.unique(values)):,d} {name}")
+    flags = [f"--min-interactions {args.min_interactions}"]
+    if args.max_per_user:
+        flags.append(f"--max-per-user {args.max_per_user}")
+    if args.subsample_users:
+        flags.append(f"--subsample-users {args.subsample_users}")
+    rows = f"kept {len(kept):,d} of {len(source.users):,d} rows"
+    if len(kept) < 10:
+        raise UserError(f"{rows}, {', '.join(counts)}: too few to learn from", ", ".join(flags),
+                        "lower --min-interactions or give more data")
+    if len(kept) < len(source.users):
+        print(f"{rows}, {', '.join(counts)} ({', '.join(flags)})")
+
+
+def in_order(indices, raw_ids):
+    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet."""
+    def key(index):
+        text = raw_ids[index]
+        number = text.isascii() and text.isdecimal()
+        return not number, text.zfill(200) if number else text
+
+    order = sorted(np.unique(indices).tolist(), key=key)
+    renumber = np.zeros(len(raw_ids), np.int32)
+    renumber[order] = np.arange(len(order))
+    return [raw_ids[index] for index in order], renumber[indices]
+
+
+def build(source, args):
+    """(Dataset, truth or None): filter, order of ids, labels and the one split."""
+    kept = thin_out(source, args)
+    say_what_is_left(source, kept, args)
+    n = len(kept)
+    users, user_rows = in_order(source.users[kept], source.user_ids)
+    items, item_rows = in_order(source.items[kept], source.item_ids)
+    split = np.empty(n, np.int32)
+    order = np.random.default_rng(args.seed).permutation(n)
+    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])  # Paper: 8:1:1, here 0, 1, 2
+    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
+    cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
+    split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
+    labels = source.ratings[kept] > args.positive_above
+    interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
+    if source.times is not None:
+        interactions = interactions[np.argsort(source.times[kept], kind="stable")]
+    described = describe_items(source, items)
+    profiles = list(source.profiles)
+    if args.critic:
+        profiles.append(CRITIC)
+    met = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
+    items_met = [described[item] for item in met]
+    profiles = [profile | {"words": words_of(profile, items_met, args)} for profile in profiles]
+    truth = None
+    if source.truth is not None:
+        truth = np.array([source.truth[raw] for raw in users], np.int16)
+    return Dataset(interactions, users, described, profiles, source.task_prompt, args.dataset), truth
+
+
+def describe_items(source, raw_ids):
+    """{id, title, attributes} of each item; without a title a value of the hobby or the id stands in."""
+    check_joined(source, raw_ids)
+    described = []
+    untitled = 0
+    for raw in raw_ids:
+        attributes = source.attributes.get(raw, {})
+        title = source.titles.get(raw)
+        if not title:
+            untitled += 1
+            title = [*attributes.get("hobby", []), raw][0]
+        described.append({"id": raw, "title": title, "attributes": attributes})
+    if untitled:
+        warning = "WARNING: " if 2 * untitled > len(raw_ids) else ""
+        print(f"{warning}{untitled:,d} of {len(raw_ids):,d} items have no title: brand, category or id "
+              "stands in, and an LLM learns little from an id")
+    return described
+
+
+def words_of(profile, items, args):
+    """{word: items that have it}, the most frequent first: what could name this profile's values.
+
+    items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
+    """
+    given = getattr(args, f"{profile['name']}_words", None) or list(profile.get("likes", ()))
+    if given:
+        return dict.fromkeys(given, 1)
+    counts = Counter()
+    for item in items:
+        counts.update(set(item["attributes"].get(profile["name"], [])))
+    counts.pop("unknown", None)  # in feature_bank.csv this word says that there is no history
+    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
+    return {word: counts[word] for word in frequent}
+
+
+# -------- here the method ends; show what was understood
+
+def check_ratings(ratings, positive_above):
+    """Print how often each rating occurs; UserError or WARNING where --positive-above does not fit them."""
+    if not len(ratings):
+        return
+    values, counts = np.unique(ratings, return_counts=True)
+    low = values[0]
+    high = values[-1]
+    if len(values) <= 12:
+        listed = ", ".join(f"{value:g}: {count:,d}" for value, count in zip(values, counts))
+        print(f"ratings {listed}; above {positive_above:g} is liked (--positive-above)")
+    else:
+        print(f"ratings from {low:g} to {high:g}; above {positive_above:g} is liked (--positive-above)")
+    if low == high:
+        raise UserError(
+            f"all {len(ratings):,d} ratings are {low:g}", "ratings",
+            "a recommender needs dislikes as well as likes: add rows of rating 0 for items that a user saw "
+            "and left, and give --positive-above 0")
+    if not low <= positive_above < high:
+        what = "a like" if positive_above < low else "a dislike"
+        raise UserError(f"every rating, from {low:g} to {high:g}, is {what}",
+                        f"--positive-above {positive_above:g}",
+                        f"give a number from {low:g} to below {high:g}")
+    place = (positive_above - low) / (high - low)
+    liked = np.mean(ratings > positive_above)
+    if len(values) > 2 and not 0.4 <= place <= 0.85:
+        print(f"WARNING: ratings go from {low:g} to {high:g}, and above {positive_above:g} is liked: "
+              f"{liked:.0%} of the rows. Is --positive-above right for this scale?")
+    for value, count, others in ((low, counts[0], values[1:]), (high, counts[-1], values[:-1])):
+        apart = len(others) > 1 and np.abs(others - value).min() > 2 * np.diff(others).max()
+        unrated = value <= 0 and len(others) > 1 and others.min() >= 1 and count == counts.max()
+        if apart or unrated:
+            print(f"WARNING: {count:,d} of {len(ratings):,d} ratings are {value:g}, all others from "
+                  f"{others.min():g} to {others.max():g}. Leave them out if {value:g} means 'not rated'")
+
+
+def show(dataset, facts):
+    """The paper's Table 1; splits; each profile's words; what the LLM reads of three users."""
+    print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
+          "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
+    for split, name in enumerate(SPLITS[:5] if "cold_users" in facts else SPLITS[:3]):
+        labels = dataset.rows(split)[:, 2]
+        print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
+        if len(np.unique(labels)) < 2:
+            print(f"WARNING: all labels of the {name} split are equal: try more data or --positive-above")
+    for profile in dataset.profiles:
+        show_words(profile, dataset.items)
+    prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
+    prompt += dataset.task_prompt
+    rows = dataset.rows(TRAIN)
+    for user in np.unique(rows[:, 0])[:3]:
+        items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
+        titles = "".join(f" {dataset.items[item]['title']};" for item in items)
+        print(f"prompt of user {dataset.users[user]}: {prompt}{titles}".replace("\n", " "))
+
+
+def show_words(profile, items):
+    """The commonest words of a profile; WARNING where most items have none."""
+    words = profile["words"]
+    commonest = ", ".join(f"{word} {count:,d}" for word, count in list(words.items())[:6])
+    without = sum(not item["attributes"].get(profile["name"]) for item in items)
+    print(f"words of {profile['name']}: {len(words):,d}"
+          + (f", the commonest are {commonest}" if words else "; the LLM will choose its own"))
+    if words and 2 * without > len(items) and not profile.get("likes"):
+        print(f"WARNING: {without:,d} of {len(items):,d} items have no value for {profile['name']}")
+
+
+# -------- save
+
+def save(run, dataset, truth, args, dropped):
+    """Write all artifacts and return the facts. dropped: raw ids of the users whom the filter dropped."""
+    n = len(dataset.interactions)
+    users = len(dataset.users)
+    items = len(dataset.items)
+    settings = "seed min_interactions positive_above max_per_user subsample_users critic signal".split()
+    if args.cold_users:
+        settings.append("cold_users")
+    facts = {
+        "dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
+        "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
+        "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
+        "fingerprint": dataset.fingerprint(),
+        "truth_fingerprint": None if truth is None else fingerprint(truth),
+        **{key: getattr(args, key) for key in settings}}
+    with together(run) as aside:
+        save_npy(aside / "interactions.npy", dataset.interactions)
+        save_json(aside / "users.json", dataset.users)
+        save_json(aside / "items.json", dataset.items)
+        save_json(aside / "dropped_users.json", dropped)
+        if truth is not None:
+            save_npy(aside / "truth.npy", truth)
+        save_json(aside / "dataset.json", facts)
+    if truth is None:
+        (run / "truth.npy").unlink(missing_ok=True)  # of another data set
+    return facts
+
+
+# -------- running it: the flags
+
+def parse_arguments():
+    parser = Parser(__doc__, device=False)
+    add = parser.add_argument
+    add("--dataset", choices=LOADERS, default="demo", help="what to read")
+    add("--data-dir", type=Path, help="its files; else data/<dataset>, MovieLens downloaded")
+    add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
+    add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
+    add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
+    add("--subsample-users", type=at_least(1), help="keep so many random users")
+    add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
+    add("--critic", action="store_true", help="a third profile, for rated histories")
+    add("--hobby-words", type=word_list, help="a,b,c: what could name it (default: the items' values)")
+    add("--background-words", type=word_list, help="the same for the background")
+    add("--signal", type=at_least(0, float, 100), default=1.0, help="demo: strength of the profiles; 0: none")
+    add = parser.add_argument_group("csv: values between , ; | or tabs, under a header").add_argument
+    add("--ratings-file", type=Path, help="a row an interaction")
+    add("--items-file", type=Path, help="a row an item")
+    add("--user-col", default="user_id", help="column of the user")
+    add("--item-col", default="item_id", help="column of the item")
+    add("--rating-col", default="rating", help="column of the rating")
+    add("--time-col", help="column of the time: seconds or an ISO date")
+    add("--title-col", help="column of the title")
+    add("--hobby-col", help="column of the hobby's values")
+    add("--background-col", help="column of the background's values")
+    add("--item-id-col", help="column of the item in --items-file (default: --item-col)")
+    add("--value-sep", default="|", help="between values of one cell")
+    args = parser.parse_args()
+    if args.dataset == "csv" and not args.ratings_file:
+        parser.error("--dataset csv needs --ratings-file")
+    if args.ratings_file and args.dataset != "csv":
+        parser.error("--ratings-file needs --dataset csv")
+    if args.items_file and not (args.title_col or args.hobby_col or args.background_col):
+        parser.error("--items-file needs --title-col, --hobby-col or --background-col")
+    if not args.value_sep:
+        parser.error("--value-sep is empty")
+    if args.dataset == "demo" and args.data_dir:
+        parser.error("--data-dir needs --dataset")
+    return args
+
+
+
+def word_list(text):
+    """argparse type: words separated by commas, each once."""
+    words = [" ".join(word.split()) for word in text.split(",")]
+    if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
+        raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
+    return words
+
+
+# -------- MovieLens and csv files
+
+def rating(user, item, value, time=0, low=1.0, high=5.0):
+    """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
+    value = float(value)
+    time = float(time or 0)
+    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
+        raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
+    return raw_id(user), raw_id(item), value, time
+
+
+def film_rating(*cells):
+    """rating() of MovieLens, whose later releases have half stars."""
+    return rating(*cells, low=0.5)
+
+
+def csv_rating(user, item, value, time=""):
+    """rating() on any scale. The number may have a decimal comma; the time is seconds or an ISO date."""
+    time = time.strip()
+    try:
+        seconds = float(time or 0)
+    except ValueError:
+        date = datetime.datetime.fromisoformat(time.replace("Z", "+00:00"))
+        seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp()
+    return rating(user, item, value.replace(",", "."), seconds, -math.inf, math.inf)
+
+
+def collect(rows, profiles, task_prompt):
+    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last stays."""
+    users = {}  # raw id -> index
+    items = {}  # raw id -> index
+
+    def indexed():
+        for user, item, value, time in rows:
+            yield users.setdefault(user, len(users)), items.setdefault(item, len(items)), value, time
+
+    found = np.fromiter(indexed(), [("user", "i8"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
+    pairs = found["user"] * len(items) + found["item"]
+    order = np.lexsort((found["time"], pairs))  # stable: rows of one time stay in source order
+    last = np.diff(pairs[order], append=-1) != 0
+    kept = found[np.sort(order[last])]
+    if len(kept) < len(found):
+        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last stays")
+    return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
+                  kept["time"] if kept["time"].any() else None, {}, {}, profiles, task_prompt)
+
+
 def load_movielens(args):
-    """MovieLens-100K (u.*), -1M (*.dat) or any release with ratings.csv and movies.csv."""
+    """MovieLens-100K (u.*), -1M and -10M (*.dat) or any release with ratings.csv and movies.csv."""
     needed = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
     folder = args.data_dir or download(args.dataset, needed)
     if args.dataset == "ml-100k":
         genres = [name for name, _ in cells(folder / "u.genre", "|", 2)]
-        movies = [(raw, title, "|".join(genre for genre, flag in zip(genres, flags) if flag == "1"))
-                  for raw, title, _, _, _, *flags in cells(folder / "u.item", "|", 5 + len(genres))]
-        rows = cells(folder / needed, "\t", 4, rating)
+        movies = []
+        for row in cells(folder / "u.item", "|", 5 + len(genres)):
+            flags = row[5:]
+            own = [genre for genre, flag in zip(genres, flags) if flag == "1"]
+            movies.append((row[0], row[1], "|".join(own)))
+        rows = cells(folder / needed, "\t", 4, film_rating)
     elif (folder / "ratings.csv").exists():
         movies = table(folder / "movies.csv", ["movieId", "title", "genres"])
-        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"],
-                     lambda *row: rating(*row, low=0.5))
+        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], film_rating)
     else:
         movies = cells(folder / "movies.dat", "::", 3)
-        rows = cells(folder / needed, "::", 4, rating)
+        rows = cells(folder / needed, "::", 4, film_rating)
     source = collect(rows, (GENRE, ERA), WATCHED)
     for raw, title, genres in movies:
-        source.titles[raw], year = clean_title(clean_text(title))
-        hobby = [name for name in genres.lower().split("|") if name not in NO_GENRE]
-        source.attributes[raw] = {"hobby": hobby, "background": [era_of(year)] if year else []}
-    return source
-
-
-NO_GENRE = ("unknown", "(no genres listed)", "")
-RELEASES = {  # what to fetch, patterns of the reviews and the products file
-    "amazon": ("reviews and meta_*.json.gz of a category from amazon-reviews-2023.github.io",
-               r"(?!meta_).*\.jsonl?(\.gz)?", r"meta_.*\.jsonl?(\.gz)?"),
-    "yelp": ("*review.json and *business.json from www.yelp.com/dataset",
-             r".*review\.json(\.gz)?", r".*business\.json(\.gz)?"),
-    "nete": ("reviews.pickle, item.json from github.com/lileipisces/NETE", r"reviews\.pickle", r"item\.json"),
-}
-
-
-def load_release(args):
-    """Amazon (2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
-    folder = args.data_dir or Path("data", args.dataset)
-    what, *patterns = RELEASES[args.dataset]
-    reviews, products = ([path for path in folder.glob("*")
-                          if path.is_file() and re.fullmatch(form, path.name)] for form in patterns)
-    if len(reviews) != 1 or len(products) != 1:
-        raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
-                        folder, f"fetch {what}, or change --data-dir")
-    wording = ((PLACE, PLACE_PRICE), VISITED) if args.dataset == "yelp" else ((BRAND, PRICE), BOUGHT)
-    source = collect(good(records(reviews[0]), parse_review, reviews[0]), *wording)
-    known, found = set(source.item_ids), good(records(products[0]), parse_product, products[0])
-    facts = {fact["id"]: fact for fact in found if fact["id"] in known}
-    source.titles, source.attributes = describe_products(facts)
+        title, year = clean_title(clean_text(title))
+        source.titles[raw] = title
+        source.attributes[raw] = {
+            "hobby": values_of(genres, "|"), "background": [era_of(year)] if year else []}
     return source
 
 
 def load_csv(args):
     """Any ratings file with an optional items file; columns by flags."""
-    wanted = [args.user_col, args.item_col, args.rating_col] + [args.time_col] * bool(args.time_col)
-    rows = table(args.ratings_file, wanted, lambda *row: rating(*row, low=-math.inf, high=math.inf))
-    has_background = bool(args.background_col or args.background_words)
-    source = collect(rows, (PASTIME,) + (BACKGROUND,) * has_background, CHOSE)
-    columns = {name: column for name in ("title", "hobby", "background")
-               if (column := getattr(args, f"{name}_col"))}
-    wanted = [args.items_file and args.item_id_col or args.item_col, *columns.values()]
-    items = table(args.items_file or args.ratings_file, wanted,
-                  lambda raw, *cells: (raw_id(raw), *map(clean_text, cells)))
-    for raw, *texts in items if columns else ():
-        found = dict(zip(columns, texts))
-        source.titles[raw] = found.pop("title", None)
-        source.attributes[raw] = {
-            name: [value.strip().lower() for value in text.split(args.value_sep) if value.strip()]
-            for name, text in found.items()}
+    wanted = [args.user_col, args.item_col, args.rating_col]
+    if args.time_col:
+        wanted.append(args.time_col)
+    rows = table(args.ratings_file, wanted, csv_rating)
+    profiles = [PASTIME]
+    if args.background_col or args.background_words:
+        profiles.append(BACKGROUND)
+    source = collect(rows, tuple(profiles), CHOSE)
+    columns = {"title": args.title_col, "hobby": args.hobby_col, "background": args.background_col}
+    columns = {name: column for name, column in columns.items() if column}
+    if columns:
+        id_column = args.item_col
+        if args.items_file:
+            id_column = args.item_id_col or args.item_col
+        path = args.items_file or args.ratings_file
+        rows = table(path, [id_column, *columns.values()], lambda raw, *texts: (raw_id(raw), texts))
+        read_items(source, rows, list(columns), args.value_sep)
     return source
 
 
-LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens,
-           **dict.fromkeys(sorted(RELEASES), load_release), "csv": load_csv}
+def read_items(source, rows, names, separator):
+    """Give a csv source titles and values. rows: (raw id, texts), a text for each of names.
+
+    The lines of one item add up: some files have a genre a line, some an interaction a line.
+    """
+    distinct = set()
+    for raw, texts in rows:
+        found = dict(zip(names, texts))
+        title = clean_text(found.pop("title", ""))
+        source.titles[raw] = source.titles.get(raw) or title
+        attributes = source.attributes.setdefault(raw, {name: [] for name in found})
+        for name, text in found.items():
+            for value in values_of(text, separator):
+                distinct.add(value)
+                if value not in attributes[name]:
+                    attributes[name].append(value)
+    joined = sorted(value for value in distinct if re.search(r"[,;|/]", value))
+    if 5 * len(joined) > len(distinct):
+        print(f"WARNING: {len(joined):,d} of {len(distinct):,d} values look like several in one, as "
+              f"'{joined[0]}': give what stands between them as --value-sep (now '{separator}')")
 
 
 # -------- files that may be broken
 
-def lines(path):
-    """Non-empty lines of a file or .gz, as bytes."""
+MAX_LINE = 2**22  # bytes; a longer line is no record
+MAX_BAD = 0.01  # share of bad lines to skip
+MAX_BREAKS = 50  # lines over which a quoted cell may go on
+MAX_TITLE = 200  # characters the LLM reads
+MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
+           "not available", "(no genres listed)"}  # what exports write where there is nothing
+
+
+def opened(path):
+    """A file or .gz, to read bytes."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def lines(path, encoding=None):
+    """Non-empty lines of a file or .gz, as bytes or, with an encoding, as text."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            while line := file.readline(MAX_LINE):
+        with opened(path) as raw:
+            file = raw
+            if encoding:
+                file = io.TextIOWrapper(raw, encoding, errors="replace", newline="")
+            line = file.readline(MAX_LINE)
+            while line:
                 if len(line) == MAX_LINE:
                     raise UserError(f"a line of {path.name} has no end", path, "give one record a line")
                 if not line.isspace():
                     yield line
+                line = file.readline(MAX_LINE)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path.name}: {error}", path, "fetch it or mend the path") from None
 
 
 def good(records, parse, path):
     """parse(record) of every good record; a few bad ones are skipped, the first is shown."""
-    count, bad, example = 0, 0, None
+    count = 0
+    bad = 0
+    example = None
     for count, record in enumerate(progress(records, path.name, "lines"), 1):
         try:
             yield parse(record)
@@ -298,10 +588,10 @@ def good(records, parse, path):
             bad += 1
             example = example or f"record {count}: {error!r:.150}"
     if bad > MAX_BAD * count:
-        raise UserError(f"{bad:,d} of {count:,d} lines are not what they should be, the first is {example}",
-                        path, "check --dataset and columns")
+        raise UserError(f"{bad:,d} of {count:,d} records cannot be read, the first is {example}", path,
+                        "mend these lines, or name the right --dataset or columns")
     if bad:
-        print(f"{path.name}: skipped {bad:,d} bad of {count:,d} lines, the first is {example}")
+        print(f"{path.name}: skipped {bad:,d} bad of {count:,d} records, the first is {example}")
 
 
 def exactly(count, cells):
@@ -310,33 +600,99 @@ def exactly(count, cells):
     return cells
 
 
+def decoded(line):
+    """Text of a line in UTF-8 or, as MovieLens' old files are, in ISO-8859-1."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
+
+
 def cells(path, separator, count, parse=lambda *cells: cells):
-    """parse(*cells) of every line; `count` cells a line, ISO-8859-1 (MovieLens)."""
+    """parse(*cells) of every line of a file without a header; `count` cells a line."""
     def parse_line(line):
-        return parse(*exactly(count, line.decode("latin-1").rstrip("\r\n").split(separator)))
+        return parse(*exactly(count, decoded(line).rstrip("\r\n").split(separator)))
 
     return good(lines(path), parse_line, path)
 
 
-def table(path, columns, parse=lambda *cells: cells):
-    """parse(*cells of these columns) of every line; comma- or tab-separated under a header."""
-    rows = lines(path)
+def encoding_of(path):
+    """UTF-16 by its mark, UTF-8 if all of the file is that, else Windows' Western European."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        header = next(rows, b"").decode("utf-8-sig").rstrip("\r\n")
-        separator = "\t" if "\t" in header else ","
-        names = next(csv.reader([header], delimiter=separator))
-    except (UnicodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path.name}: {error}", path, "give a header line") from None
-    if missing := [column for column in columns if column not in names]:
-        raise UserError(f"there is no column {', '.join(missing)} among {', '.join(names)[:200]}", path,
-                        "use the --...-col flags")
+        with opened(path) as file:
+            part = file.read(2**20)
+            if part.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                return "utf-16"
+            while part:
+                decoder.decode(part)
+                part = file.read(2**20)
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        print(f"{path.name} is not in UTF-8: read as Windows-1252")
+        return "cp1252"
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path.name}: {error}", path, "fetch it or mend the path") from None
+    return "utf-8-sig"
+
+
+def csv_records(texts, separator):
+    """Yield a list of cells for each record, or the csv.Error where there is none.
+
+    A quoted cell may hold line breaks. A quote that is never closed costs its own line, not those after it.
+    """
+    texts = iter(texts)
+    again = []  # lines to be read once more, the next one last
+    while True:
+        line = again.pop() if again else next(texts, None)
+        if line is None:
+            return
+        record = [line]
+        found = None
+        while found is None:
+            try:
+                found = next(csv.reader(record, delimiter=separator, strict=True))
+            except csv.Error as error:
+                goes_on = "unexpected end" in str(error) and len(record) < MAX_BREAKS
+                line = None
+                if goes_on:
+                    line = again.pop() if again else next(texts, None)
+                if line is None:
+                    found = error
+                    again.extend(reversed(record[1:]))
+                else:
+                    record.append(line)
+        yield found
+
+
+def table(path, columns, parse=lambda *cells: cells):
+    """parse(*cells of these columns) of every record of a csv file; its header tells the separator."""
+    texts = lines(path, encoding_of(path))
+    header = next(texts, "").rstrip("\r\n")
+    separator = max(",;|\t", key=header.count)
+    records = csv_records(itertools.chain([header], texts), separator)
+    names = next(records, [])
+    if isinstance(names, csv.Error):
+        raise UserError(f"the header of {path.name} cannot be read: {names}", path, "give a header line")
+    names = [name.strip() for name in names]
+    missing = [column for column in columns if column not in names]
+    if missing:
+        what = f"{path.name} has no column {', '.join(missing)}; it has {', '.join(names)[:200] or 'none'}"
+        todo = "name the columns with the --...-col flags"
+        if any(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
+            todo = "its first line looks like data: put a header line with the columns' names above it"
+        elif missing == ["rating"]:
+            todo += "; without ratings add a column: 1 for what a user took, 0 for what they saw and left"
+        raise UserError(what, path, todo)
     places = [names.index(column) for column in columns]
 
-    def parse_line(line):
-        row = next(csv.reader([line.decode().rstrip("\r\n")], delimiter=separator, strict=True))
-        return parse(*[exactly(len(names), row)[place] for place in places])
+    def parse_record(record):
+        if isinstance(record, csv.Error):
+            raise record
+        row = exactly(len(names), record)
+        return parse(*[row[place].strip() for place in places])
 
-    return good(rows, parse_line, path)
+    return good(records, parse_record, path)
 
 
 def raw_id(value):
@@ -347,11 +703,51 @@ def raw_id(value):
     return text
 
 
+def check_joined(source, raw_ids):
+    """UserError where the ids of rows and of items differ by what a spreadsheet adds or drops."""
+    def plain(raw):
+        return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
+
+    described = source.titles.keys() | source.attributes.keys()
+    if not described or 2 * sum(raw in described for raw in raw_ids) > len(raw_ids):
+        return
+    by_plain = {plain(raw): raw for raw in described}
+    strangers = [raw for raw in raw_ids if raw not in described]
+    pairs = [(raw, by_plain[plain(raw)]) for raw in strangers if plain(raw) in by_plain]
+    if 2 * len(pairs) > len(raw_ids):
+        rated, listed = pairs[0]
+        raise UserError(
+            f"{len(pairs):,d} of {len(raw_ids):,d} rated items have no description, but '{rated}' looks like "
+            f"'{listed}', which has", "the two files' item ids",
+            "write them alike: leading zeros, a final .0 and capitals count")
+
+
 def clean_text(text):
     """One line of plain text, at most MAX_TITLE long: no entities, markup or control characters."""
-    text = re.sub(r"<[^<>]{0,200}>", " ", html.unescape(str(text)[:20 * MAX_TITLE]))
+    text = html.unescape(str(text)[:20 * MAX_TITLE])
+    text = re.sub(r"<[^<>]{0,200}>", " ", text)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
+
+
+def values_of(cell, separator):
+    """The values in a cell, each once: between separators, or a list as JSON or Python writes it."""
+    text = str(cell).strip()
+    parts = text.split(separator)
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            parts = json.loads(text)
+        except ValueError:
+            try:
+                parts = ast.literal_eval(text)
+            except (ValueError, SyntaxError):  # a text in brackets
+                pass
+    values = {}
+    for part in parts:
+        value = clean_text(part).lower()
+        if value not in MISSING:
+            values[value] = True
+    return list(values)
 
 
 ARTICLES = "The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den"
@@ -371,9 +767,68 @@ def era_of(year):
     return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
 
 
+GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
+
+
+def download(name, needed):
+    """data/<name> of GroupLens' archive, fetched unless it is there."""
+    url = f"{GROUPLENS}{name}.zip"
+    target = Path("data", name)
+    if (target / needed).exists():
+        return target
+    print(f"downloading {url} to {target}")
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply:
+            archive = zipfile.ZipFile(io.BytesIO(reply.read()))
+        target.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+            archive.extractall(aside)  # checks each file's CRC
+            Path(aside, name).replace(target)
+    except Exception as error:  # network, archive, disk
+        raise UserError(f"cannot download {name}: {error}", url,
+                        f"give the folder of {needed} as --data-dir") from None
+    return target
+
+
 # -------- products: Amazon, Yelp, NETE
 
+RELEASES = {  # what to fetch, patterns of the reviews and the products file
+    "amazon": ("reviews and meta_*.json.gz of a category from amazon-reviews-2023.github.io",
+               r"(?!meta_).*\.jsonl?(\.gz)?", r"meta_.*\.jsonl?(\.gz)?"),
+    "yelp": ("*review.json and *business.json from www.yelp.com/dataset",
+             r".*review\.json(\.gz)?", r".*business\.json(\.gz)?"),
+    "nete": ("reviews.pickle, item.json from github.com/lileipisces/NETE", r"reviews\.pickle", r"item\.json"),
+}
 YELP_PRICES = {"1": "cheap", "2": "moderate", "3": "expensive", "4": "luxurious"}
+PRICE_TEXT = re.compile(  # 'from $14.99', '1,299.00 - 1,500.00', '14,99 EUR': the first number counts
+    r"[^\d{}<>:]{0,12}(?P<number>\d[\d,]*(?:\.\d+)?)(?:\s*(?:-|\u2013|to)\s*[^\d{}]{0,4}\d[\d,.]*)?[^\d{}<>]{0,12}")
+
+
+def load_release(args):
+    """Amazon (2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
+    folder = args.data_dir or Path("data", args.dataset)
+    what, reviews_pattern, products_pattern = RELEASES[args.dataset]
+    names = [path for path in folder.glob("*") if path.is_file()]
+    reviews = [path for path in names if re.fullmatch(reviews_pattern, path.name)]
+    products = [path for path in names if re.fullmatch(products_pattern, path.name)]
+    if len(reviews) != 1 or len(products) != 1:
+        raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
+                        folder, f"fetch {what}, or change --data-dir")
+    profiles = (BRAND, PRICE)
+    task_prompt = BOUGHT
+    if args.dataset == "yelp":
+        profiles = (PLACE, PLACE_PRICE)
+        task_prompt = VISITED
+    source = collect(good(records(reviews[0]), parse_review, reviews[0]), profiles, task_prompt)
+    known = set(source.item_ids)
+    facts = {}
+    for fact in good(records(products[0]), parse_product, products[0]):
+        if fact["id"] in known:
+            earlier = facts.setdefault(fact["id"], fact)
+            for key, value in fact.items():  # a second line of a product fills in what the first lacks
+                earlier[key] = earlier[key] or value
+    source.titles, source.attributes = describe_products(facts)
+    return source
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -394,7 +849,8 @@ def records(path):
             return lines(path)
         wrong = f"holds a {type(found).__name__}, not a list"
     except Exception as error:
-        found, wrong = None, f"cannot be read: {error}"
+        found = None
+        wrong = f"cannot be read: {error}"
     if not isinstance(found, list):
         raise UserError(f"{path.name} {wrong}", path.parent, "use the file as published")
     return found
@@ -430,196 +886,74 @@ def parse_product(line):
     if isinstance(found[0], list):  # 2014: paths from the root to a leaf
         found = found[0]
     found = found.split(",") if isinstance(found, str) else found[-1:]  # Yelp: one line, of equal rank
+    categories = [clean_text(name).lower() for name in found]
     details = record.get("attributes")
     details = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
-    price = re.search(r"\d[\d,]*\.?\d*", str(first(record, "price")))
+    brand = clean_text(first(record, "brand", "store")).lower()
     return {
         "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
         "title": clean_text(first(record, "title", "name")),
-        "brand": clean_text(first(record, "brand", "store")).lower(),
-        "categories": [name for part in found if (name := clean_text(part).lower())][:3],
-        "price": float(price[0].replace(",", "")) if price else None,
+        "brand": "" if brand in MISSING else brand,
+        "categories": [name for name in categories if name not in MISSING][:3],
+        "price": price_of(first(record, "price")),
         "level": YELP_PRICES.get(re.sub(r"\D", "", str(details)))}
+
+
+def price_of(value):
+    """The price that a number or a short text names, or None."""
+    found = PRICE_TEXT.fullmatch(str(value).strip())
+    if not found:
+        return None
+    number = found["number"]
+    if re.fullmatch(r"\d+,\d\d", number):  # a decimal comma
+        return float(number.replace(",", "."))
+    return float(number.replace(",", ""))
+
 
 
 def describe_products(facts):
     """(titles, attributes) of {id: product}: brand, else categories; the third of their prices, if any."""
-    prices, titles, attributes = {}, {}, {}
+    prices_of = {}  # of each category
+    everything = []
     for fact in facts.values():
         if fact["price"] is not None:
-            prices.setdefault(tuple(fact["categories"][-1:]), []).append(fact["price"])
-    everything = [price for values in prices.values() for price in values]
-    bounds = {name: np.quantile(values if len(values) >= 9 else everything, (1 / 3, 2 / 3))
-              for name, values in prices.items()}
+            prices_of.setdefault(tuple(fact["categories"][-1:]), []).append(fact["price"])
+            everything.append(fact["price"])
+    bounds = {}
+    for category, prices in prices_of.items():
+        enough = prices if len(prices) >= 9 else everything
+        bounds[category] = np.quantile(enough, (1 / 3, 2 / 3))
+    titles = {}
+    attributes = {}
     for raw, fact in facts.items():
         level = fact["level"]
         if fact["price"] is not None and not fact["level"]:
-            above = fact["price"] > bounds[tuple(fact["categories"][-1:])]
+            above = fact["price"] > bounds[tuple(fact["categories"][-1:])]  # of each of the two bounds
             level = ("cheap", "ordinary", "luxurious")[above.sum()]
-        hobby = [fact["brand"]] if fact["brand"] else fact["categories"]
         titles[raw] = fact["title"]
-        attributes[raw] = {"hobby": hobby, "background": [level] if level else []}
+        attributes[raw] = {"hobby": [fact["brand"]] if fact["brand"] else fact["categories"],
+                           "background": [level] if level else []}
     return titles, attributes
 
-
-def download(name, needed):
-    """data/<name> of GroupLens' archive, fetched unless it is there."""
-    url, target = f"{GROUPLENS}{name}.zip", Path("data", name)
-    if (target / needed).exists():
-        return target
-    print(f"downloading {url} to {target}")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            archive = zipfile.ZipFile(io.BytesIO(reply.read()))
-        target.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            archive.extractall(aside)  # checks each file's CRC
-            Path(aside, name).replace(target)
-    except Exception as error:  # network, archive, disk
-        raise UserError(f"cannot download {name}: {error}", url,
-                        f"give the folder of {needed} as --data-dir") from None
-    return target
-
-
-# -------- filter, split
-
-def thin_out(source, args):
-    """Indices of the rows kept: random ones by flags; then users and items with too few go until none has."""
-    users, items = source.users, source.items
-    kept = np.arange(len(users))
-    if args.max_per_user:
-        shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
-        order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
-        start = np.searchsorted(users[order], users[order])  # where his rows begin
-        kept = np.sort(order[np.arange(len(order)) - start < args.max_per_user])
-    if args.subsample_users:
-        shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
-        kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
-    enough = np.zeros(1)
-    while not enough.all():
-        enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
-        enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
-        kept = kept[enough]
-    return kept
-
-
-def in_order(indices, raw_ids):
-    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet."""
-    def key(index):
-        text = raw_ids[index]
-        number = text.isascii() and text.isdecimal()
-        return not number, text.zfill(200) if number else text
-
-    order = sorted(np.unique(indices).tolist(), key=key)
-    renumber = np.zeros(len(raw_ids), np.int32)
-    renumber[order] = np.arange(len(order))
-    return [raw_ids[index] for index in order], renumber[indices]
-
-
-def build(source, args):
-    """(Dataset, truth or None): filter, order of ids, labels and the one split."""
-    kept = thin_out(source, args)
-    n = len(kept)
-    if n < 10:
-        raise UserError(f"{n} interactions are left", "--min-interactions", "lower it or give more data")
-    users, user_rows = in_order(source.users[kept], source.user_ids)
-    items, item_rows = in_order(source.items[kept], source.item_ids)
-    split = np.empty(n, np.int32)
-    order = np.random.default_rng(args.seed).permutation(n)
-    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])  # Paper: 8:1:1, here 0, 1, 2
-    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
-    cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
-    split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
-    labels = source.ratings[kept] > args.positive_above
-    interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
-    if source.times is not None:
-        interactions = interactions[np.argsort(source.times[kept], kind="stable")]
-    described, untitled = [], 0
-    for raw in items:
-        attributes, title = source.attributes.get(raw, {}), source.titles.get(raw)
-        untitled += not title
-        title = title or [*attributes.get("hobby", []), raw][0]
-        described.append({"id": raw, "title": title, "attributes": attributes})
-    if untitled:
-        print(f"{untitled:,d} of {len(items):,d} items have no title: brand, category or id stands in")
-    profiles = [*source.profiles] + [CRITIC] * args.critic
-    met = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
-    profiles = [profile | {"words": words_of(profile, [described[item] for item in met], args)}
-                for profile in profiles]
-    truth = source.truth and np.array([source.truth[raw] for raw in users], np.int16)
-    return Dataset(interactions, users, described, profiles, source.task_prompt, args.dataset), truth
-
-
-def words_of(profile, items, args):
-    """{word: items that have it}, the most frequent first: what could name this profile's values.
-
-    items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
-    """
-    given = getattr(args, f"{profile['name']}_words", None) or list(profile.get("likes", ()))
-    if given:
-        return dict.fromkeys(given, 1)
-    values = [value for item in items for value in set(item["attributes"].get(profile["name"], []))]
-    counts = Counter(value for value in values if value != "unknown")  # in feature_bank.csv: no history
-    frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
-    return {word: counts[word] for word in frequent}
-
-
-# -------- evaluate
-
-def show(dataset, facts):
-    """The paper's Table 1; splits; what the LLM reads of three users."""
-    print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
-          "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
-    for split, name in enumerate(SPLITS[:5 if "cold_users" in facts else 3]):
-        labels = dataset.rows(split)[:, 2]
-        print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
-        if len(np.unique(labels)) < 2:
-            print(f"WARNING: all labels of the {name} split are equal: try more data or --positive-above")
-    prompt = "".join(f"{profile['prompt']} <theta{m}>" for m, profile in enumerate(dataset.profiles, 1))
-    prompt += dataset.task_prompt
-    rows = dataset.rows(TRAIN)
-    for user in np.unique(rows[:, 0])[:3]:
-        items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1][-6:]
-        titles = "".join(f" {dataset.items[item]['title']};" for item in items)
-        print(f"prompt of user {dataset.users[user]}: {prompt}{titles}".replace("\n", " "))
-
-
-# -------- save
-
-def save(run, dataset, truth, args):
-    """Write all artifacts and return the facts."""
-    n, users, items = len(dataset.interactions), len(dataset.users), len(dataset.items)
-    settings = "seed min_interactions positive_above max_per_user subsample_users critic signal".split()
-    settings += ["cold_users"] * bool(args.cold_users)
-    facts = {
-        "dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
-        "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
-        "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
-        "fingerprint": dataset.fingerprint(),
-        "truth_fingerprint": None if truth is None else fingerprint(truth),
-        **{key: getattr(args, key) for key in settings}}
-    with together(run) as aside:
-        save_npy(aside / "interactions.npy", dataset.interactions)
-        save_json(aside / "users.json", dataset.users)
-        save_json(aside / "items.json", dataset.items)
-        if truth is not None:
-            save_npy(aside / "truth.npy", truth)
-        save_json(aside / "dataset.json", facts)
-    if truth is None:
-        (run / "truth.npy").unlink(missing_ok=True)  # another's
-    return facts
 
 
 # -------- main
 
+LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens, "amazon": load_release,
+           "nete": load_release, "yelp": load_release, "csv": load_csv}
+
+
 def main():
     args = parse_arguments()
     announce("01 prepare data", args, args.ratings_file or args.data_dir or f"{args.dataset}'s own files")
-    dataset, truth = build(LOADERS[args.dataset](args), args)
-    show(dataset, save(args.run, dataset, truth, args))
+    source = LOADERS[args.dataset](args)
+    check_ratings(source.ratings, args.positive_above)
+    dataset, truth = build(source, args)
+    dropped = sorted(set(source.user_ids) - set(dataset.users))
+    show(dataset, save(args.run, dataset, truth, args, dropped))
     print(f"\nwrote dataset.json interactions.npy users.json items.json to {args.run}\n"
           f"next: python 02_infer_profiles.py --run {args.run}")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "take --subsample-users or --max-per-user")

@@ -13,6 +13,12 @@ theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) and a prior's term
 
 DEVIATION(k) in a comment: row k of README's differences from the paper.
 
+What stands where; each part begins with a line of dashes:
+    data, model, train  the method, complete: prompt, mask, likelihood, words' space, descent. Read it first.
+    evaluate            does theta hold for titles that it has not seen?
+    running it          flags, blocks of users, low memory and low precision, opening an LLM, files that
+                        survive a kill, main. Skip it until you need it.
+
 Reads:  dataset.json interactions.npy users.json items.json (01)
 Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
         profiles.json, settings and likelihoods; profiles_users.json, who was inferred; lm-tiny/;
@@ -24,7 +30,6 @@ Run:
     torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
-import contextlib
 import functools
 import shutil
 import time
@@ -51,13 +56,6 @@ TASK_HELD_OUT = 32  # users, at most, whose histories decide when the task promp
 TASK_RATE = 0.6  # Adam's first step size for the task prompt, in units of its tokens' spread; it shrinks to 0
 TASK_CHECK = 8  # steps between two looks at the users held out
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
-LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
-OWN_WORDS = 16  # the LLM's own words for a profile, where items have no attributes:
-LIKELIEST = 200  # of so many likeliest words after the profile's name
-BARE_PROMPT = "This user is"  # those that are most of all likelier than after this
-ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
-RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
-            "tiny_sentences", "seed")  # the settings on which theta depends
 
 
 # -------- data: the prompt
@@ -73,14 +71,25 @@ class Segment:
 
 def prompt_segments(tokenizer, dataset):
     """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after the begin token where the LLM has one."""
-    segments, first = [], tokenizer.encode("a")[0]
+    segments = []
+    first = tokenizer.encode("any text")[0]
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: every token may see it; it tells nothing
-    prompts = [profile["prompt"] for profile in dataset.profiles]
-    *names, task = pieces_of(tokenizer, [*prompts, dataset.task_prompt])
-    for m, ids in enumerate(names):
-        segments += [Segment("name", ids, m), Segment("theta", [0], m)]
-    return segments + [Segment("task", task)]
+    names = pieces_of(tokenizer, [profile["prompt"] for profile in dataset.profiles])
+    for m, name in enumerate(names):
+        segments.append(Segment("name", name, m))
+        segments.append(Segment("theta", [0], m))
+    task = pieces_of(tokenizer, [dataset.task_prompt])[0]
+    segments.append(Segment("task", task))
+    return segments
+
+
+def segment_of_each_token(segments):
+    """The segment to which each token of the prompt belongs: a list as long as the prompt."""
+    found = []
+    for segment in segments:
+        found.extend(segment for _ in segment.ids)
+    return found
 
 
 def build_positions(segments, mask):
@@ -91,13 +100,14 @@ def build_positions(segments, mask):
 
     Note: profiles are then exchangeable (Fig. 4: "independent of each other"). DEVIATION(3).
     """
-    owners = [segment.profile for segment in segments for _ in segment.ids]
-    positions = list(range(len(owners)))
+    profiles = [segment.profile for segment in segment_of_each_token(segments)]
+    positions = list(range(len(profiles)))
     if mask == "strict":
-        first = next(at for at, owner in enumerate(owners) if owner is not None)
-        for at, owner in enumerate(owners):
-            if owner is not None:
-                positions[at] = first + owners[:at].count(owner)
+        first = min(place for place, profile in enumerate(profiles) if profile is not None)
+        for place, profile in enumerate(profiles):
+            if profile is not None:
+                tokens_before = profiles[:place].count(profile)  # of the same profile
+                positions[place] = first + tokens_before
     return torch.tensor(positions)
 
 
@@ -108,11 +118,11 @@ def build_visibility(segments, mask):
     before the interactions, so causality leaves the names; the interactions attend to theta.
     DEVIATION(2): x^m is cut off from other profiles too, else theta^1 reaches theta^2 through x^2.
     """
-    owner = [segment for segment in segments for _ in segment.ids]  # the segment of each token
-    visible = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()  # causality
-    for row, own in enumerate(owner):
+    tokens = segment_of_each_token(segments)
+    visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()  # causality
+    for row, own in enumerate(tokens):
         if own.kind in ("name", "theta") and mask == "strict":
-            for column, other in enumerate(owner[:row]):
+            for column, other in enumerate(tokens[:row]):
                 visible[row, column] = other.kind == "begin" or other.profile == own.profile
     return visible
 
@@ -130,12 +140,16 @@ def history_texts(dataset, splits, settings):
     DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
     here it is a user, with what he liked as y.
     """
-    marks = (" -", " +") if settings.history == "rated" else ("", "")  # of a dislike and a like
-    titles = [[f" {item['title']}{mark};" for mark in marks] for item in dataset.items]
+    rated = settings.history == "rated"
+    titles = [item["title"] for item in dataset.items]
+    liked_text = [f" {title} +;" if rated else f" {title};" for title in titles]
+    disliked_text = [f" {title} -;" if rated else f" {title};" for title in titles]
     texts = [[] for _ in dataset.users]
     for user, item, label in dataset.rows(splits).tolist():
-        if label or settings.history != "liked":
-            texts[user].append(titles[item][label])
+        if label:
+            texts[user].append(liked_text[item])
+        elif settings.history != "liked":
+            texts[user].append(disliked_text[item])
     return [lines[-settings.max_history:] for lines in texts]
 
 
@@ -149,22 +163,32 @@ class ProfileLikelihood:
     """
 
     def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
-        self.model, self.segments, self.mask, self.chunk = model, segments, mask, chunk
-        self.body, self.head = model.base_model, model.get_output_embeddings()
-        self.words = model.get_input_embeddings()
-        self.dtype, self.device = self.words.weight.dtype, self.words.weight.device
-        self.width = self.words.weight.shape[1]
+        self.model = model
+        self.segments = segments
+        self.mask = mask
+        self.chunk = chunk
+        self.body = model.base_model
+        self.head = model.get_output_embeddings()
+        self.word_table = model.get_input_embeddings()
+        self.dtype = self.word_table.weight.dtype
+        self.device = self.word_table.weight.device
+        self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
         limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
-        self.room = min(getattr(model.config, key, None) or 4096 for key in limits) - self.prompt_length
-        self.profiles = sum(segment.kind == "theta" for segment in segments)
-        self.task = self.vectors([token for segment in segments if segment.kind == "task"
-                                  for token in segment.ids])
-        self.layout = functools.lru_cache(1)(self.layout)  # the same for all steps of a block
+        config = model.config.get_text_config()  # of the language part, where the model has others
+        window = min(getattr(config, key, None) or 4096 for key in limits)
+        self.room = window - self.prompt_length  # tokens of the longest history
+        self.n_profiles = sum(segment.kind == "theta" for segment in segments)
+        task_ids = []
+        for segment in segments:
+            if segment.kind == "task":
+                task_ids += segment.ids
+        self.task = self.vectors(task_ids)
+        self.layout = functools.lru_cache(maxsize=1)(self.build_layout)  # all steps of a block share it
 
-    def layout(self, history_length):
+    def build_layout(self, history_length):
         """(additive mask (1, 1, S, S), positions (1, S)) for a history of this many tokens."""
-        full = self.segments + [Segment("history", [0] * history_length)]
+        full = self.segments + [Segment("history", history_length * [0])]
         mask = additive_mask(build_visibility(full, self.mask), self.dtype)
         return mask.to(self.device), build_positions(full, self.mask)[None].to(self.device)
 
@@ -181,13 +205,13 @@ class ProfileLikelihood:
             else:
                 part = self.vectors(segment.ids).expand(len(theta), -1, -1)
             parts.append(part.to(self.dtype))
-        return torch.cat(parts + [self.words(history_ids)], dim=1)
+        return torch.cat(parts + [self.word_table(history_ids)], dim=1)
 
     def vectors(self, ids=None):
         """float32 embeddings (n, d) of these tokens or of all. Note: some LLMs scale them after the table."""
         if ids is None:
-            ids = range(len(self.words.weight))
-        return self.words(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
+            ids = range(len(self.word_table.weight))
+        return self.word_table(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
 
     def hidden(self, theta, history_ids, task=None):
         """Last hidden states (B, S, d)."""
@@ -198,7 +222,7 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        def nll(theta, task):
+        def user_nll(theta, task):
             # The state before each history token predicts it. Shape: (B, H, d)
             states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
             is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
@@ -208,8 +232,8 @@ class ProfileLikelihood:
             return by_token.sum(1)  # Shape: (B,)
 
         if self.dtype == torch.float16:
-            return ScaledGradient.apply(nll, theta, self.task)
-        return nll(theta, self.task)
+            return ScaledGradient.apply(user_nll, theta, self.task)
+        return user_nll(theta, self.task)
 
 
 # -------- model: where a profile may lie
@@ -274,7 +298,10 @@ def gaussian_of(vectors, counts, rank):
 @torch.no_grad()
 def fit_space(likelihood, tokenizer, profiles, rank):
     """The Space of the profiles' words: DEVIATION(4). The task prompt is that of the text."""
-    origins, bases, words, coordinates = [], [], [], []
+    origins = []
+    bases = []
+    words = []
+    coordinates = []
     for m, profile in enumerate(profiles):
         counts = profile.get("words", {})
         if len(counts) < 2:  # one word spans nothing
@@ -319,7 +346,8 @@ def fit_task(likelihood, space, histories, args):
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
-    best_task, best_nll = likelihood.task, float("inf")
+    best_task = likelihood.task
+    best_nll = float("inf")
     for step in progress(range(steps + 1), "learning the task prompt", "step"):
         likelihood.task = task.detach()
         if step % TASK_CHECK == 0 or step == steps:
@@ -327,7 +355,8 @@ def fit_task(likelihood, space, histories, args):
                 blocks = shared_nll(likelihood, space, histories, held_out, args)
                 nll = sum(block.item() for block in blocks)
             if nll < best_nll:
-                best_task, best_nll = task.detach().clone(), nll
+                best_task = task.detach().clone()
+                best_nll = nll
         if step < steps:
             chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
             likelihood.task = task
@@ -372,13 +401,15 @@ def descend(likelihood, space, ids, lengths, args):
 
     z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])
     nll, loss, gradient = evaluate(z, True)
-    step_size, path = longest_step(gradient), [nll]
+    step_size = longest_step(gradient)
+    path = [nll]
     for step in range(1, args.steps + 1):
         trial = z - step_size[:, None, None] * gradient
         trial_nll, trial_loss, trial_gradient = evaluate(trial, step < args.steps)
         improved = trial_loss < loss  # Shape: (B,); false for NaN too
         if step < args.steps:
-            move, change = trial - z, trial_gradient - gradient
+            move = trial - z
+            change = trial_gradient - gradient
             curvature = (move * change).sum((1, 2)) / (move ** 2).sum((1, 2)).clamp(min=1e-30)
             # A curvature that is not positive says nothing of how far the minimum is.
             newton = torch.where(curvature > 0, 1 / curvature, torch.inf)
@@ -386,12 +417,13 @@ def descend(likelihood, space, ids, lengths, args):
             step_size = torch.where(improved, longer, step_size / 2)
             gradient = torch.where(improved[:, None, None], trial_gradient, gradient)
         z = torch.where(improved[:, None, None], trial, z)
-        nll, loss = torch.where(improved, trial_nll, nll), torch.where(improved, trial_loss, loss)
+        nll = torch.where(improved, trial_nll, nll)
+        loss = torch.where(improved, trial_loss, loss)
         path.append(nll)
     return z, torch.stack(path)
 
 
-# -------- evaluate
+# -------- here the method ends; evaluate: does theta hold for titles that it has not seen?
 
 @torch.no_grad()
 def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
@@ -403,24 +435,28 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
     ring = rng.permutation(solved)
     neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))
     histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
-    totals, tokens = {}, 0
+    totals = {}
+    tokens = 0
     for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
         ids, lengths = pad(histories, block, likelihood.device)
         tokens += int(lengths.sum())
-        own, other = z[block], z[[neighbour[user] for user in block]]
+        own = z[block]
+        other = z[[neighbour[user] for user in block]]
         variants = {"own": own, "population": np.zeros_like(own)}
         if len(solved) > 1:
             variants["shuffled"] = other
-        for m, profile in enumerate(profiles if len(profiles) > 1 and len(solved) > 1 else ()):
-            variants[profile["name"]] = own.copy()
-            variants[profile["name"]][:, m] = other[:, m]
+        if len(solved) > 1 and len(profiles) > 1:
+            for m, profile in enumerate(profiles):
+                swapped = own.copy()
+                swapped[:, m] = other[:, m]
+                variants[profile["name"]] = swapped
         for name, coordinates in variants.items():
             theta = space.theta(torch.tensor(coordinates, device=likelihood.device))
             totals[name] = totals.get(name, 0.0) + likelihood(theta, ids, lengths).double().sum().item()
     return {name: total / tokens for name, total in totals.items()}
 
 
-# -------- here the method ends; running it: the flags
+# -------- running it: the flags
 
 def parse_arguments():
     parser = Parser(__doc__)
@@ -450,15 +486,22 @@ def parse_arguments():
 
 # -------- tokens and blocks of users
 
+LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
+ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
+
+
 def tokenize_histories(tokenizer, texts, room):
     """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens."""
     distinct = sorted(set(chain(*texts)))
     ids_of = dict(zip(distinct, pieces_of(tokenizer, distinct)))
     histories = []
     for lines in texts:
-        used = np.cumsum([len(ids_of[text]) for text in lines[::-1]])
-        dropped = len(lines) - sum(used <= room)
-        histories.append(np.array([token for text in lines[dropped:] for token in ids_of[text]], np.int32))
+        kept = []
+        for text in reversed(lines):  # the newest title first
+            if len(kept) + len(ids_of[text]) > room:
+                break
+            kept = ids_of[text] + kept
+        histories.append(np.array(kept, np.int32))
     return histories
 
 
@@ -467,12 +510,13 @@ def make_blocks(histories, block_size, token_budget, prompt_length):
 
     Padding stays below LENGTH_SPREAD. Longest first: too little memory shows at once.
     """
-    blocks, longest = [], np.inf  # the first one opens a block
+    blocks = []
+    longest = 0  # prompt and history of the first user of the last block
     solvable = [user for user, ids in enumerate(histories) if len(ids)]
     for user in sorted(solvable, key=lambda user: -len(histories[user])):
         length = prompt_length + len(histories[user])
-        shorter = length < (1 - LENGTH_SPREAD) * longest
-        if shorter or len(blocks[-1]) >= (block_size or token_budget // longest):
+        much_shorter = length < (1 - LENGTH_SPREAD) * longest
+        if not blocks or much_shorter or len(blocks[-1]) >= (block_size or token_budget // longest):
             blocks.append([])
             longest = length
         blocks[-1].append(user)
@@ -481,31 +525,36 @@ def make_blocks(histories, block_size, token_budget, prompt_length):
 
 def token_budget_of(likelihood):
     """Tokens a block: what keeps a layer in a CPU's cache, or half of a GPU's memory beside the LLM."""
-    width, size = likelihood.width, likelihood.dtype.itemsize
+    width = likelihood.width
+    size = likelihood.dtype.itemsize
     if likelihood.device.type == "cpu":
         return max(768, 2_400_000 // (width * size))
     # Note: not of the free memory: a run that goes on must cut the same blocks.
     room = torch.cuda.get_device_properties(likelihood.device).total_memory
     room -= size * count_parameters(likelihood.model)
-    return max(2048, room // 2 // (ACTIVATIONS * width * likelihood.model.config.num_hidden_layers * size))
+    layers = likelihood.model.config.get_text_config().num_hidden_layers
+    return max(2048, room // 2 // (ACTIVATIONS * width * layers * size))
 
 
 def pad(histories, users, device):
     """(ids (B, H), lengths (B,)) of these users; padded with 0 on the right, where no token looks."""
     rows = [torch.from_numpy(histories[user]).long() for user in users]
-    lengths = torch.tensor(list(map(len, rows)), device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
-def infer_block(likelihood, space, histories, users, args):
-    """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite."""
+def infer_block(likelihood, space, histories, users, args, raw_ids):
+    """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite.
+
+    users: indices; raw_ids: what the data set calls all its users, for the message.
+    """
     clock = time.perf_counter()
     ids, lengths = pad(histories, users, likelihood.device)
     z, path = descend(likelihood, space, ids, lengths, args)
-    bad = [str(user) for user, good in zip(users, path[-1].isfinite().tolist()) if not good]
+    bad = [str(raw_ids[user]) for user, good in zip(users, path[-1].isfinite().tolist()) if not good]
     if bad:
-        raise UserError(f"the likelihood is not finite for users {', '.join(bad[:5])}", str(likelihood.dtype),
-                        "take --dtype bf16 or fp32")
+        raise UserError(f"the likelihood is not finite for {len(bad)} users, among them {', '.join(bad[:5])}",
+                        str(likelihood.dtype), "take --dtype bf16 or fp32")
     return {"z": z.cpu(), "nll": path.cpu().numpy().sum(1, dtype=np.float64).tolist(),
             "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
 
@@ -525,10 +574,13 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     wait_for_all()
     space = open_space(work, likelihood.device)
     likelihood.task = space.task
-    for profile, words in zip(dataset.profiles, space.words if RANK == 0 else ()):
-        print(f"words of {profile['name']}: {', '.join(words)}")
-    pieces = [(work / f"{number:06d}.pt", infer_block, likelihood, space, histories, users, args)
-              for number, users in enumerate(blocks)]
+    if RANK == 0:
+        for profile, words in zip(dataset.profiles, space.words):
+            print(f"words of {profile['name']}: {', '.join(words)}")
+    pieces = []
+    for number, users in enumerate(blocks):
+        path = work / f"{number:06d}.pt"
+        pieces.append((path, infer_block, likelihood, space, histories, users, args, dataset.users))
     do_all(pieces, "inferring", "block", likelihood.device)
     return space
 
@@ -595,15 +647,21 @@ class ScaledGradient(torch.autograd.Function):
 
 @torch.no_grad()
 def find_flaw(likelihood):
-    """What this LLM does that the method cannot have, or None: not every architecture obeys a 4-D mask."""
-    ids = torch.arange(4, device=likelihood.device)[None]
+    """What this LLM does that the method cannot have, or None.
+
+    Not every architecture obeys a 4-D mask for several users, or positions that are given to it.
+    """
+    ids = torch.arange(4, device=likelihood.device).repeat(2, 1)  # two users
     plain = likelihood.head(likelihood.body(ids).last_hidden_state)
     if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), 0.01, 0.01, equal_nan=True):
         return "this LLM rescales its logits"
-    kinds = [segment.kind for segment in likelihood.segments for _ in segment.ids]
-    theta = likelihood.vectors([0]).repeat(1, likelihood.profiles, 1)
-    states, visible = likelihood.hidden(theta, ids), likelihood.layout(4)[0][0, 0] == 0
-    first, last = theta.clone(), ids.clone()
+    kinds = [segment.kind for segment in segment_of_each_token(likelihood.segments)]
+    theta = likelihood.vectors([0]).repeat(2, likelihood.n_profiles, 1)
+    states = likelihood.hidden(theta, ids)
+    mask, positions = likelihood.layout(4)
+    visible = mask[0, 0] == 0
+    first = theta.clone()
+    last = ids.clone()
     first[:, 0, 0] += 1
     last[0, -1] += 1
     for column, changed in ((kinds.index("theta"), (first, ids)), (-1, (theta, last))):
@@ -611,6 +669,13 @@ def find_flaw(likelihood):
         noticed = (change > 9 * torch.finfo(change.dtype).eps * states.abs().max()).any(2)[0]
         if (noticed & ~visible[:, column]).any():
             return "this LLM sees through the mask"
+    nearer = positions.clone()
+    nearer[:, -1] -= 1
+    moved = likelihood.body(inputs_embeds=likelihood.embeddings(theta, ids), attention_mask=mask,
+                            position_ids=nearer, use_cache=False).last_hidden_state
+    if likelihood.mask == "strict" and torch.equal(moved, states):
+        return "this LLM ignores positions, which make profiles exchangeable (--mask causal does without)"
+    return None
 
 
 def open_model(dataset, args, device, length):
@@ -621,7 +686,10 @@ def open_model(dataset, args, device, length):
     on_gpu = device.type == "cuda"
     if args.lm == "auto":
         roomy = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
-        args.lm = "tiny" if dataset.name == "demo" else "llama2-7b" if roomy else "gpt2"
+        if dataset.name == "demo":
+            args.lm = "tiny"
+        else:
+            args.lm = "llama2-7b" if roomy else "gpt2"
         print(f"--lm auto chose {args.lm}")
     tiny = args.lm == "tiny"
     if tiny and length and RANK == 0:
@@ -653,6 +721,11 @@ def open_model(dataset, args, device, length):
     return likelihood, tokenizer, lm
 
 
+OWN_WORDS = 16  # how many of the LLM's own words stand for a profile whose items have no attributes
+LIKELIEST = 200  # they are taken from so many likeliest words after the profile's name
+BARE_PROMPT = "This user is"  # a prompt that names no profile
+
+
 @torch.no_grad()
 def likeliest_words(likelihood, tokenizer, m):
     """The LLM's own words for a profile whose items have no attributes: {word: its probability}.
@@ -664,10 +737,14 @@ def likeliest_words(likelihood, tokenizer, m):
         tokens = torch.tensor([begin + ids], device=likelihood.device)
         return likelihood.model(tokens).logits[0, -1].float().softmax(0)
 
-    begin = [token for segment in likelihood.segments if segment.kind == "begin" for token in segment.ids]
-    name, = (segment.ids for segment in likelihood.segments
-             if segment.kind == "name" and segment.profile == m)
-    after_name, after_bare = next_word(name), next_word(pieces_of(tokenizer, [BARE_PROMPT])[0])
+    begin = []
+    for segment in likelihood.segments:
+        if segment.kind == "begin":
+            begin = segment.ids
+        elif segment.kind == "name" and segment.profile == m:
+            name = segment.ids
+    after_name = next_word(name)
+    after_bare = next_word(pieces_of(tokenizer, [BARE_PROMPT])[0])
     likeliest = after_name.topk(min(LIKELIEST, len(after_name))).indices
     lift = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
     words = {}
@@ -687,6 +764,8 @@ def likeliest_words(likelihood, tokenizer, m):
 # -------- save
 
 FILES = ("profiles.npy", "profiles_users.json", "space.pt", "profiles.json")
+RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
+            "tiny_sentences", "seed")  # the settings on which theta depends
 
 
 def open_space(folder, device):
@@ -710,7 +789,8 @@ def read_profiles(run):
     """(profiles.json, profiles.npy (U, M, r), profiles_users.json); UserError unless they are of one run."""
     keys = (*RECORDED, "dataset_fingerprint", "lm_fingerprint", "profiles", "rows_kept", "train_tokens",
             "train_nll_steps", "seconds", "fingerprint", "users_fingerprint", "space_fingerprint")
-    facts, z = load(run, "profiles.json", keys), load(run, "profiles.npy")
+    facts = load(run, "profiles.json", keys)
+    z = load(run, "profiles.npy")
     owners = load(run, "profiles_users.json", ("users", "inferred"))
     check_same(run, "profiles.npy", "profiles.json", fingerprint(z), facts["fingerprint"])
     check_same(run, "profiles_users.json", "profiles.json", fingerprint(owners), facts["users_fingerprint"])
@@ -727,16 +807,35 @@ def rows_that_stay(run, dataset, settings, path):
         raise UserError(f"profiles.npy has other settings ({', '.join(changed)})", run, "use the first run's")
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}
-    strangers = sorted(asked - index.keys())
-    if strangers:
-        raise UserError(f"{len(strangers)} users are not in the data set, the first is '{strangers[0]}'",
-                        path, "run 01 with their rows")
+    served = asked & index.keys()
+    say_who_is_missing(run, asked - served, path)
+    if not served:
+        raise UserError(f"none of the file's {len(asked)} users is in the data set", path,
+                        "run 01 with their rows")
     rows = {}
     for row in owners["inferred"]:
         user = index.get(owners["users"][row])
         if user is not None:
             rows[user] = row
-    return facts, old, rows, {index[raw] for raw in asked} - rows.keys()
+    return facts, old, rows, {index[raw] for raw in served} - rows.keys()
+
+
+def say_who_is_missing(run, strangers, path):
+    """WARNING lines for users of the file whom stage 01 dropped or never saw."""
+    dropped = set()
+    if (run / "dropped_users.json").exists():
+        dropped = strangers & set(load(run, "dropped_users.json"))
+    if dropped:
+        facts = load(run, "dataset.json", ("min_interactions", "subsample_users"))
+        flags = f"--min-interactions {facts['min_interactions']}"
+        if facts["subsample_users"]:
+            flags += f", --subsample-users {facts['subsample_users']}"
+        print(f"WARNING: {len(dropped)} users of {path} get no profile, among them '{min(dropped)}': "
+              f"stage 01 dropped them ({flags})")
+    unseen = strangers - dropped
+    if unseen:
+        print(f"WARNING: {len(unseen)} users of {path} get no profile, among them '{min(unseen)}': they are "
+              "not in the data set; run 01 with their rows")
 
 
 def gather(work, blocks, old, rows, shape, before):
@@ -758,51 +857,76 @@ def gather(work, blocks, old, rows, shape, before):
 
 # -------- main
 
-def infer(dataset, likelihood, tokenizer, lm, histories, args):
-    """All users, or with --users those who are new. The first process saves and reports."""
-    # The words may change with new users; --users keeps the space of the first run.
-    profiles = [{key: value for key, value in profile.items() if key != "words"}
-                for profile in dataset.profiles]
+def settings_of(dataset, lm, args):
+    """All on which theta depends, as profiles.json records it: flags, prompts, data and LLM."""
+    profiles = []
+    for profile in dataset.profiles:
+        # The words may change with new users; --users keeps the space of the first run.
+        profiles.append({key: value for key, value in profile.items() if key != "words"})
     settings = {key: getattr(args, key) for key in RECORDED}
-    settings |= {"profiles": profiles, "dataset_fingerprint": dataset.fingerprint(),
-                 "lm_fingerprint": lm["fingerprint"]}
-    before, old, rows = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}, None, {}
+    settings["profiles"] = profiles
+    settings["dataset_fingerprint"] = dataset.fingerprint()
+    settings["lm_fingerprint"] = lm["fingerprint"]
+    return settings
+
+
+def is_done(run, settings):
+    """Has an earlier run inferred all users under these settings?"""
+    try:
+        facts, _, _ = read_profiles(run)
+    except UserError:  # what is missing or damaged is made again
+        return False
+    wanted = settings | {"rows_kept": 0}
+    return all(facts[key] == value for key, value in wanted.items())
+
+
+def infer(dataset, likelihood, tokenizer, lm, histories, args):
+    """All users, or with --users those who are new: plan the blocks, solve them, save and report."""
+    settings = settings_of(dataset, lm, args)
+    before = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}
+    old_z = None
+    old_rows = {}
     if args.users:
-        before, old, rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
+        before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
-    work = args.run / f"blocks-{fingerprint(settings, blocks, list(rows))[:12]}"
-    with contextlib.suppress(UserError):  # a damaged run is made again
-        done = (settings | {"rows_kept": 0}).items() <= read_profiles(args.run)[0].items()
-        if done and not (args.users or args.fresh or work.exists()):
-            return print("profiles.npy has these settings: nothing to do (--fresh infers again)")
+    work = args.run / f"blocks-{fingerprint(settings, blocks, list(old_rows))[:12]}"
+    if not (args.users or args.fresh or work.exists()) and is_done(args.run, settings):
+        print("profiles.npy has these settings: nothing to do (--fresh infers again)")
+        return
     if args.users and RANK == 0:
         once(work / "space.pt", lambda: open_space(args.run, "cpu").saved())
     space = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
-    wait_for_all()  # else the first would publish while another still writes
+    wait_for_all()  # else the first process would publish while another still writes
     if RANK > 0:
         return
-    z, known, sums = gather(work, blocks, old, rows, (len(histories), *space.basis.shape[:2]), before)
+    shape = (len(histories), *space.basis.shape[:2])
+    z, known, sums = gather(work, blocks, old_z, old_rows, shape, before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     solved = sorted(chain(*blocks))
-    heldout = heldout_nll(likelihood, space, z, validation, solved, profiles, seeded(args.seed, 3))
+    heldout = heldout_nll(likelihood, space, z, validation, solved, dataset.profiles, seeded(args.seed, 3))
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
-    speed = round(worked / max(sums["seconds"], 1e-9))
     owners = {"users": dataset.users, "inferred": known}
     facts = settings | {
-        "rows_kept": len(rows), "lm_sensitivity": lm["sensitivity"],
-        "users_without_history": len(z) - len(known), "heldout_nll": heldout or None,
+        "rows_kept": len(old_rows),
+        "lm_sensitivity": lm["sensitivity"],
+        "users_without_history": len(z) - len(known),
+        "heldout_nll": heldout or None,
         "train_nll": {"before": steps[0], "after": steps[-1]},
-        "train_nll_steps": steps, "train_tokens": sums["tokens"], "tokens_per_second": speed,
-        "seconds": round(sums["seconds"], 1), "peak_memory_mb": peak_memory_mb(likelihood.device),
-        "fingerprint": fingerprint(z), "users_fingerprint": fingerprint(owners),
+        "train_nll_steps": steps,
+        "train_tokens": sums["tokens"],
+        "tokens_per_second": round(worked / max(sums["seconds"], 1e-9)),
+        "seconds": round(sums["seconds"], 1),
+        "peak_memory_mb": peak_memory_mb(likelihood.device),
+        "fingerprint": fingerprint(z),
+        "users_fingerprint": fingerprint(owners),
         "space_fingerprint": space.fingerprint()}
     save_npy(work / "profiles.npy", z)
     save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete
     publish(work, args.run)
-    report(steps, heldout, lm["sensitivity"], speed)
+    report(steps, heldout, lm["sensitivity"], facts["tokens_per_second"])
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 
 
@@ -832,16 +956,23 @@ def report(steps, heldout, sensitivity, speed):
         print(f"WARNING: {warning}")
 
 
-def main():
-    args = parse_arguments()
-    dataset, device = load_dataset(args.run), pick_device(args.device)
-    for work in args.run.glob("blocks-*") if RANK == 0 else ():
+def tidy_up(args):
+    """What an earlier run left: a finished result is published, an unfinished one waits for its flags."""
+    for work in args.run.glob("blocks-*"):
         if (work / "profiles.json").exists():
             publish(work, args.run)
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
             print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
+
+
+def main():
+    args = parse_arguments()
+    dataset = load_dataset(args.run)
+    device = pick_device(args.device)
+    if RANK == 0:
+        tidy_up(args)
     wait_for_all()
     if not any("words" in profile for profile in dataset.profiles):
         raise UserError("dataset.json has no words, it is of an earlier version", args.run, "run 01 again")
@@ -863,4 +994,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "lower --block-size, or change --lm")

@@ -13,6 +13,12 @@ these codes; then minibatches of users update z, codebooks and surrogate. kmeans
 codes that are soft tokens, words takes the K_m most frequent words: a user's code is then the likeliest given
 the history. A code is named after the word towards which it lies.
 
+What stands where; each part begins with a line of dashes:
+    data, model, loss, train  what a quantizer may look at, Eq. (6), the VQ layer, Eq. (5), Algorithm 1.
+    quantizers                k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
+    variants                  EM with soft codes; asking for words
+    running it                flags, how codes are used and called, files, main. Skip it at first.
+
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt
         lm-tiny/ (02)
 Writes: codebooks.pt, M tensors (K_m, r) and what assigns a new user;  quantize.json;
@@ -44,53 +50,6 @@ from common import (
     save_npy, save_torch, seeded, together)
 
 infer = importlib.import_module("02_infer_profiles")
-
-# -------- settings
-
-COMBINATIONS = 100  # most that EM tries a user
-PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}  # section 3.4
-
-
-def parse_arguments():
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--codes", help="codebook sizes K_1,K_2,... (default: stage 01's; paper: 4,3)")
-    add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), with --assign likelihood em")
-    add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
-    add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
-    add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step size of z, codes (paper: 0.001)")
-    add("--start", choices=("words", "kmeans", "random"), default="words",
-        help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
-    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
-    add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
-    add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
-    add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
-    add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
-    add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
-    if "--paper" in sys.argv:
-        parser.set_defaults(**PAPER)
-    args = parser.parse_args()
-    if args.keep_codebooks and (args.codes or args.quantizer):
-        parser.error("--keep-codebooks keeps K_m and quantizer")
-    args.quantizer = args.quantizer or ("em" if args.assign == "likelihood" else "vq")
-    fitting = "likelihood" if args.quantizer in ("em", "words") else "nearest"
-    args.assign = args.assign or fitting
-    if args.assign != fitting:
-        parser.error(f"--assign {args.assign} does not go with --quantizer {args.quantizer}")
-    return args
-
-
-def parse_codes(text, profiles):
-    """[K_1, ..., K_M] from '4,3', by default stage 01's."""
-    try:
-        sizes = [profile["codes"] for profile in profiles] if text is None else [*map(int, text.split(","))]
-        if len(sizes) == len(profiles) and 2 <= min(sizes) <= max(sizes) <= 32766:
-            return sizes
-    except ValueError:
-        pass
-    raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
-                    "give them for " + ", ".join(profile["name"] for profile in profiles))
 
 
 # -------- data
@@ -129,7 +88,8 @@ class Problem:
 
 def read_problem(run):
     """(Problem, truth or None), checked to belong together."""
-    dataset, (facts, z, owners) = load_dataset(run), infer.read_profiles(run)
+    dataset = load_dataset(run)
+    facts, z, owners = infer.read_profiles(run)
     check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     known = np.isin(np.arange(len(z)), owners["inferred"])
     return Problem(run, dataset, np.array(z), known, facts, infer.open_space(run, "cpu")), load_truth(run)
@@ -192,31 +152,15 @@ def first_codebooks(z, sizes, start, seed, coordinates=None):
         else:
             count = len(np.unique(z[:, m], axis=0))
             if size > count:
-                raise UserError(f"{size} codes for {count} distinct theta^{m + 1}", "--codes", "choose fewer")
+                todo = "choose fewer" if count > 2 else "give more data: these users look the same"
+                what = f"{size} codes are more than the {count} distinct theta^{m + 1}"
+                raise UserError(what, "--codes", todo)
             from_words = start == "words" and size <= len(coordinates[m])
             begin = coordinates[m][:size].numpy() if from_words else "k-means++"
             kmeans = cluster.KMeans(size, init=begin, n_init=1 if from_words else 10, random_state=seed)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
     return codebooks
-
-
-def name_codes(books, coordinates, words, centre):
-    """M lists of K_m names: the word towards which a code lies from the users' mean (centre (M, r)).
-
-    A second code of the same word is called "word 2".
-    """
-    names = []
-    for book, vectors, texts, mean in zip(books, coordinates, words, centre):
-        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, words)
-        taken = Counter()
-        named = []
-        for index in cosine.argmax(1).tolist():
-            taken[texts[index]] += 1
-            number = taken[texts[index]]
-            named.append(texts[index] if number == 1 else f"{texts[index]} {number}")
-        names.append(named)
-    return names
 
 
 # -------- loss and train
@@ -226,13 +170,21 @@ def vec_loss(z, rows, quantizers, surrogate, beta):
 
     z (B, M, r); rows: B arrays (n_u, 3) user, item, label.
     """
-    quantized, codebook, commitment = zip(*(quantizer(z[:, m]) for m, quantizer in enumerate(quantizers)))
-    owner = np.repeat(np.arange(len(rows)), list(map(len, rows)))
-    quantized = torch.stack(quantized, dim=1)[owner]  # Shape: (n, M, r)
+    quantized = []
+    codebook = 0.0
+    commitment = 0.0
+    for m, quantizer in enumerate(quantizers):
+        codes, codebook_term, commitment_term = quantizer(z[:, m])
+        quantized.append(codes)
+        codebook = codebook + codebook_term  # of each user
+        commitment = commitment + commitment_term
+    codebook = codebook.mean()
+    commitment = commitment.mean()
+    user_of_row = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+    quantized = torch.stack(quantized, dim=1)[user_of_row]  # Shape: (n, M, r)
     batch = torch.from_numpy(np.concatenate(rows)).long().to(z.device)
     logits = surrogate(batch[:, :2], quantized)
     rec = F.binary_cross_entropy_with_logits(logits, batch[:, 2].float(), reduction="sum") / len(rows)
-    codebook, commitment = sum(codebook).mean(), sum(commitment).mean()
     parts = {"codebook": codebook.item(), "commitment": commitment.item(), "rec": rec.item()}
     return codebook + beta * commitment + rec, parts
 
@@ -251,15 +203,17 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
             optimizer.zero_grad()
 
 
-def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
+def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args, rng):
     """Algorithm 1: minibatches of users update z (their rows only), codebooks and surrogate.
 
-    z: float (U, M, r), moved in place; llm: of JointVQ.llm_loss. Returns the log.
+    z: float (U, M, r), moved in place; add_llm_gradient: of JointVQ, or None. Returns the log.
     """
-    books, squares = list(quantizers.parameters()), torch.zeros_like(z)
+    books = list(quantizers.parameters())
+    squares = torch.zeros_like(z)
     optimizers = [torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
                   torch.optim.AdamW(surrogate.parameters(), lr=1e-3, weight_decay=0.0)]
-    log, codes = [], assign_all(z[users], books)
+    log = []
+    codes = assign_all(z[users], books)
     for epoch in range(1, args.epochs + 1):
         sums = {}
         batches = np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
@@ -268,18 +222,20 @@ def train_jointly(z, quantizers, surrogate, rows, users, llm, args, rng):
             loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
             (args.alpha * loss).backward()
-            if llm:
-                parts["llm"] = llm(own, batch)  # adds its gradient
+            if add_llm_gradient:
+                parts["llm"] = add_llm_gradient(own, batch)
             if not math.isfinite(sum(parts.values()) + own.grad.sum()):
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            # DEVIATION(7): Adagrad's step size depends on a user's own steps alone, Adam's on all
+            # DEVIATION(7): Adagrad. Its step size depends on a user's own steps alone, Adam's on all steps.
             squares[batch] += own.grad ** 2
             z[batch] -= args.lr * own.grad / (squares[batch].sqrt() + 1e-10)
-            sums = {key: sums.get(key, 0.0) + part * len(batch) / len(users) for key, part in parts.items()}
-        before, codes = codes, assign_all(z[users], books)
+            for key, part in parts.items():
+                sums[key] = sums.get(key, 0.0) + part * len(batch) / len(users)
+        before = codes
+        codes = assign_all(z[users], books)
         figures = {"epoch": epoch, **sums, "ids_changed": int((codes != before).any(1).sum())}
         used = [round(perplexity(codes[:, m], len(book)), 3) for m, book in enumerate(books)]
         print(*(f"{name} {value:.4g}" for name, value in figures.items()), f"perplexity {used}")
@@ -297,11 +253,15 @@ def assign_all(z, books):
 class KMeans:
     """k-means over z, the start of vq and em: no recommender, no LLM."""
 
+    assigns = "nearest"  # what --assign is with this quantizer
     books = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
     log_weights = None  # em, words: M tensors (K_m,), log of how common a code is
 
     def __init__(self, problem, sizes, args, device):
-        self.problem, self.sizes, self.args, self.device = problem, sizes, args, device
+        self.problem = problem
+        self.sizes = sizes
+        self.args = args
+        self.device = device
 
     def first_books(self):
         """The codebooks with which learning begins."""
@@ -323,10 +283,15 @@ class JointVQ(KMeans):
 
     def fit(self):
         """As KMeans.fit; problem.z moves too."""
-        args, problem, device, dataset = self.args, self.problem, self.device, self.problem.dataset
+        args = self.args
+        problem = self.problem
+        device = self.device
+        dataset = self.problem.dataset
         # DEVIATION(5): in units of the prior lr, alpha and beta mean the same for every LLM.
         z = torch.tensor(problem.z, device=device)
-        llm = self.llm_loss() if args.llm_loss and args.epochs else None
+        add_llm_gradient = None
+        if args.llm_loss and args.epochs:
+            add_llm_gradient = self.open_llm_loss()
         rng = seeded(args.seed, 6)
         quantizers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         surrogate = Surrogate(len(z), len(dataset.items), *z.shape[1:]).to(device)
@@ -336,19 +301,23 @@ class JointVQ(KMeans):
         if args.epochs:
             quantized = [quantizer(z[:, m])[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
-        log = train_jointly(z, quantizers, surrogate, rows, np.flatnonzero(problem.known), llm, args, rng)
-        # Note: stage 02's file stays; a new user is assigned by what 02 infers for him.
+        known = np.flatnonzero(problem.known)
+        log = train_jointly(z, quantizers, surrogate, rows, known, add_llm_gradient, args, rng)
+        # Note: stage 02's file stays; a new user is assigned by the z that 02 infers.
         problem.z = z.cpu().numpy()
         self.books = [quantizer.codebook.detach().cpu() for quantizer in quantizers]
         return self.assign(), log
 
-    def llm_loss(self):
-        """A function (z (B, M, r), users (B,)) -> mean l_llm with prior, which adds its gradient to z's."""
+    def open_llm_loss(self):
+        """A function (z (B, M, r), users (B,)) that adds the gradient of l_llm and the prior, a mean over
+        users, to z's gradient and returns its value. Block by block: a graph of all would not fit."""
         likelihood, histories, space, _ = self.problem.open_likelihood(self.device)
-        budget, prior = infer.token_budget_of(likelihood), self.problem.facts["prior"]
+        budget = infer.token_budget_of(likelihood)
+        prior = self.problem.facts["prior"]
 
-        def llm(z, users):
-            total, own = 0.0, [histories[user] for user in users]
+        def add_llm_gradient(z, users):
+            total = 0.0
+            own = [histories[user] for user in users]
             for block in infer.make_blocks(own, None, budget, likelihood.prompt_length):
                 # Eq. (4) and the prior, DEVIATION(4)
                 nll = likelihood(space.theta(z[block]), *infer.pad(own, block, self.device))
@@ -357,7 +326,17 @@ class JointVQ(KMeans):
                 total += loss.sum().item() / len(users)
             return total
 
-        return llm
+        return add_llm_gradient
+
+
+def bank_of(codes, known, sizes):
+    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
+    return np.where(known[:, None], codes, sizes).astype(np.int16)
+
+
+# -------- here the method ends; variants: codes that the LLM itself judges
+
+COMBINATIONS = 100  # most that EM tries a user
 
 
 class SoftCodeEM(KMeans):
@@ -367,6 +346,8 @@ class SoftCodeEM(KMeans):
     then an M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the
     responsibilities. The likeliest round is kept.
     """
+
+    assigns = "likelihood"
 
     def open(self):
         """Open the LLM; list combinations of codes (C, M) and blocks of users."""
@@ -403,7 +384,9 @@ class SoftCodeEM(KMeans):
         known: log P(y_u | c) (B, C) of each block, where it need not be asked for again.
         """
         codes = torch.tensor(codes)
-        drawn, total, usage = codes.clone(), 0.0, [torch.zeros(size) for size in self.sizes]
+        drawn = codes.clone()
+        total = 0.0
+        usage = [torch.zeros(size) for size in self.sizes]
         for number, users in enumerate(progress(self.blocks, "E-step", "block")):
             log_likelihood = self.log_likelihood(users) if known is None else known[number]
             joint = self.log_weight() + log_likelihood
@@ -422,7 +405,8 @@ class SoftCodeEM(KMeans):
         self.books = [book.requires_grad_() for book in self.first_books()]
         self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
         optimizer = torch.optim.AdamW(self.books, lr=args.lr, weight_decay=0.0)
-        log, rounds = [], []
+        log = []
+        rounds = []
         codes = KMeans.assign(self)
         for number in range(args.epochs + 1):
             before = codes
@@ -461,9 +445,10 @@ class Words(SoftCodeEM):
     def fit(self):
         self.open()
         seeded(self.args.seed, 7)
-        for m, (size, words) in enumerate(zip(self.sizes, self.problem.space.words)):
-            if size > len(words):
-                raise UserError(f"{size} codes for the {len(words)} words of profile {m + 1}", "--codes",
+        for m, size in enumerate(self.sizes):
+            count = len(self.problem.space.words[m])
+            if size > count:
+                raise UserError(f"{size} codes are more than the {count} words of profile {m + 1}", "--codes",
                                 "choose fewer, or another --quantizer")
         self.books = [found[:size] for size, found in zip(self.sizes, self.problem.space.coordinates)]
         known = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
@@ -472,14 +457,83 @@ class Words(SoftCodeEM):
         for m, size in enumerate(self.sizes):
             by_word = [mean[self.combinations[:, m] == code].mean() for code in range(size)]
             self.log_weights.append(-torch.stack(by_word))
-        evidence, codes, *_ = self.e_step(KMeans.assign(self), known)
+        evidence, codes, _, _ = self.e_step(KMeans.assign(self), known)
         return codes, [{"epoch": 0, "log_likelihood": evidence}]
 
 
 QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 
-# -------- evaluate
+# -------- running it: the flags
+
+PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}  # section 3.4
+
+
+def parse_arguments():
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--codes", help="codebook sizes K_1,K_2,... (default: stage 01's; paper: 4,3)")
+    add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), with --assign likelihood em")
+    add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
+    add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
+    add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step size of z, codes (paper: 0.001)")
+    add("--start", choices=("words", "kmeans", "random"), default="words",
+        help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
+    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
+    add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
+    add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
+    add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
+    add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
+    add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
+    if "--paper" in sys.argv:
+        parser.set_defaults(**PAPER)
+    args = parser.parse_args()
+    if args.keep_codebooks and (args.codes or args.quantizer):
+        parser.error("--keep-codebooks keeps K_m and quantizer")
+    if args.quantizer is None:  # the first that assigns so: vq, or em by likelihood
+        wanted = args.assign or "nearest"
+        fitting = [name for name, kind in QUANTIZERS.items() if kind.assigns == wanted]
+        args.quantizer = "vq" if wanted == "nearest" else fitting[0]
+    assigns = QUANTIZERS[args.quantizer].assigns
+    if args.assign not in (None, assigns):
+        parser.error(f"--quantizer {args.quantizer} goes with --assign {assigns} alone")
+    args.assign = assigns
+    return args
+
+
+def parse_codes(text, profiles):
+    """[K_1, ..., K_M] from '4,3', by default stage 01's."""
+    if text is None:
+        return [profile["codes"] for profile in profiles]
+    parts = [part.strip() for part in text.split(",")]
+    sizes = [int(part) for part in parts if part.isascii() and part.isdecimal()]
+    fits = len(parts) == len(sizes) == len(profiles)
+    if not fits or min(sizes) < 2 or max(sizes) > 32766:
+        raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
+                        "give one each for " + ", ".join(profile["name"] for profile in profiles))
+    return sizes
+
+
+# -------- how codes are called and used
+
+def name_codes(books, coordinates, words, centre):
+    """M lists of K_m names: the word towards which a code lies from the users' mean (centre (M, r)).
+
+    A second code of the same word is called "word 2".
+    """
+    names = []
+    for book, vectors, texts, mean in zip(books, coordinates, words, centre):
+        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, words)
+        taken = Counter()
+        named = []
+        for index in cosine.argmax(1).tolist():
+            taken[texts[index]] += 1
+            number = taken[texts[index]]
+            named.append(texts[index] if number == 1 else f"{texts[index]} {number}")
+        names.append(named)
+    return names
+
 
 def perplexity(codes, size):
     """exp(entropy) of the usage: 1 when all share one code, K when all are used alike."""
@@ -500,10 +554,15 @@ def health(codes, sizes, profiles):
 
 def agreement(codes, truth):
     """AMI and NMI of codes with planted values; NMI across profiles (should be 0)."""
-    ami, nmi = metrics.adjusted_mutual_info_score, metrics.normalized_mutual_info_score
-    return {"ami_truth": list(map(ami, truth.T, codes.T)), "nmi_truth": list(map(nmi, truth.T, codes.T)),
-            "nmi_across": [nmi(one, other) if np.ptp(one) else 0.0  # sklearn: two constants agree
-                           for one, other in itertools.combinations(codes.T, 2)]}
+    ami = metrics.adjusted_mutual_info_score
+    nmi = metrics.normalized_mutual_info_score
+    across = []
+    for one, other in itertools.combinations(codes.T, 2):
+        # Note: for scikit-learn two constants agree wholly.
+        across.append(nmi(one, other) if np.ptp(one) else 0.0)
+    return {"ami_truth": [ami(planted, found) for planted, found in zip(truth.T, codes.T)],
+            "nmi_truth": [nmi(planted, found) for planted, found in zip(truth.T, codes.T)],
+            "nmi_across": across}
 
 
 def show(report, agreed):
@@ -514,22 +573,22 @@ def show(report, agreed):
               "{max_share:.2f}".format(size=len(counts), **profile))
         print("   ", *(f"{name}: {count:,d}" for name, count in zip(profile["words"], counts)), sep="  ")
         if profile["perplexity"] < 1.5 or profile["max_share"] > 0.9:
-            print(f"    WARNING: the codebook of {profile['name']} has collapsed")
+            print(f"    WARNING: the codebook of {profile['name']} has collapsed: {profile['max_share']:.0%} "
+                  "of the users have one code")
     if agreed:
-        ami, nmi, across = (" ".join(f"{value:.3f}" for value in values) for values in agreed.values())
-        print(f"with the planted truth: adjusted MI {ami}, NMI {nmi}; NMI across profiles {across}")
+        def listed(name):
+            return " ".join(f"{value:.3f}" for value in agreed[name])
+
+        print(f"with the planted truth: adjusted MI {listed('ami_truth')}, NMI {listed('nmi_truth')}; "
+              f"NMI across profiles {listed('nmi_across')}")
 
 
 # -------- save
 
-def bank_of(codes, known, sizes):
-    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
-    return np.where(known[:, None], codes, sizes).astype(np.int16)
-
-
 def save(run, problem, bank, quantizer, named, facts):
     """Write codebooks, bank and the facts. named: M lists of the codes' names."""
-    names, users = [profile["name"] for profile in problem.dataset.profiles], problem.dataset.users
+    names = [profile["name"] for profile in problem.dataset.profiles]
+    users = problem.dataset.users
     with together(run) as aside:
         save_torch(aside / "codebooks.pt", {
             "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": named,
@@ -555,12 +614,14 @@ def saved_quantizer(problem, args, device):
         "codebooks", "log_weights", "words", "users", "bank", "facts", "made_with"))
     if saved["made_with"] != problem.made_with():
         raise UserError("codebooks.pt was made with another LLM or 02 flags", args.run, "run 03_quantize.py")
-    books, facts = saved["codebooks"], saved["facts"]
+    books = saved["codebooks"]
+    facts = saved["facts"]
     name = facts["quantizer"]
     if name not in QUANTIZERS or len(books) != problem.z.shape[1]:
         raise UserError(f"codebooks.pt has {len(books)} books of {name}", args.run, "drop --keep-codebooks")
     quantizer = QUANTIZERS[name](problem, list(map(len, books)), args, device)
-    quantizer.books, quantizer.log_weights = books, saved["log_weights"]
+    quantizer.books = books
+    quantizer.log_weights = saved["log_weights"]
     return quantizer, saved["words"], facts, dict(zip(saved["users"], saved["bank"].tolist()))
 
 
@@ -570,11 +631,13 @@ def main():
     args = parse_arguments()
     device = pick_device(args.device)
     problem, truth = read_problem(args.run)
-    dataset, known = problem.dataset, problem.known
+    dataset = problem.dataset
+    known = problem.known
     announce("03 quantize", args, "stage 01's files, profiles.npy .json, space.pt")
     if args.keep_codebooks:
         quantizer, named, facts, then = saved_quantizer(problem, args, device)
-        sizes, codes = quantizer.sizes, quantizer.assign()
+        sizes = quantizer.sizes
+        codes = quantizer.assign()
         for user, raw in enumerate(dataset.users):
             if then.get(raw, sizes) != sizes:  # sizes: the unknown code
                 codes[user] = then[raw]
@@ -604,4 +667,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "lower --batch-users")

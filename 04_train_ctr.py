@@ -7,6 +7,11 @@ No LLM is loaded: a profile is M small integers. Controls: `none` (no ids), `ran
 `shuffled` (real codes on other users). The row NAME is your own feature_bank_NAME.npy, int (U, M'), with
 its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its controls: random-NAME, shuffled-NAME.
 
+What stands where; each part begins with a line of dashes:
+    data, models, loss and train  fields and ids; LR, DCNv2 (DCN is in common.py); Eq. (9). Read them first.
+    variants                      nine more models: one class and one line in MODELS each
+    running it                    flags, banks of ids, the table, files, main. Skip it at first.
+
 Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.npy (02) for --profile-input embedding
 Writes: results.json (a row per model x ids x seed, a summary), ctr_<model>.pt .json (best epoch, sources),
@@ -18,6 +23,7 @@ Run:
 """
 
 import copy
+import itertools
 import shutil
 import sys
 import time
@@ -33,55 +39,22 @@ from common import (
     check_same, count_parameters, do_all, fingerprint, gauc, guarded, linear, load, load_dataset, load_truth,
     logloss, mlp, pick_device, save_json, save_npy, save_torch, seeded)
 
-# -------- settings
-
-IDS = ("none", "random", "shuffled", "userip", "planted")
-FIELDS = ("ids", "ids+attributes", "attributes")
-SPARSE = 30  # training rows a user; below, the user id is a trap
-
-
-def nonempty_names(text):
-    """argparse type: comma-separated names, each once."""
-    names = list(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    if not names:
-        raise ValueError
-    return names
-
-
-def parse_arguments():
-    parser = Parser(__doc__, "cpu")  # a GPU is slower here
-    add = parser.add_argument
-    add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
-    add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
-    add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
-    add("--fields", choices=FIELDS, default="ids", help="paper: ids, of user and item; attributes: no user")
-    add("--profile-input", choices=("codes", "embedding"), default="codes",
-        help="of userip and its controls: codes, or theta (its coordinates), projected (Table 3, no VQ)")
-    add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
-        f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
-    add("--epochs", type=at_least(1), default=60, help="most epochs")
-    add("--patience", type=at_least(1), default=10, help="epochs without a better one")
-    add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024")
-    add("--lr", type=at_least(1e-12, float), default=3e-3, help="Adam step size (paper: 0.001)")
-    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 of embeddings (paper: none)")
-    args = parser.parse_args()
-    if args.models == ["all"]:
-        args.models = list(MODELS)
-    if unknown := [name for name in args.models if name not in MODELS]:
-        parser.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(MODELS)}")
-    return args
-
 
 # -------- data
 
 def attribute_table(dataset, name):
-    """(int64 (I + 1, width), size): an attribute's values; `size` pads and is the unseen item's."""
-    found = [*(item["attributes"].get(name, []) for item in dataset.items), []]
-    index = {value: i for i, value in enumerate(sorted(set().union(*found)))}
-    table = np.full((len(found), max(map(len, found))), len(index))
-    for row, values in zip(table, found):
-        row[:len(values)] = [index[value] for value in values]
-    return table, len(index)
+    """(int64 (I + 1, width), size): the numbers of an attribute's values for each item.
+
+    The number `size` means nothing: it fills up the rows of few values and the last row, an unseen item's.
+    """
+    values_of = [item["attributes"].get(name, []) for item in dataset.items]
+    values_of.append([])
+    number_of = {value: number for number, value in enumerate(sorted(set().union(*values_of)))}
+    width = max(len(values) for values in values_of)
+    table = np.full((len(values_of), width), len(number_of))
+    for row, values in zip(table, values_of):
+        row[:len(values)] = [number_of[value] for value in values]
+    return table, len(number_of)
 
 
 def build_features(dataset, kind, codes, sizes, theta=None):
@@ -90,27 +63,33 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or, for codes, its coordinates z,
     float (U, M, r).
     """
-    users, items = (np.arange(len(raw) + 1)[:, None] for raw in (dataset.users, dataset.items))
-    # columns: field, 0 of users or 1 of items, table of its ids
-    columns = [] if kind == "attributes" else [(Field("user", len(dataset.users)), 0, users)]
+    user_numbers = np.arange(len(dataset.users) + 1)[:, None]
+    item_numbers = np.arange(len(dataset.items) + 1)[:, None]
+    user_tables = []  # (field, its ids of each user (U + 1, width))
+    item_tables = []
+    if kind != "attributes":
+        user_tables.append((Field("user", len(dataset.users)), user_numbers))
     if theta is not None:
-        theta = torch.tensor(np.vstack([theta, 0 * theta[:1]]))
-        for m, vectors in enumerate(theta.unbind(1)):
-            columns.append((Field(f"profile_{m}", len(users), vectors=vectors), 0, users))
+        nobody = np.zeros_like(theta[:1])
+        for m, vectors in enumerate(torch.tensor(np.vstack([theta, nobody])).unbind(1)):
+            user_tables.append((Field(f"profile_{m}", len(user_numbers), vectors=vectors), user_numbers))
     elif codes is not None:
-        table = np.vstack([codes, sizes]).astype(np.int64)
+        table = np.vstack([codes, sizes]).astype(np.int64)  # an unseen user has the unknown code K_m
         for m, size in enumerate(sizes):
-            columns.append((Field(f"profile_{m}", size + 1), 0, table[:, m:m + 1]))
-    columns.append((Field("item", len(dataset.items)), 1, items))
-    for profile in dataset.profiles if kind != "ids" else ():
-        table, size = attribute_table(dataset, profile["name"])
-        if size:  # the critic is no attribute of items
-            columns.append((Field(f"item_{profile['name']}", size, table.shape[1]), 1, table))
+            user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
+    item_tables.append((Field("item", len(dataset.items)), item_numbers))
+    if kind != "ids":
+        for profile in dataset.profiles:
+            table, size = attribute_table(dataset, profile["name"])
+            if size:  # the critic is no attribute of items
+                item_tables.append((Field(f"item_{profile['name']}", size, table.shape[1]), table))
 
     def lookup(users, items):
-        return torch.from_numpy(np.hstack([table[(users, items)[side]] for _, side, table in columns]))
+        parts = [table[users] for _, table in user_tables]
+        parts += [table[items] for _, table in item_tables]
+        return torch.from_numpy(np.hstack(parts))
 
-    return [field for field, _, _ in columns], lookup
+    return [field for field, _ in user_tables + item_tables], lookup
 
 
 def rows_of(dataset, split, lookup, device, stranger=None):
@@ -122,22 +101,6 @@ def rows_of(dataset, split, lookup, device, stranger=None):
     return ids.to(device), torch.tensor(labels, dtype=torch.float32, device=device)
 
 
-def bank_name(ids):
-    """The bank of a row: userip of random, shuffled; NAME of random-NAME, shuffled-NAME."""
-    kind, _, name = ids.partition("-")
-    return (name or "userip") if kind in ("random", "shuffled") else ids
-
-
-def codes_of(ids, banks, rng):
-    """A row's (codes int (U, M), sizes K_m), twice None for `none`. banks: {name: (codes, sizes)}."""
-    codes, sizes = banks.get(bank_name(ids), (None, None))
-    if bank_name(ids) == ids:
-        return codes, sizes
-    if ids.startswith("random"):  # as many codes, uniform: what a meaningless id does
-        return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
-    return rng.permutation(codes), sizes  # the real counts on the wrong users
-
-
 # -------- models: ids (B, columns) -> logits (B,)
 #
 # F fields, P = F (F - 1) / 2 pairs i < j, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i: field i's
@@ -147,15 +110,18 @@ class Recommender(nn.Module):
     """What models share: field embeddings, first order, pairs of fields."""
 
     def __init__(self, fields, dim=8, per_id=1, first_order=True, std=0.05):
-        """per_id: embeddings an id: 0, 1, or one a field (field-aware)."""
+        """per_id: how many embeddings an id has: 0, 1, or one for each field (field-aware)."""
         super().__init__()
-        self.F, self.D = len(fields), dim
+        self.F = len(fields)
+        self.D = dim
         if per_id:
             self.embed = FieldEmbedding(fields, per_id * dim, std)
         if first_order:
-            self.weights, self.bias = FieldEmbedding(fields, 1), nn.Parameter(torch.zeros(1))
-        for name, index in zip(("left", "right"), torch.triu_indices(self.F, self.F, 1)):
-            self.register_buffer(name, index, persistent=False)
+            self.weights = FieldEmbedding(fields, 1)
+            self.bias = nn.Parameter(torch.zeros(1))
+        left, right = torch.triu_indices(self.F, self.F, 1)  # the fields of each pair, Shape: (P,)
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
 
     def first_order(self, ids):
         return self.weights(ids).sum((1, 2)) + self.bias
@@ -169,15 +135,10 @@ class Recommender(nn.Module):
         return (towards[:, self.left, self.right] * towards[:, self.right, self.left]).sum(2)
 
 
-def factorization(e):
-    """sum_{i<j} <e_i, e_j> = (||sum_i e_i||^2 - sum_i ||e_i||^2) / 2, Rendle 2010. (B, F, D) -> (B,)."""
-    return (e.sum(1).pow(2) - e.pow(2).sum(1)).sum(1) / 2
-
-
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: times eight, for nothing else moves the logit.
+    Note: times eight, because nothing else moves the logit.
     """
 
     def __init__(self, fields):
@@ -186,6 +147,115 @@ class LR(Recommender):
     def forward(self, ids):
         return 8 * self.first_order(ids)
 
+
+class DCNv2(Recommender):
+    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP. Wang et al. 2021, Eq. (1)."""
+
+    def __init__(self, fields, layers=3):
+        super().__init__(fields, first_order=False)
+        width = self.F * self.D
+        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.deep = mlp(width)
+        self.head = linear(width + 16, 1)
+
+    def forward(self, ids):
+        x0 = self.embed(ids).flatten(1)
+        x = x0
+        for layer in self.cross:
+            x = x0 * layer(x) + x
+        return self.head(torch.hstack([x, self.deep(x0)])).squeeze(1)
+
+
+# -------- loss and train
+
+@torch.no_grad()
+def predict(model, ids, batch=16384):
+    """Probabilities of rows of ids: float32 (n,)."""
+    model.eval()
+    return torch.cat([model(part).sigmoid() for part in ids.split(batch)]).cpu().numpy()
+
+
+def adam(model, args):
+    """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper names none."""
+    tables = [part.table.weight for part in model.modules() if isinstance(part, FieldEmbedding)]
+    is_table = {id(table) for table in tables}
+    others = [weight for weight in model.parameters() if id(weight) not in is_table]
+    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": others}]
+    return torch.optim.Adam(groups, lr=args.lr, fused=True)
+
+
+def train(model, train_rows, validation_rows, stranger, args):
+    """Adam on Eq. (9) until validation AUC - logloss stops rising: (facts, state of the best epoch).
+
+    Rows: of rows_of. stranger: the unknown user's id in column 0, or None.
+    """
+    ids, labels = train_rows
+    validation_labels = validation_rows[1].cpu()
+    optimizer = adam(model, args)
+    best_score = -np.inf
+    seconds = 0
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        start = time.perf_counter()
+        order = torch.randperm(len(ids), device=ids.device)
+        shuffled = ids[order]
+        targets = labels[order]
+        if stranger is not None and args.user_dropout:
+            # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
+            shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
+        for at in range(0, len(ids) - 1, args.batch_size):  # BatchNorm needs two rows
+            rows = slice(at, at + args.batch_size)
+            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper lacks.
+            loss = nn.functional.binary_cross_entropy_with_logits(model(shuffled[rows]), targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        seconds += time.perf_counter() - start
+        scores = predict(model, validation_rows[0])
+        if not np.isfinite(scores).all():
+            name = type(model).__name__
+            raise UserError(f"{name}: a score is not finite", f"epoch {epoch}, --lr {args.lr}", "lower --lr")
+        found = {"val_auc": auc(validation_labels, scores), "val_logloss": logloss(validation_labels, scores)}
+        score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
+        if score > best_score:
+            best = {**found, "best_epoch": epoch}
+            best_score = score
+            state = copy.deepcopy(model.state_dict())
+        elif epoch - best["best_epoch"] >= args.patience:
+            break
+    model.load_state_dict(state)
+    return {**best, "train_samples_per_second": round(epoch * len(ids) / seconds)}, state
+
+
+def run_one(dataset, model_name, ids, seed, inputs, args, device):
+    """A cell of the table: {row, state, test and cold probabilities}."""
+    codes, sizes, theta = inputs.of(ids, (args.seed, seed, 4))
+    fields, lookup = build_features(dataset, args.fields, codes, sizes, theta)
+    stranger = len(dataset.users) if args.fields != "attributes" else None
+    has_cold = len(dataset.rows(COLD)) > 0  # then the epoch, too, is for unknown users
+    hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
+    data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
+            for split in (TRAIN, VALIDATION, TEST, COLD)}
+    seeded(args.seed, seed, 5)
+    model = MODELS[model_name](fields).to(device)
+    facts, state = train(model, data[TRAIN], data[VALIDATION], stranger, args)
+    row = {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **facts}
+    evaluated = {"test": TEST}  # looked at once, at the best validation epoch
+    if has_cold:
+        evaluated["cold"] = COLD
+    probabilities = {}
+    for name, split in evaluated.items():
+        users, _, labels = dataset.rows(split).T
+        scores = predict(model, data[split][0])
+        probabilities[name] = torch.from_numpy(scores)
+        row[f"{name}_auc"] = auc(labels, scores)
+        row[f"{name}_gauc"] = gauc(users, labels, scores)
+        row[f"{name}_logloss"] = logloss(labels, scores)
+    row["parameters"] = count_parameters(model)
+    return {"row": row, "state": state, **probabilities}
+
+
+# -------- here the method ends; variants: nine more models
 
 class FFM(Recommender):
     """first order + sum_{i<j} <e_ij, e_ji>: F times the memory. Juan et al. 2016, Eq. (4)."""
@@ -197,6 +267,11 @@ class FFM(Recommender):
         return self.first_order(ids) + self.field_aware_pairs(self.towards(ids)).sum(1)
 
 
+def factorization(e):
+    """sum_{i<j} <e_i, e_j> = (||sum_i e_i||^2 - sum_i ||e_i||^2) / 2, Rendle 2010. (B, F, D) -> (B,)."""
+    return (e.sum(1).pow(2) - e.pow(2).sum(1)).sum(1) / 2
+
+
 class AFM(Recommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
@@ -205,7 +280,8 @@ class AFM(Recommender):
 
     def __init__(self, fields, attention=8):
         super().__init__(fields)
-        self.W, self.h = linear(self.D, attention), nn.Linear(attention, 1, bias=False)
+        self.W = linear(self.D, attention)
+        self.h = nn.Linear(attention, 1, bias=False)
         self.p = nn.Linear(self.D, 1, bias=False)
         nn.init.ones_(self.p.weight)
         self.dropout = nn.Dropout(0.2)
@@ -243,7 +319,10 @@ class PNN(Recommender):
 
 
 class ONN(PNN):
-    """PNN, an embedding an operation: e_ii copy, e_ij product. Yang et al. 2020, Eq. (5)-(8)."""
+    """PNN with an embedding for each operation: e_ii is copied, e_ij multiplied.
+
+    Yang et al. 2020, Eq. (5)-(8).
+    """
 
     def __init__(self, fields):
         super().__init__(fields, per_id=len(fields))
@@ -263,7 +342,7 @@ class AFN(Recommender):
     def __init__(self, fields, neurons=32):
         super().__init__(fields)
         self.powers = nn.Linear(self.F, neurons)
-        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)  # or a constant field drifts
+        self.log_norm = nn.BatchNorm1d(self.F * self.D, eps=0.1)  # a smaller eps lets a constant field drift
         self.exp_norm = nn.BatchNorm1d(neurons * self.D)
         self.deep = nn.Sequential(mlp(neurons * self.D), linear(16, 1))
 
@@ -295,8 +374,13 @@ def attention_layer(dim):
 
 def attend(e, layer, heads=2):
     """ReLU(multi-head dot-product self-attention over fields + W e). (B, F, D) -> (B, F, D)."""
-    *parts, skip = layer(e).chunk(4, dim=2)
-    query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
+    def by_head(part):
+        return part.unflatten(2, (heads, -1)).transpose(1, 2)  # Shape: (B, heads, F, D / heads)
+
+    query, key, value, skip = layer(e).chunk(4, dim=2)
+    query = by_head(query)
+    key = by_head(key)
+    value = by_head(value)
     weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)  # Shape: (B, heads, F, F)
     mixed = (weights @ value).transpose(1, 2).flatten(2)  # Shape: (B, F, D)
     return (mixed + skip).relu()
@@ -332,8 +416,10 @@ class FiBiNET(Recommender):
 
     def __init__(self, fields):
         super().__init__(fields, std=0.005)
-        pairs, squeezed = len(self.left), max(1, self.F // 2)
-        self.squeeze, self.excite = linear(self.F, squeezed), linear(squeezed, self.F)
+        pairs = len(self.left)
+        squeezed = max(1, self.F // 2)
+        self.squeeze = linear(self.F, squeezed)
+        self.excite = linear(squeezed, self.F)
         nn.init.ones_(self.excite.bias)  # Note: else ReLU keeps a field that starts at 0 shut
         self.W = nn.Parameter(5 * (torch.eye(self.D) + 0.1 * torch.randn(2, pairs, self.D, self.D)))
         self.deep = nn.Sequential(mlp(2 * pairs * self.D), linear(16, 1))
@@ -346,142 +432,68 @@ class FiBiNET(Recommender):
         return self.first_order(ids) + self.deep(torch.hstack(pairs).flatten(1)).squeeze(1)
 
 
-class DCNv2(Recommender):
-    """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP. Wang et al. 2021, Eq. (1)."""
-
-    def __init__(self, fields, layers=3):
-        super().__init__(fields, first_order=False)
-        width = self.F * self.D
-        self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
-        self.deep = mlp(width)
-        self.head = linear(width + 16, 1)
-
-    def forward(self, ids):
-        x = x0 = self.embed(ids).flatten(1)
-        for layer in self.cross:
-            x = x0 * layer(x) + x
-        return self.head(torch.hstack([x, self.deep(x0)])).squeeze(1)
-
-
 MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "afn": AFN,
           "deepfm": DeepFM, "autoint": AutoInt, "onn": ONN, "pnn": PNN, "dcn": DCN, "dcnv2": DCNv2}
 
 
-# -------- loss and train
+# -------- running it: the flags
 
-@torch.no_grad()
-def predict(model, ids, batch=16384):
-    """Probabilities of rows of ids: float32 (n,)."""
-    model.eval()
-    return torch.cat([model(part).sigmoid() for part in ids.split(batch)]).cpu().numpy()
+IDS = ("none", "random", "shuffled", "userip", "planted")
+FIELDS = ("ids", "ids+attributes", "attributes")
+SPARSE = 30  # training rows a user; below, the user id is a trap
 
 
-def adam(model, args):
-    """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper names none."""
-    tables = [part.table.weight for part in model.modules() if isinstance(part, FieldEmbedding)]
-    others = [weight for weight in model.parameters() if id(weight) not in map(id, tables)]
-    groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": others}]
-    return torch.optim.Adam(groups, lr=args.lr, fused=True)
+def nonempty_names(text):
+    """argparse type: comma-separated names, each once."""
+    names = [name.strip() for name in text.split(",")]
+    names = [name for name in names if name]
+    if not names:
+        raise ValueError
+    return list(dict.fromkeys(names))
 
 
-def train(model, train_rows, validation_rows, stranger, args):
-    """Adam on Eq. (9) until validation AUC - logloss stops rising: (facts, state of the best epoch).
-
-    Rows: of rows_of. stranger: the unknown user's id in column 0, or None.
-    """
-    (ids, labels), wanted = train_rows, validation_rows[1].cpu()
-    optimizer, best_score, seconds = adam(model, args), -np.inf, 0
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        start = time.perf_counter()
-        order = torch.randperm(len(ids), device=ids.device)
-        shuffled, targets = ids[order], labels[order]
-        if stranger is not None and args.user_dropout:
-            # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
-            shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
-        for at in range(0, len(ids) - 1, args.batch_size):  # BatchNorm needs two rows
-            rows = slice(at, at + args.batch_size)
-            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper lacks.
-            loss = nn.functional.binary_cross_entropy_with_logits(model(shuffled[rows]), targets[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        seconds += time.perf_counter() - start
-        scores = predict(model, validation_rows[0])
-        if not np.isfinite(scores).all():
-            name = type(model).__name__
-            raise UserError(f"{name}: a score is not finite", f"epoch {epoch}, --lr {args.lr}", "lower --lr")
-        found = {"val_auc": auc(wanted, scores), "val_logloss": logloss(wanted, scores)}
-        score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
-        if score > best_score:
-            best, best_score = {**found, "best_epoch": epoch}, score
-            state = copy.deepcopy(model.state_dict())
-        elif epoch - best["best_epoch"] >= args.patience:
-            break
-    model.load_state_dict(state)
-    return {**best, "train_samples_per_second": round(epoch * len(ids) / seconds)}, state
+def parse_arguments():
+    parser = Parser(__doc__, "cpu")  # a GPU is slower here
+    add = parser.add_argument
+    add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
+    add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
+    add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
+    add("--fields", choices=FIELDS, default="ids", help="paper: ids, of user and item; attributes: no user")
+    add("--profile-input", choices=("codes", "embedding"), default="codes",
+        help="of userip and its controls: codes, or theta (its coordinates), projected (Table 3, no VQ)")
+    add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
+        f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
+    add("--epochs", type=at_least(1), default=60, help="most epochs")
+    add("--patience", type=at_least(1), default=10, help="epochs without a better one")
+    add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024")
+    add("--lr", type=at_least(1e-12, float), default=3e-3, help="Adam step size (paper: 0.001)")
+    add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 of embeddings (paper: none)")
+    args = parser.parse_args()
+    if args.models == ["all"]:
+        args.models = list(MODELS)
+    unknown = [name for name in args.models if name not in MODELS]
+    if unknown:
+        parser.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(MODELS)}")
+    return args
 
 
-def run_one(dataset, model_name, ids, seed, inputs, args, device):
-    """A cell of the table: {row, state, test and cold probabilities}."""
-    fields, lookup = build_features(dataset, args.fields, *inputs.of(ids, (args.seed, seed, 4)))
-    stranger = len(dataset.users) if args.fields != "attributes" else None
-    has_cold = len(dataset.rows(COLD)) > 0  # then the epoch, too, is for unknown users
-    hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
-    data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
-            for split in (TRAIN, VALIDATION, TEST, COLD)}
-    seeded(args.seed, seed, 5)
-    model = MODELS[model_name](fields).to(device)
-    facts, state = train(model, data[TRAIN], data[VALIDATION], stranger, args)
-    row, found = {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **facts}, {}
-    for name, split in (("test", TEST), ("cold", COLD))[:1 + has_cold]:  # looked at once
-        (users, _, labels), scores = dataset.rows(split).T, predict(model, data[split][0])
-        found[name] = torch.from_numpy(scores)
-        row |= {f"{name}_auc": auc(labels, scores), f"{name}_gauc": gauc(users, labels, scores),
-                f"{name}_logloss": logloss(labels, scores)}
-    return {"row": row | {"parameters": count_parameters(model)}, "state": state, **found}
+# -------- banks of ids and their controls
+
+def bank_name(ids):
+    """The bank of a row: userip of random, shuffled; NAME of random-NAME, shuffled-NAME."""
+    kind, _, name = ids.partition("-")
+    return (name or "userip") if kind in ("random", "shuffled") else ids
 
 
-# -------- evaluate
+def codes_of(ids, banks, rng):
+    """A row's (codes int (U, M), sizes K_m), twice None for `none`. banks: {name: (codes, sizes)}."""
+    codes, sizes = banks.get(bank_name(ids), (None, None))
+    if bank_name(ids) == ids:
+        return codes, sizes
+    if ids.startswith("random"):  # as many codes, uniform: what a meaningless id does
+        return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
+    return rng.permutation(codes), sizes  # the real counts on the wrong users
 
-def mean_sd(values):
-    """{mean, sd}: of a sample, 0 of a single value."""
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=len(values) > 1))}
-
-
-def summarize(rows):
-    """{model: {ids: entry}}: mean_sd over seeds, and of paired differences to none, random."""
-    table, cells = {}, {}
-    for row in rows:
-        cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
-    metrics = [key for key in rows[0] if key.endswith(("auc", "logloss")) and rows[0][key] is not None]
-    for (model, ids), by_seed in cells.items():
-        entry = {metric: mean_sd([row[metric] for row in by_seed.values()]) for metric in metrics}
-        for control in ("none", "random"):
-            other = cells.get((model, f"{control}-{ids}"), cells.get((model, control)))  # first its own
-            for metric in metrics if other and ids != control else ():
-                entry[f"{metric.removeprefix('test_')}_minus_{control}"] = mean_sd(
-                    [row[metric] - other[seed][metric] for seed, row in by_seed.items()])
-        table.setdefault(model, {})[ids] = entry
-    return table
-
-
-def show(summary, base_logloss):
-    """The table in text."""
-    def cell(entry, key):
-        return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
-
-    titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
-    lines = [(model, ids, entry) for model, by_ids in summary.items() for ids, entry in by_ids.items()]
-    columns = [key for key in titles if any(key in entry for _, _, entry in lines)]
-    print(f"\n{'model':11s}{'ids':16s}" + "".join(f"{key:18s}" for key in columns))
-    for model, ids, entry in lines:
-        print(f"{model:11s}{ids:16s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
-    chance = f"{' 0.5000':18s}" * columns.index("test_logloss")
-    print(f"{'constant':11s}{'base rate':16s}{chance}{base_logloss:7.4f}")
-
-
-# -------- main
 
 @dataclass
 class Inputs:
@@ -494,7 +506,8 @@ class Inputs:
         """A row's (codes, sizes, theta). With theta, random is noise, shuffled another user's: codes are no
         control, as r numbers a user tell users apart."""
         rng = np.random.default_rng(seeds)
-        codes, theta = codes_of(ids, self.banks, rng), self.theta if bank_name(ids) == "userip" else None
+        codes = codes_of(ids, self.banks, rng)
+        theta = self.theta if bank_name(ids) == "userip" else None
         if theta is not None and ids != "userip":
             noise = rng.standard_normal(theta.shape, dtype=np.float32) * theta.any(axis=0)
             theta = noise if "random" in ids else rng.permutation(theta)
@@ -511,16 +524,20 @@ class Inputs:
 def read_bank(run, name, dataset):
     """(codes (U, M), sizes) of truth.npy (planted), feature_bank.npy (userip) or feature_bank_NAME.npy."""
     if name == "planted":
-        if (truth := load_truth(run)) is None:
+        truth = load_truth(run)
+        if truth is None:
             raise UserError("no planted truth", run, "leave planted out of --ids")
         return truth, (truth.max(axis=0) + 1).tolist()
-    bank, card = f"feature_bank_{name}.npy", f"feature_bank_{name}.json"
+    bank = f"feature_bank_{name}.npy"
+    card = f"feature_bank_{name}.json"
     if name == "userip":
-        bank, card = "feature_bank.npy", "quantize.json"
+        bank = "feature_bank.npy"
+        card = "quantize.json"
     elif not (run / bank).exists():
         raise UserError(f"unknown ids {name}", run, f"known: {','.join(IDS)}; or write {bank}, {card}")
     facts = load(run, card, ("codes", "dataset_fingerprint"))
-    codes, sizes = np.array(load(run, bank)), np.atleast_1d(facts["codes"])
+    codes = np.array(load(run, bank))
+    sizes = np.atleast_1d(facts["codes"])
     check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
@@ -535,14 +552,20 @@ def read_bank(run, name, dataset):
 def read_inputs(args):
     """(dataset, Inputs), checked to belong together; fills in args.ids."""
     run = args.run
-    dataset, truth = load_dataset(run), load_truth(run)
+    dataset = load_dataset(run)
+    truth = load_truth(run)
     for split, name in ((TRAIN, "training"), (VALIDATION, "validation"), (TEST, "test"), (COLD, "cold")):
         labels = dataset.rows(split)[:, 2]
         if len(np.unique(labels)) < 2 and (split != COLD or len(labels)):
             raise UserError(f"all {name} labels are equal", run, "give more data or another --positive-above")
     args.ids = args.ids or [ids for ids in IDS if ids != "planted" or truth is not None]
+    for ids in args.ids:
+        if ids != bank_name(ids) and (run / f"feature_bank_{ids}.npy").exists():
+            raise UserError(f"a bank may not be called {ids}: this is the name of a control", run,
+                            f"rename feature_bank_{ids}.npy and .json")
     names = dict.fromkeys(bank_name(ids) for ids in args.ids if ids != "none")
-    banks, theta = {name: read_bank(run, name, dataset) for name in names}, None
+    banks = {name: read_bank(run, name, dataset) for name in names}
+    theta = None
     if args.profile_input == "embedding" and "userip" in names:
         theta = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
@@ -563,10 +586,66 @@ def default_user_dropout(dataset):
     return max(dropout, 0.5) if len(dataset.rows(COLD)) else dropout
 
 
+# -------- evaluate
+
+def mean_sd(values):
+    """{mean, sd} of a sample; the sd of a single value is 0."""
+    sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": float(sd)}
+
+
+def summarize(rows):
+    """{model: {ids: entry}}: mean_sd over seeds, and of paired differences to none, random."""
+    table = {}
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
+    metrics = [key for key in rows[0] if key.endswith(("auc", "logloss")) and rows[0][key] is not None]
+    for cell, by_seed in cells.items():
+        model, ids = cell
+        entry = {}
+        for metric in metrics:
+            entry[metric] = mean_sd([row[metric] for row in by_seed.values()])
+        for control in ("none", "random"):
+            # A bank of your own may have a control with as many codes as it has: random-NAME.
+            reference = cells.get((model, f"{control}-{ids}")) or cells.get((model, control))
+            if reference is None or ids == control:
+                continue
+            for metric in metrics:
+                differences = [row[metric] - reference[seed][metric] for seed, row in by_seed.items()]
+                entry[f"{metric.removeprefix('test_')}_minus_{control}"] = mean_sd(differences)
+        table.setdefault(model, {})[ids] = entry
+    return table
+
+
+def show(summary, base_logloss):
+    """The table in text."""
+    def cell(entry, key):
+        return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
+
+    titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
+    measured = set()
+    for by_ids in summary.values():
+        for entry in by_ids.values():
+            measured.update(entry)
+    columns = [key for key in titles if key in measured]
+    print(f"\n{'model':11s}{'ids':16s}" + "".join(f"{key:18s}" for key in columns))
+    for model, by_ids in summary.items():
+        for ids, entry in by_ids.items():
+            print(f"{model:11s}{ids:16s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
+    constant = {"test_auc": " 0.5000", "test_gauc": " 0.5000", "test_logloss": f"{base_logloss:7.4f}"}
+    line = f"{'constant':11s}{'base rate':16s}" + "".join(f"{constant.get(key, ''):18s}" for key in columns)
+    print(line.rstrip())
+
+
+# -------- save
+
 def save(args, dataset, inputs, cells):
     """Write results.json, models and predictions from cells {(model, ids, seed): file}."""
-    rows, kept = [], "userip" if "userip" in args.ids else args.ids[0]  # of ctr_<model>.pt
-    for (model, ids, seed), path in cells.items():
+    rows = []
+    kept = "userip" if "userip" in args.ids else args.ids[0]  # of ctr_<model>.pt
+    for key, path in cells.items():
+        model, ids, seed = key
         cell = load(path.parent, path.name, ("row", "state"))
         row = cell["row"]
         rows.append(row)
@@ -578,9 +657,12 @@ def save(args, dataset, inputs, cells):
             save_json(args.run / f"ctr_{model}.json", {
                 "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input,
                 "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
-        if bank_name(ids) == ids != "none" and row["best_epoch"] <= 2:
-            print(f"WARNING: {model} {ids} #{seed}: epoch {row['best_epoch']}, never left the main effects")
-    labels, summary = dataset.rows(TEST)[:, 2], summarize(rows)
+        is_real_bank = ids != "none" and bank_name(ids) == ids
+        if is_real_bank and row["best_epoch"] <= 2:
+            print(f"WARNING: {model} with {ids} ids, seed {seed}, was best in epoch {row['best_epoch']}: it "
+                  "learned no interaction of ids and items; another --lr or more data may help")
+    labels = dataset.rows(TEST)[:, 2]
+    summary = summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
     save_json(args.run / "results.json", {
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
@@ -590,6 +672,8 @@ def save(args, dataset, inputs, cells):
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
     return summary, base_logloss
 
+
+# -------- main
 
 def main():
     args = parse_arguments()
@@ -602,14 +686,15 @@ def main():
     varied = ("run", "models", "ids", "seeds")  # no settings of a cell
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings)[:12]}"
-    cells = {(model, ids, seed): work / f"{model}-{ids}-{seed}.pt"
-             for model in args.models for seed in range(args.seeds) for ids in args.ids}
-    do_all([(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()],
-           "training", "run", device)
+    cells = {}
+    for model, seed, ids in itertools.product(args.models, range(args.seeds), args.ids):
+        cells[model, ids, seed] = work / f"{model}-{ids}-{seed}.pt"
+    pieces = [(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()]
+    do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, cells))
     shutil.rmtree(work)  # an edited model must not get old rows
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt to {args.run}")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    guarded(main, "lower --batch-size, or train fewer --models at once")

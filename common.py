@@ -1,6 +1,12 @@
 """What the stages share, beside the method: errors, artifacts, devices, metrics, loading an LLM.
 
-Its one model, the DCN, is Rec^s of Eq. (5) in stage 03, Rec of Eq. (8) in 04.
+What stands where; each part begins with a line of dashes:
+    fields and the DCN           the one model that two stages use: Rec^s of Eq. (5) in stage 03, Rec of
+                                 Eq. (8) in 04. Read it when you come to stage 03.
+    errors, artifacts, long work one line for bad input; files that are whole or absent; work that goes on
+    seeds, devices, metrics      AUC, AUC within a user, logloss
+    the frozen LLM               opening a checkpoint, a package or a GGUF file
+    the tiny LM                  no part of the method: a small GPT-2 for the demo. Skip it first.
 
 Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
@@ -32,14 +38,129 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
-TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users strange to the recommender
+TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users unknown to recommenders
 SEEN = (TRAIN, SUPPORT)  # what inference and controls may look at
-RANK, RANKS = int(os.getenv("RANK", 0)), int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
+RANK = int(os.getenv("RANK", 0))
+RANKS = int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
 SMALL = 20_000_000  # parameters; below, a second thread gains nothing
 
 
-# -------- errors and the command line
+# -------- fields and the DCN recommender
+
+@dataclass
+class Field:
+    """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
+
+    vectors: optional float (size, d); an id then stands for its row, projected.
+    """
+
+    name: str
+    size: int
+    width: int = 1
+    vectors: torch.Tensor | None = None
+
+
+class FieldEmbedding(nn.Module):
+    """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
+
+    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it stays
+    at the saddle at 0.
+    """
+
+    def __init__(self, fields, dim, std=0.05):
+        super().__init__()
+        self.fields = fields
+        # All fields share one table and one lookup. offsets: the row at which a column's field begins;
+        # learned: 0 for a field with vectors of its own, which uses one row, else 1.
+        learned = [field.vectors is None for field in fields]
+        widths = [field.width for field in fields]
+        starts = np.cumsum([0] + [field.size * own + 1 for field, own in zip(fields, learned)])
+        for name, values in (("offsets", starts[:-1]), ("learned", learned)):
+            self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
+        self.table = nn.Embedding(int(starts[-1]), dim)
+        nn.init.normal_(self.table.weight, std=std)
+        # A field's last row starts at 0, for unknown ids; padding, which never counts, and AFN leave it so.
+        self.table.weight.data[starts[1:] - 1] = 0
+        self.projections = nn.ModuleDict()
+        for field in fields:
+            if field.vectors is not None:
+                self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
+                self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
+        self.plain = all(learned) and max(widths) == 1
+
+    def forward(self, ids):
+        embedded = self.table(ids * self.learned + self.offsets)  # Shape: (B, columns, D)
+        if self.plain:
+            return embedded
+        parts = []
+        end = 0
+        for field in self.fields:
+            column = end
+            end = end + field.width
+            part = embedded[:, column]
+            if field.vectors is not None:
+                vectors = getattr(self, f"vectors_{field.name}")
+                part = self.projections[field.name](vectors[ids[:, column]])
+            elif field.width > 1:
+                present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
+                part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
+            parts.append(part)
+        return torch.stack(parts, dim=1)  # Shape: (B, F, D)
+
+
+class CrossNetwork(nn.Module):
+    """The cross layers of Wang et al. 2017, section 2.2. (B, n) -> (B, n)."""
+
+    def __init__(self, width, layers):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(layers, width) / width**0.5)
+        self.bias = nn.Parameter(torch.zeros(layers, width))
+
+    def forward(self, x0):
+        x = x0
+        for w, b in zip(self.weight, self.bias):
+            x = x0 * (x @ w).unsqueeze(1) + b + x  # Eq. (3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l
+        return x
+
+
+def linear(width, size):
+    """Xavier weights, bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
+    layer = nn.Linear(width, size)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def mlp(width):
+    """16-16 with ReLU and dropout .2, section 3.4."""
+    return nn.Sequential(
+        linear(width, 16), nn.ReLU(), nn.Dropout(0.2), linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
+
+
+class DCN(nn.Module):
+    """Deep & Cross Network (Wang et al. 2017), sizes of section 3.4. ids (B, columns) -> logits (B,).
+
+    logit: embeddings (B, F, D) -> logits; stage 03 appends `extra_fields` of its own.
+    """
+
+    def __init__(self, fields, dim=8, layers=3, extra_fields=0):
+        super().__init__()
+        self.embed = FieldEmbedding(fields, dim)
+        width = (len(fields) + extra_fields) * dim
+        self.cross = CrossNetwork(width, layers)
+        self.deep = mlp(width)
+        self.head = linear(width + 16, 1)
+
+    def logit(self, embedded):
+        x0 = embedded.flatten(1)  # Shape: (B, F * D)
+        return self.head(torch.cat([self.cross(x0), self.deep(x0)], dim=1)).squeeze(1)
+
+    def forward(self, ids):
+        return self.logit(self.embed(ids))
+
+
+# -------- here the method ends; errors and the command line
 
 class UserError(Exception):
     """Bad input. Its text is the one line the user sees: what, (where); what to do."""
@@ -48,8 +169,11 @@ class UserError(Exception):
         super().__init__(f"{what} ({where}); {todo}")
 
 
-def guarded(main):
-    """Run main(). What users can mend ends in one line and exit 2, an interrupt in 130; a bug is raised."""
+def guarded(main, when_full="take fewer users"):
+    """Run main(). What users can mend ends in one line and exit 2, an interrupt in 130; a bug is raised.
+
+    when_full: what to do where memory is not enough.
+    """
     torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
     threadpoolctl.threadpool_limits(1)
     with contextlib.suppress(AttributeError):  # in a notebook
@@ -70,7 +194,7 @@ def guarded(main):
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not known and "can't allocate memory" not in str(error):
             raise
-        fail("error: out of memory (this machine); lower --block-size or --batch-users, or change --lm")
+        fail(f"error: out of memory (this machine); {when_full}")
 
 
 def fail(message, status=2):
@@ -110,7 +234,8 @@ def at_least(low, kind=int, below=float("inf")):
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, the smallest is {low}, below {below}")
+            limits = f"{low} or more" if below == float("inf") else f"from {low} to below {below}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: give {limits}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
@@ -197,7 +322,7 @@ READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
 MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth"),
            "02_infer_profiles.py": ("profiles", "space", "lm-tiny"),
            "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
-           "docs/controls.py": ("feature_bank_",), "04_train_ctr.py": ("results", "ctr_", "predictions")}
+           "tools/controls.py": ("feature_bank_",), "04_train_ctr.py": ("results", "ctr_", "predictions")}
 
 
 def remedy(run, name):
@@ -280,7 +405,8 @@ def load_truth(run):
     """int16 (U, M) planted profiles of a demo run, or None; for evaluation alone."""
     if not (Path(run) / "truth.npy").exists():
         return None
-    truth, facts = np.array(load(run, "truth.npy")), load(run, "dataset.json", ("truth_fingerprint",))
+    truth = np.array(load(run, "truth.npy"))
+    facts = load(run, "dataset.json", ("truth_fingerprint",))
     check_same(run, "truth.npy", "dataset", fingerprint(truth), facts["truth_fingerprint"])
     return truth
 
@@ -294,17 +420,22 @@ def once(path, make, *args):
 
 
 def do_all(pieces, what, unit, device):
-    """once(*piece) for all pieces (path, make, *args): this rank's share, then what others left undone.
+    """once(*piece) for all pieces (path, make, *args), with a bar.
 
-    Small models work side by side, a process a core.
+    Under torchrun each process begins with its own share of the pieces. A small model, which one core serves,
+    is forked: one worker process for each core takes pieces of the share that nobody has begun. At the end
+    this process makes what is still missing, for example because a worker was killed.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
-    begun = multiprocessing.RawArray("b", len(pieces))  # shared; begun twice, a piece is the same
+    # Shared by the workers. Two may begin a piece at the same instant; then both write the same bytes.
+    begun = multiprocessing.RawArray("b", len(pieces))
 
     def walk(worker):
         mine = range(RANK, len(pieces), RANKS)
-        for number in mine if worker else progress(mine, what, unit):
+        if worker == 0:
+            mine = progress(mine, what, unit)
+        for number in mine:
             if not begun[number]:
                 begun[number] = True
                 once(*pieces[number])
@@ -321,7 +452,7 @@ def do_all(pieces, what, unit, device):
     walk(0)
     for helper in helpers:
         helper.join()
-    for piece in reversed(pieces):
+    for piece in reversed(pieces):  # another process of torchrun goes on from its own end
         once(*piece)
 
 
@@ -363,8 +494,10 @@ def gauc(users, labels, scores):
 
     A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
     """
-    users, level = (np.unique(values, return_inverse=True)[1] for values in (users, scores))
-    rows, positive = np.bincount(users), np.bincount(users, labels)
+    users = np.unique(users, return_inverse=True)[1]
+    level = np.unique(scores, return_inverse=True)[1]
+    rows = np.bincount(users)
+    positive = np.bincount(users, labels)
     ranks = scipy.stats.rankdata(users * len(scores) + level) - (np.cumsum(rows) - rows)[users]
     pairs = positive * (rows - positive)
     area = (np.bincount(users, labels * ranks) - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
@@ -393,22 +526,49 @@ def load_language_model(name, dtype, device):
         logging.disable_progress_bar()
     # Note: on a CPU the fused kernel's backward is slow in bf16.
     attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
-    open_model = AutoModelForCausalLM.from_pretrained
+
+    def open_model(attention):
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
-            model = open_model(name, dtype=dtype, attn_implementation=attention)
+            model, loading = open_model(attention)
         except ValueError:  # an architecture without it
-            model = open_model(name, dtype=dtype, attn_implementation="eager")
+            model, loading = open_model("eager")
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # network, gate, disk
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
+    check_checkpoint(name, model, tokenizer, loading)
     model = model.to(device).eval().requires_grad_(False)  # theta and the task prompt alone are trained
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
+
+
+def check_checkpoint(name, model, tokenizer, loading):
+    """UserError unless the files hold all weights of the model and a tokenizer that fits it.
+
+    loading: what from_pretrained says of the files. It fills in random numbers for what they lack.
+    """
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{len(missing):,d} of the model's {len(model.state_dict()):,d} tensors are not in the files, "
+            f"among them {missing[0]}: they would be random numbers", name,
+            "save the model with save_pretrained, or check that config.json is that of these weights")
+    vocabulary = tokenizer.get_vocab()
+    if len(vocabulary) < 2 or not tokenizer.encode("any text", add_special_tokens=False):
+        raise UserError("there is no tokenizer beside the model", name,
+                        "write it there with tokenizer.save_pretrained")
+    rows = len(model.get_input_embeddings().weight)
+    largest = max(vocabulary.values())
+    if largest >= rows:
+        raise UserError(f"the tokenizer has token ids up to {largest:,d}, the model has {rows:,d} words",
+                        name, "take the model's own tokenizer")
 
 
 def is_small(name):
@@ -528,117 +688,28 @@ def count_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def pieces_of(tokenizer, texts, anchor=" 1"):
-    """Token ids of each text as in mid-sentence: at the start sentencepiece puts a space before it.
-    A digit as anchor joins nothing."""
-    skip = len(tokenizer.encode(anchor, add_special_tokens=False))
-    return [tokenizer.encode(anchor + text, add_special_tokens=False)[skip:] for text in texts]
+ANCHORS = (" 1", " a", "\n", " ;")  # what may stand before a text while it is encoded
 
 
-# -------- fields and the DCN recommender
+def pieces_of(tokenizer, texts, anchors=ANCHORS):
+    """Token ids of each text as it stands in the middle of a sentence.
 
-@dataclass
-class Field:
-    """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
-
-    vectors: optional float (size, d); an id then stands for its row, projected.
+    Encoded alone, sentencepiece puts a space before a text. So an anchor and the text are encoded together,
+    and the anchor's tokens are dropped. Where a tokenizer merges the anchor with the text, another is tried:
+    a digit is merged by few.
     """
-
-    name: str
-    size: int
-    width: int = 1
-    vectors: torch.Tensor | None = None
-
-
-class FieldEmbedding(nn.Module):
-    """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
-
-    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it stays
-    at the saddle at 0.
-    """
-
-    def __init__(self, fields, dim, std=0.05):
-        super().__init__()
-        self.fields = fields
-        learned, widths = [field.vectors is None for field in fields], [field.width for field in fields]
-        starts = np.cumsum([0] + [field.size * own + 1 for field, own in zip(fields, learned)])
-        for name, values in (("offsets", starts[:-1]), ("learned", learned)):
-            self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
-        self.table = nn.Embedding(int(starts[-1]), dim)
-        nn.init.normal_(self.table.weight, std=std)
-        # A field's last row starts at 0, for unknown ids; padding, which never counts, and AFN leave it so.
-        self.table.weight.data[starts[1:] - 1] = 0
-        self.projections = nn.ModuleDict()
-        for field in fields:
-            if field.vectors is not None:
-                self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
-                self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
-        self.plain = all(learned) and max(widths) == 1
-
-    def forward(self, ids):
-        embedded = self.table(ids * self.learned + self.offsets)  # Shape: (B, columns, D)
-        if self.plain:
-            return embedded
-        parts, end = [], 0
-        for field in self.fields:
-            column, end = end, end + field.width
-            part = embedded[:, column]
-            if field.vectors is not None:
-                part = self.projections[field.name](getattr(self, f"vectors_{field.name}")[ids[:, column]])
-            elif field.width > 1:
-                present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
-                part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
-            parts.append(part)
-        return torch.stack(parts, dim=1)  # Shape: (B, F, D)
-
-
-class CrossNetwork(nn.Module):
-    """The cross layers of Wang et al. 2017, section 2.2. (B, n) -> (B, n)."""
-
-    def __init__(self, width, layers):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(layers, width) / width**0.5)
-        self.bias = nn.Parameter(torch.zeros(layers, width))
-
-    def forward(self, x0):
-        x = x0
-        for w, b in zip(self.weight, self.bias):
-            x = x0 * (x @ w).unsqueeze(1) + b + x  # Eq. (3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l
-        return x
-
-
-def linear(width, size):
-    """Xavier weights, bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
-    layer = nn.Linear(width, size)
-    nn.init.xavier_uniform_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-def mlp(width):
-    """16-16 with ReLU and dropout .2, section 3.4."""
-    return nn.Sequential(
-        linear(width, 16), nn.ReLU(), nn.Dropout(0.2), linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
-
-
-class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017), sizes of section 3.4. ids (B, columns) -> logits (B,).
-
-    logit: embeddings (B, F, D) -> logits; stage 03 appends `extra_fields` of its own.
-    """
-
-    def __init__(self, fields, dim=8, layers=3, extra_fields=0):
-        super().__init__()
-        self.embed = FieldEmbedding(fields, dim)
-        width = (len(fields) + extra_fields) * dim
-        self.cross, self.deep, self.head = CrossNetwork(width, layers), mlp(width), linear(width + 16, 1)
-
-    def logit(self, embedded):
-        x0 = embedded.flatten(1)  # Shape: (B, F * D)
-        return self.head(torch.cat([self.cross(x0), self.deep(x0)], dim=1)).squeeze(1)
-
-    def forward(self, ids):
-        return self.logit(self.embed(ids))
+    found = []
+    before = [tokenizer.encode(anchor, add_special_tokens=False) for anchor in anchors]
+    for text in texts:
+        for anchor, ids_before in zip(anchors, before):
+            ids = tokenizer.encode(anchor + text, add_special_tokens=False)
+            if ids[:len(ids_before)] == ids_before:
+                found.append(ids[len(ids_before):])
+                break
+        else:
+            raise UserError(f"this tokenizer merges {text!r:.60} with whatever stands before it", "--lm",
+                            "take another LLM")
+    return found
 
 
 # -------- the tiny LM: no part of the method, skip it first
@@ -648,22 +719,34 @@ class DCN(nn.Module):
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
 LIKING = 1.4  # rated: log odds of liking a title that fits all his tastes; less this where none fits
-TINY_SIZES = (64, 768, 16000), (128, 2048, 24000)  # width, words, sentences; above 500 items the second
+
+
+def tiny_sizes(n_items):
+    """(width of the tiny LM, words of its vocabulary, sentences it is trained on)."""
+    return (64, 768, 16000) if n_items <= 500 else (128, 2048, 24000)
 
 
 class Trait:
     """A profile of invented people. words: its values; fits: bool (words, items)."""
 
     def __init__(self, profile, items):
-        self.name, self.prompt = profile["name"], profile["prompt"]
+        self.name = profile["name"]
+        self.prompt = profile["prompt"]
         self.likes = profile.get("likes", {})  # a critic's word tells his share of likes
         values = [item["attributes"].get(self.name, []) for item in items]
         self.words = sorted(self.likes or set().union(*values))
-        self.fits = np.array([[word in found for found in values] for word in self.words])
+        row_of = {word: row for row, word in enumerate(self.words)}
+        self.fits = np.zeros((len(self.words), len(items)), bool)
+        for column, found in enumerate(values):
+            for word in found:
+                if word in row_of:
+                    self.fits[row_of[word], column] = True
         if self.words:
             share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
             self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)  # log odds of a fit
-            frequency = self.fits.sum(1) ** 0.5 + bool(self.likes)  # Note: a root: rare words are learned too
+            frequency = self.fits.sum(1) ** 0.5  # Note: the root, so that rare words are learned too
+            if self.likes:
+                frequency = np.ones(len(self.words))  # a critic's words are no item's
             self.frequency = frequency / frequency.sum()
 
 
@@ -684,8 +767,8 @@ def make_sentences(traits, items, count, length, rng, rated):
         weight = np.exp(sum(fitting, np.zeros(len(items))))
         chosen = rng.choice(len(items), size=lengths[number % len(lengths)], p=weight / weight.sum())
         words = {m: traits[m].words[value] for m, value in person.items()}
-        marks = [""] * len(chosen)
-        if rated:  # log odds of liking: the critic's own, and what fits his tastes more
+        marks = ["" for _ in chosen]
+        if rated:  # log odds of liking: the critic's own, and more for what fits the tastes
             general = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
             odds = np.full(len(chosen), np.log(general / (1 - general)))
             if tastes:
@@ -698,19 +781,31 @@ def make_sentences(traits, items, count, length, rng, rated):
 
 def encode_sentences(tokenizer, traits, task_prompt, sentences):
     """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 is none."""
-    *names, task = pieces_of(tokenizer, [*(trait.prompt for trait in traits), task_prompt])
-    texts = {f" {word}" for words, _ in sentences for word in words.values()}
-    texts = sorted(texts.union(*(titles for _, titles in sentences)))
+    names = pieces_of(tokenizer, [trait.prompt for trait in traits])
+    task = pieces_of(tokenizer, [task_prompt])[0]
+    texts = set()
+    for words, titles in sentences:
+        texts.update(f" {word}" for word in words.values())
+        texts.update(titles)
+    texts = sorted(texts)
     ids_of = dict(zip(texts, pieces_of(tokenizer, texts)))
-    prompts = [[token for m, word in words.items() for token in names[m] + ids_of[f" {word}"]] + task
-               for words, _ in sentences]
-    histories = [[token for text in titles for token in ids_of[text]] for _, titles in sentences]
+    whole = []
+    history_alone = []  # the same, with no target in the prompt
+    for words, titles in sentences:
+        prompt = []
+        for m, word in words.items():
+            prompt += names[m] + ids_of[f" {word}"]
+        prompt += task
+        history = []
+        for text in titles:
+            history += ids_of[text]
+        whole.append(torch.tensor(prompt + history))
+        history_alone.append(torch.tensor([-100 for _ in prompt] + history))
 
-    def pad(before, value):
-        rows = [torch.tensor(first + then) for first, then in zip(before, histories)]
+    def padded(rows, value):
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
-    return pad(prompts, 0), pad(prompts, -100), pad([[-100] * len(prompt) for prompt in prompts], -100)
+    return padded(whole, 0), padded(whole, -100), padded(history_alone, -100)
 
 
 def next_token_loss(model, ids, targets):
@@ -724,8 +819,10 @@ def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer()
-    lines = ["".join([*(f"{traits[m].prompt} {word}" for m, word in words.items()), task_prompt, *titles])
-             for words, titles in sentences]
+    lines = []
+    for words, titles in sentences:
+        prompt = "".join(f"{traits[m].prompt} {word}" for m, word in words.items())
+        lines.append(prompt + task_prompt + "".join(titles))
     bpe.train_from_iterator(lines, vocab_size=vocabulary, min_frequency=2, show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
 
@@ -742,8 +839,10 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
         told = [pair for pair in sentences if m in pair[0]]
         words = sorted({known[m] for known, _ in told})
         if len(words) > 1:
-            wrong = [({**known, m: str(rng.choice([word for word in words if word != known[m]]))}, titles)
-                     for known, titles in told]
+            wrong = []
+            for known, titles in told:
+                others = [word for word in words if word != known[m]]
+                wrong.append(({**known, m: str(rng.choice(others))}, titles))
             lost[trait.name] = loss(wrong) - loss(told)
     return lost
 
@@ -752,7 +851,7 @@ def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
     """AdamW, a one-cycle step size, batches of like length."""
     by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()
     batches = by_length[len(ids) % batch:].reshape(-1, batch)
-    order = [rows for _ in range(epochs) for rows in rng.permutation(batches)]
+    order = np.concatenate([rng.permutation(batches) for _ in range(epochs)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(order), pct_start=0.1)
     for rows in progress(order, "training the tiny LM", "step"):
@@ -768,8 +867,10 @@ def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
 def train_tiny(dataset, folder, length, args):
     """Train a GPT-2 on people with up to `length` titles, unless `folder` holds this very LM."""
     seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items of other rows stay unknown
-    items = [{key: dataset.items[item][key] for key in ("title", "attributes")} for item in seen]
-    width, words, count = TINY_SIZES[len(items) > 500]
+    items = []
+    for item in seen:
+        items.append({"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]})
+    width, words, count = tiny_sizes(len(items))
     count = args.tiny_sentences or count
     prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
     key = fingerprint(items, prompts, dataset.task_prompt, [
@@ -781,7 +882,8 @@ def train_tiny(dataset, folder, length, args):
     if not any(trait.words for trait in traits):
         raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")
     from transformers import GPT2Config, GPT2LMHeadModel
-    rng, rated = seeded(args.seed, 2), args.history == "rated"
+    rng = seeded(args.seed, 2)
+    rated = args.history == "rated"
     sentences = make_sentences(traits, items, count, length, rng, rated)
     tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, words)
     ids, targets, _ = encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)

@@ -88,8 +88,8 @@ def call_stage(module, *args):
 
 
 def load_script(name):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -198,6 +198,13 @@ def inferred(prepared, lm_folders, tmp_path_factory):
     return run
 
 
+@pytest.fixture(autouse=True)
+def seeds():
+    """What a test draws depends neither on luck nor on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
 def copy_run(source, target):
     target.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
@@ -223,7 +230,7 @@ def z_of(space, theta):
 
 def random_theta(likelihood, users, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(users, likelihood.profiles, likelihood.words.weight.shape[1], generator=generator)
+    return torch.randn(users, likelihood.n_profiles, likelihood.width, generator=generator)
 
 
 def assert_bytes_equal(first, second):

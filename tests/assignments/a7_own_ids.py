@@ -24,7 +24,7 @@ The rules of evidence are the same for everybody, and the tests hold you to them
   * the card carries the fingerprint of the data set that the codes were made from, so that stage 04 can
     refuse a bank that was made from another.
 
-When you have passed: docs/controls.py holds six such banks in a page. Which of them does yours have to beat
+When you have passed: tools/controls.py holds six such banks in a page. Which of them does yours have to beat
 before you may say that it has found out something about people?
 """
 

@@ -22,7 +22,7 @@ kinds of items they like. Two recommenders:
     B  knows which kind each user likes and nothing of how much he likes at all
 
 Guess first, then run `python tests/assignments/a8_gauc.py`, and fill in ANSWER. Then, on paper: the ids of a
-`critic` or of `generosity` (docs/controls.py) lift the AUC of a model without the user id. Which decision of
+`critic` or of `generosity` (tools/controls.py) lift the AUC of a model without the user id. Which decision of
 a shop gets better by it?
 """
 

@@ -70,7 +70,7 @@ def profile_codes(interactions):
 
 
 def make_bank(dataset):
-    """Two of docs/controls.py's banks side by side: the share of likes, and clusters of liked attributes."""
+    """Two of tools/controls.py's banks side by side: the share of likes, and clusters of liked attributes."""
     sizes = [profile["codes"] for profile in dataset.profiles]
     problem, device = SimpleNamespace(dataset=dataset), torch.device("cpu")
     columns = [column for control in (controls.generosity, controls.metadata)

@@ -1,0 +1,781 @@
+"""Stage 02, second net: what the first tests let pass.
+
+Adapters first: what a rewrite changes is changed there alone.
+"""
+
+import contextlib
+import copy
+import functools
+import gc
+import json
+import types
+import weakref
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, random_theta,
+                      settings, space_of, z_of)
+
+import common
+
+# ---------------------------------------------------------------- adapters
+
+
+def solve_block(likelihood, space, histories, users, **changes):
+    """(z (B, M, r), NLL summed over the users at the start and after each step)."""
+    part = infer.infer_block(likelihood, space, histories, users, settings(**changes), range(len(histories)))
+    assert part["tokens"] == sum(len(histories[user]) for user in users) and part["seconds"] > 0
+    return part["z"], np.array(part["nll"])
+
+
+def sentences_of(dataset, count, length, history="liked"):
+    """Invented people: [({m: word}, [title text])]."""
+    rated, rng = history == "rated", np.random.default_rng(0)
+    return common.make_sentences(traits_of(dataset), dataset.items, count, length, rng, rated)
+
+
+def traits_of(dataset):
+    return [common.Trait(profile, dataset.items) for profile in dataset.profiles]
+
+
+def sensitivity_of(model, tokenizer, dataset):
+    """{profile: nats per history token that a wrong word costs} on fresh sentences of up to 8 titles."""
+    fresh, rng = sentences_of(dataset, 400, 8), np.random.default_rng(0)
+    return common.sensitivity(model, tokenizer, traits_of(dataset), dataset.task_prompt, fresh, rng)
+
+
+# ---------------------------------------------------------------- worlds
+
+@pytest.fixture(scope="module")
+def sparse(lm_folders, tmp_path_factory):
+    """(run, [(theta, ids, lengths, nll)] evaluated behind the last descent); some users have no history."""
+    run, calls = tmp_path_factory.mktemp("run") / "sparse", []
+    call_stage(prepare, "--run", run, "--subsample-users", 100, "--max-per-user", 5, "--min-interactions", 1,
+               "--positive-above", 4)
+    original = infer.ProfileLikelihood.__call__
+
+    def recorded(self, theta, ids, lengths):
+        nll = original(self, theta, ids, lengths)
+        if torch.is_grad_enabled() and (theta.requires_grad or self.task.requires_grad):
+            # The descent goes on: what was evaluated before is no part of the end.
+            calls.clear()
+        else:
+            calls.append((theta.clone(), ids.clone(), lengths.clone(), nll.clone()))
+        return nll
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(infer.ProfileLikelihood, "__call__", recorded)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+    return run, calls
+
+
+def reopened(run):
+    """(dataset, likelihood, tokenizer, space) of a run with the fixtures' GPT-2."""
+    model, tokenizer = make_lm("gpt2")
+    dataset, space = common.load_dataset(run), infer.open_space(run, "cpu")
+    likelihood = likelihood_of(model, tokenizer, dataset)
+    likelihood.task = space.task
+    return dataset, likelihood, tokenizer, space
+
+
+def texts_of(dataset, split):
+    """{user: ' A Title; Another;'} of the liked rows of a split, by a loop over the file."""
+    texts = {}
+    for user, item, label, part in dataset.interactions.tolist():
+        if label == 1 and part == split:
+            texts[user] = texts.get(user, "") + f" {dataset.items[item]['title']};"
+    return texts
+
+
+@pytest.fixture(scope="module")
+def tiny(prepared, tmp_path_factory):
+    """(run, record) of stage 02 with a tiny LM of few sentences; the record holds what its training did."""
+    run = copy_run(prepared, tmp_path_factory.mktemp("run") / "tiny")
+    record = types.SimpleNamespace(rates=[], norms=[], decay=[], batches=[], targets=[])
+    from transformers import GPT2LMHeadModel
+    step, forward, loss = torch.optim.AdamW.step, GPT2LMHeadModel.forward, torch.nn.functional.cross_entropy
+
+    def recorded_step(self, *args, **kwargs):
+        gradients = [
+            p.grad.flatten() for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        record.rates.append(self.param_groups[0]["lr"])
+        record.norms.append(float(torch.cat(gradients).norm()))
+        return step(self, *args, **kwargs)
+
+    def recorded_forward(self, input_ids=None, **kwargs):
+        if torch.is_grad_enabled() and self.training:
+            record.batches.append(input_ids.clone())
+        return forward(self, input_ids, **kwargs)
+
+    def recorded_loss(logits, targets, **kwargs):
+        if logits.requires_grad:
+            record.targets.append(targets.clone())
+        return loss(logits, targets, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", recorded_step)
+        patch.setattr(GPT2LMHeadModel, "forward", recorded_forward)
+        patch.setattr(torch.nn.functional, "cross_entropy", recorded_loss)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 1)
+    record.rates, record.norms = record.rates[:len(record.batches)], record.norms[:len(record.batches)]
+    return run, record
+
+
+# ---------------------------------------------------------------- the prompt and its start
+
+def test_the_prompt_is_eq_3_token_for_token(lm, world):
+    model, tokenizer = lm
+    segments = infer.prompt_segments(tokenizer, world[0])
+    kinds = [(segment.kind, segment.profile) for segment in segments if segment.kind != "begin"]
+    assert kinds == [("name", 0), ("theta", 0), ("name", 1), ("theta", 1), ("task", None)]
+    assert [len(segment.ids) for segment in segments if segment.kind == "theta"] == [1, 1]
+    whole = "".join(profile["prompt"] for profile in world[0].profiles) + world[0].task_prompt
+    words = [token for segment in segments if segment.kind != "theta" for token in segment.ids]
+    assert words == tokenizer(whole)["input_ids"]  # the begin token too, where the tokenizer puts one
+
+
+def test_the_words_space_against_an_explicit_covariance(lm, world):
+    """Origin and covariance by loops in float64; a word's coordinates give back its vector."""
+    model, tokenizer = lm
+    dataset, likelihood = copy.deepcopy(world[0]), likelihood_of(model, tokenizer, world[0])
+    dataset.profiles[0]["words"] = {"music": 9, "fishing": 4, "gold guitar": 1, "rod": 25}  # of some tokens
+    space = space_of(likelihood, tokenizer, dataset)
+    table = model.get_input_embeddings().weight.double().numpy()
+    for m, profile in enumerate(dataset.profiles):
+        vectors = np.stack([table[ids].mean(0) for ids in
+                            common.pieces_of(tokenizer, [f" {word}" for word in profile["words"]])])
+        weight = np.sqrt(list(profile["words"].values()))
+        weight /= weight.sum()
+        mean = sum(share * vector for share, vector in zip(weight, vectors))
+        covariance = sum(share * np.outer(vector - mean, vector - mean)
+                         for share, vector in zip(weight, vectors))
+        assert np.allclose(space.origin[m].numpy(), mean, atol=1e-5)
+        basis = space.basis[m].double().numpy()
+        assert np.allclose(basis.T @ basis, covariance, atol=1e-6)
+        for word, z in enumerate(space.coordinates[m].double().numpy()):
+            assert np.allclose(mean + z @ basis, vectors[word], atol=1e-4)
+        assert space.words[m] == list(profile["words"])
+    z = torch.randn(5, 2, space.basis.shape[1]) * (space.basis.abs().sum(2) > 0)
+    assert torch.allclose(z_of(space, space.theta(z)), z, atol=1e-4)
+
+
+def test_fewer_directions_than_words_keep_the_most_of_their_variance(world):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    full, less = (space_of(likelihood, make_lm("gpt2")[1], world[0], rank) for rank in (16, 2))
+    assert less.basis.shape[1] == 2 and torch.allclose(less.origin, full.origin)
+    values = torch.linalg.eigvalsh(full.basis[0].T @ full.basis[0])[-2:].sum()
+    assert float(less.basis[0].pow(2).sum()) == pytest.approx(float(values), rel=1e-4)
+    assert torch.equal(full.basis[1, 2:], torch.zeros(1, 32))  # three words have two directions
+
+
+def test_rank_0_is_the_whole_space_with_an_isotropic_prior(world):
+    """theta = origin + spread z, as much variance in all as the words have."""
+    likelihood, (_, tokenizer) = likelihood_of(*make_lm("gpt2"), world[0]), make_lm("gpt2")
+    words, whole = (space_of(likelihood, tokenizer, world[0], rank) for rank in (16, 0))
+    for m in range(2):
+        spread = float(words.basis[m].pow(2).sum() / 32) ** 0.5
+        assert torch.allclose(whole.basis[m], spread * torch.eye(32), atol=1e-5)
+        vectors = whole.origin[m] + spread * whole.coordinates[m]
+        expected = words.origin[m] + words.coordinates[m] @ words.basis[m]
+        assert torch.allclose(vectors, expected, atol=1e-4)
+
+
+def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world):
+    """A likelihood that expects 'the' everywhere and 'Guitar' only where the prompt says hobby."""
+    model, tokenizer = make_lm("gpt2")
+    likelihood = likelihood_of(model, tokenizer, world[0])
+    hobby, = common.pieces_of(tokenizer, [" hobby"])
+    music, user, bought = (common.pieces_of(tokenizer, [word])[0][0]
+                              for word in (" music", " user", " bought"))
+
+    def expect(tokens):
+        logits = torch.zeros(1, tokens.shape[1], len(tokenizer))
+        logits[..., bought] = 6.0  # likely after anything
+        if set(hobby) <= set(tokens[0].tolist()):
+            logits[..., music], logits[..., user] = 5.0, 4.0
+        return types.SimpleNamespace(logits=logits)
+
+    likelihood.model = expect
+    found = infer.likeliest_words(likelihood, tokenizer, 0)
+    assert list(found)[:2] == ["music", "user"] and found["music"] > found["user"]
+    likelihood.model = lambda tokens: types.SimpleNamespace(logits=torch.zeros(1, tokens.shape[1], 5))
+    with pytest.raises(common.UserError, match="0 words of its own .*--hobby-words"):
+        infer.likeliest_words(likelihood, tokenizer, 0)  # its five tokens are no words
+
+
+# ---------------------------------------------------------------- the task prompt
+
+def some_histories(sizes=(3, 7, 7, 4, 5, 6)):
+    rng = np.random.default_rng(3)
+    return [rng.integers(300, size=length) for length in sizes]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_the_task_prompt_is_adam_s_on_everybody_s_likelihood(kind, world, monkeypatch):
+    """Against Adam by hand, over all users in one block, without anybody held out."""
+    monkeypatch.setattr(infer, "TASK_HELD_OUT", 0)
+    monkeypatch.setattr(infer, "TASK_CHECK", 99)
+    model, tokenizer = make_lm(kind)
+    likelihood, histories = likelihood_of(model, tokenizer, world[0]), some_histories()
+    space = space_of(likelihood, tokenizer, world[0])
+    text, steps = likelihood.task.clone(), 5
+    calls = []
+    original = torch.optim.Adam.step
+
+    def step(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        calls.append(self.param_groups[0]["params"][0].detach().clone())
+        return result
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    infer.fit_task(likelihood, space, histories, settings(steps=20, task_steps=steps))
+
+    def nll(task):
+        likelihood.task = task
+        theta = space.origin.expand(6, -1, -1)
+        return likelihood(theta, *infer.pad(histories, range(6), "cpu")).sum()
+
+    task, first, second = text.clone(), torch.zeros_like(text), torch.zeros_like(text)
+    first_rate = infer.TASK_RATE * float(text.std())
+    for number in range(steps):
+        rate = first_rate * (1 - number / steps)
+        task = task.detach().requires_grad_()
+        gradient, = torch.autograd.grad(nll(task), task)
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient ** 2
+        unbiased = first / (1 - 0.9 ** (number + 1)), second / (1 - 0.999 ** (number + 1))
+        task = (task - rate * unbiased[0] / (unbiased[1].sqrt() + 1e-8)).detach()
+        assert torch.allclose(calls[number], task, atol=0.02 * first_rate)
+    assert len(calls) == steps and nll(task) < nll(text)
+
+
+def test_the_task_prompt_is_the_one_under_which_users_held_out_are_likeliest(world, monkeypatch):
+    """Where Adam climbs, what it ends with is no better than the text for those held out."""
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    space, histories = space_of(likelihood, make_lm("gpt2")[1], world[0]), [np.arange(5, 11)] * 20
+    text = likelihood.task.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim, "Adam", functools.partial(torch.optim.Adam, maximize=True))
+        far = infer.fit_task(likelihood, space, histories, settings(steps=20))
+    assert torch.equal(far, text) and torch.equal(likelihood.task, text)
+    near = infer.fit_task(likelihood, space, histories, settings(steps=20))
+    assert not torch.equal(near, text) and torch.equal(likelihood.task, near)
+
+
+def test_the_task_prompt_is_reproducible_and_costs_no_more_than_the_users(world, monkeypatch):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    space = space_of(likelihood, make_lm("gpt2")[1], world[0])
+    histories, text = [np.arange(5, 11 - user % 2) for user in range(6)], likelihood.task
+
+    def fit(users=6, **changes):
+        likelihood.task = text
+        return infer.fit_task(likelihood, space, histories[:users], settings(**{"steps": 40, **changes}))
+
+    base = fit()
+    assert torch.equal(fit(), base) and not torch.allclose(fit(users=5), base, atol=1e-4)
+    assert torch.allclose(fit(block_size=2), base, atol=1e-4)  # how, not what
+    assert torch.equal(fit(task_steps=0), text) and torch.equal(fit(steps=1), text)  # 6 x 1 is too little
+    monkeypatch.setattr(infer, "TASK_USERS", 3)
+    few = fit()
+    assert not torch.allclose(few, base, atol=1e-4) and not torch.allclose(few, fit(seed=1), atol=1e-4)
+
+
+# ---------------------------------------------------------------- the descent
+
+def by_hand(likelihood, space, ids, steps, lr, prior):
+    """Barzilai and Borwein's steps on Eq. (4) and prior / 2 ||z||^2; one that raises it is halved."""
+    lengths = torch.tensor([ids.shape[1]])
+
+    def evaluate(z):
+        z = z.detach().requires_grad_()
+        nll = likelihood(space.theta(z[None]), ids, lengths)[0]
+        loss = nll + prior / 2 * (z ** 2).sum()
+        return float(nll.detach()), float(loss.detach()), torch.autograd.grad(loss, z)[0]
+
+    def longest(gradient):
+        size = lr / float(gradient.abs().max())  # the largest coordinate moves by lr
+        return min(size, 1 / prior) if prior else size
+
+    z = torch.zeros(space.basis.shape[:2])
+    nll, loss, gradient = evaluate(z)
+    path, size = [nll], longest(gradient)
+    for _ in range(steps):
+        trial = z - size * gradient
+        trial_nll, trial_loss, trial_gradient = evaluate(trial)
+        if trial_loss < loss:
+            move, change = (trial - z).flatten(), (trial_gradient - gradient).flatten()
+            size = longest(trial_gradient)
+            if move @ change > 0:
+                size = min(size, float(move @ move / (move @ change)))
+            z, nll, loss, gradient = trial, trial_nll, trial_loss, trial_gradient
+        else:
+            size /= 2
+        path.append(nll)
+    return z, path
+
+
+@pytest.mark.parametrize("prior, lr", [(0.0, 0.2), (4.0, 0.2), (0.05, 40.0)])  # what bounds a step
+def test_a_block_is_descent_on_eq_4_and_the_prior_of_each_user(world, prior, lr):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(300, size=6 + 3 * user) for user in range(3)]
+    space = space_of(likelihood, make_lm("gpt2")[1], world[0])
+    z, path = solve_block(likelihood, space, histories, [0, 1, 2], steps=8, lr=lr, prior=prior)
+    expected = [by_hand(likelihood, space, torch.from_numpy(ids)[None], 8, lr, prior) for ids in histories]
+    for user, (wanted, _) in enumerate(expected):
+        assert torch.allclose(z[user], wanted, atol=2e-3), (z[user] - wanted).abs().max()
+    assert path == pytest.approx([sum(values) for values in zip(*(nll for _, nll in expected))], rel=1e-3)
+
+
+class Valley:
+    """A likelihood with a narrow valley: sum(|z - 0.3|) * slope, which every long step overshoots."""
+
+    def __init__(self, space, slope):
+        self.space, self.slope, self.visited = space, slope, []
+
+    def __call__(self, theta, ids, lengths):
+        z = z_of(self.space, theta)
+        self.visited.append(z.detach().clone())
+        return self.slope * (z - 0.3).abs().sum((1, 2))
+
+
+@pytest.mark.parametrize("slope", [1.0, 100.0])
+def test_the_best_point_is_kept_and_a_step_too_long_is_halved(slope):
+    torch.manual_seed(0)
+    space = infer.Space(torch.zeros(1, 4), torch.eye(4)[None], None, [], [])
+    likelihood = Valley(space, slope)
+    ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
+    z, path = infer.descend(likelihood, space, ids, lengths, settings(steps=12, lr=5.0, prior=0.0))
+    assert (path[1:] <= path[:-1]).all() and (path[-1] < path[0]).all()  # never above what was reached
+    values = torch.stack([slope * (seen - 0.3).abs().sum((1, 2)) for seen in likelihood.visited])
+    assert (values[1] > values[0]).all()  # the first step does overshoot
+    assert torch.allclose(path[-1], values.min(0).values) and torch.allclose(
+        slope * (z - 0.3).abs().sum((1, 2)), path[-1], atol=1e-4)
+    steps = [(seen[0, 0, 0] - 0).item() for seen in likelihood.visited[1:3]]
+    assert steps[1] == pytest.approx(steps[0] / 2)  # taken back and halved
+
+
+def test_a_point_whose_gradient_overflowed_is_taken_back_and_at_the_start_it_is_said():
+    """As fp16 may: the likelihood is finite there, its gradient is not."""
+    space = infer.Space(torch.zeros(1, 4), torch.eye(4)[None], None, [], [])
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.save_for_backward(z)
+            return z ** 2 - z
+
+        @staticmethod
+        def backward(ctx, upstream):
+            z, = ctx.saved_tensors
+            return torch.where(z < limit, 2 * z - 1, torch.inf) * upstream
+
+    def overflowing(theta, ids, lengths):
+        return Overflow.apply(z_of(space, theta)).sum((1, 2))
+
+    ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
+    limit = 0.4
+    z, path = infer.descend(overflowing, space, ids, lengths, settings(steps=6, lr=0.5, prior=0.0))
+    assert z.isfinite().all() and path.isfinite().all() and (path[-1] < path[0]).all()
+    limit = -1.0
+    with pytest.raises(common.UserError, match="not finite for 2 users, among them a, b"):
+        histories = [np.arange(3)] * 2
+        args = settings(steps=2, prior=0.0)
+        infer.infer_block(Bad(overflowing), space, histories, [0, 1], args, ["a", "b"])
+
+
+class Bad:
+    """A likelihood on the CPU that is a function."""
+
+    device, dtype = "cpu", torch.float16
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, *inputs):
+        return self.function(*inputs)
+
+
+def test_one_word_spans_nothing_so_the_llm_s_own_are_taken(world):
+    likelihood, tokenizer = likelihood_of(*make_lm("gpt2"), world[0]), make_lm("gpt2")[1]
+    dataset = copy.deepcopy(world[0])
+    dataset.profiles[0]["words"] = {"music": 400}
+    space = space_of(likelihood, tokenizer, dataset)
+    assert len(space.words[0]) > 1 and space.words[1] == list(dataset.profiles[1]["words"])
+
+
+def test_fp16_finds_the_z_of_fp32_with_the_same_prior(world):
+    """Whatever keeps fp16 gradients above underflow must not weigh the likelihood anew against the prior."""
+    def found(dtype):
+        model, tokenizer = make_lm("gpt2")
+        space = space_of(likelihood_of(model, tokenizer, world[0]), tokenizer, world[0])
+        likelihood = likelihood_of(model.to(dtype), tokenizer, world[0])
+        histories = [np.arange(5, 17), np.arange(40, 48)]
+        z, _ = solve_block(likelihood, space, histories, [0, 1], steps=15, prior=5.0)
+        assert z.dtype == torch.float32
+        return z.flatten(1)
+
+    half, full = found(torch.float16), found(torch.float32)
+    assert (torch.nn.functional.cosine_similarity(half, full) > 0.97).all()
+    assert (half.norm(dim=1) / full.norm(dim=1)).tolist() == pytest.approx([1, 1], abs=0.05)
+
+
+@pytest.mark.parametrize("what", ["theta", "task"])
+@pytest.mark.parametrize("loudness", [3e-7, 1e3])
+def test_small_and_large_gradients_survive_fp16(loudness, what, world):
+    """A quiet last layer norm makes them so small that without a scale fp16 would round them away, a loud one
+    so large that the scale would make them infinite: Llama-2-7B's shape does, with random weights."""
+    def gradient(dtype):
+        model, tokenizer = make_lm("gpt2")
+        model.transformer.ln_f.weight.data.fill_(loudness)
+        space = space_of(likelihood_of(model, tokenizer, world[0]), tokenizer, world[0])
+        likelihood = likelihood_of(model.to(dtype), tokenizer, world[0])
+        theta = space.origin.expand(2, -1, -1).clone().requires_grad_(what == "theta")
+        likelihood.task = likelihood.task.clone().requires_grad_(what == "task")
+        nll = likelihood(theta, *infer.pad([np.arange(5, 17), np.arange(40, 48)], [0, 1], "cpu"))
+        (nll.sum() / 128).backward()  # as stage 03 does: it must not take the scale away again
+        return 128 * (theta if what == "theta" else likelihood.task).grad.flatten(1)
+
+    half, full = gradient(torch.float16), gradient(torch.float32)
+    assert (torch.nn.functional.cosine_similarity(half, full) > 0.98).all()
+    assert float(half.norm() / full.norm()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_graph_of_an_fp16_llm_is_freed_by_backward(world):
+    """Else the next step's would stand beside it: twice the memory of a block."""
+    model, tokenizer = make_lm("gpt2")
+    likelihood = likelihood_of(model.half(), tokenizer, world[0])
+    theta = random_theta(likelihood, 2).requires_grad_()
+    nll = likelihood(theta, *infer.pad([np.arange(5, 17), np.arange(40, 48)], [0, 1], "cpu"))
+    graph = weakref.ref(nll.grad_fn.nll)  # its end
+    assert graph().requires_grad
+    nll.sum().backward()
+    gc.collect()
+    assert graph() is None and nll.requires_grad and theta.grad.abs().sum() > 0
+
+
+# ---------------------------------------------------------------- the artifacts
+
+def test_users_without_a_history_hold_0_the_population(sparse):
+    run, _ = sparse
+    dataset, z, facts = (
+        common.load_dataset(run),
+        np.load(run / "profiles.npy"),
+        common.load(run, "profiles.json"),
+    )
+    known = sorted(texts_of(dataset, common.TRAIN))
+    unknown = sorted(set(range(len(dataset.users))) - set(known))
+    assert len(unknown) >= 2 and facts["users_without_history"] == len(unknown)
+    assert common.load(run, "profiles_users.json")["inferred"] == known
+    assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 3)  # four words have three directions
+    assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all() and (z[:, 1, 2] == 0).all()
+
+
+def test_each_row_is_the_z_of_its_own_user(sparse):
+    run, _ = sparse
+    (dataset, likelihood, tokenizer, space), z = reopened(run), np.load(run / "profiles.npy")
+    texts = texts_of(dataset, common.TRAIN)
+    for user in sorted(texts)[::9]:
+        ids = [np.array(tokenizer.encode(texts[user]))]
+        alone, _ = solve_block(likelihood, space, ids, [0], steps=2)
+        assert np.allclose(alone[0].numpy(), z[user], atol=0.02)
+
+
+def test_training_nll_is_a_token_s_mean_before_and_after(sparse):
+    run, _ = sparse
+    (dataset, likelihood, tokenizer, space) = reopened(run)
+    z = torch.from_numpy(np.load(run / "profiles.npy"))
+    sums, tokens, theta = np.zeros(2), 0, space.theta(z)
+    for user, text in texts_of(dataset, common.TRAIN).items():
+        ids = torch.tensor([tokenizer.encode(text)])
+        sums += [
+            float(likelihood(profile[None], ids, torch.tensor([ids.shape[1]])))
+            for profile in (space.origin, theta[user])
+        ]
+        tokens += ids.shape[1]
+    facts = common.load(run, "profiles.json")
+    assert [facts["train_nll"]["before"], facts["train_nll"]["after"]] == pytest.approx(
+        (sums / tokens).tolist(), rel=1e-4
+    )
+
+
+def test_heldout_nll_is_of_validation_titles_under_own_the_population_s_and_another_s_theta(sparse):
+    run, calls = sparse
+    (dataset, _, tokenizer, space), z = reopened(run), np.load(run / "profiles.npy")
+    theta = space.theta(torch.from_numpy(z)).numpy()
+    trained, wanted = texts_of(dataset, common.TRAIN), texts_of(dataset, common.VALIDATION)
+    known = sorted(trained)
+    owners = {}  # tokens of a validation text -> whose it is
+    for user, text in wanted.items():
+        if user in known:
+            owners.setdefault(tuple(tokenizer.encode(text)), []).append(user)
+    assert len(owners) > 5
+    def owner(vector, m):
+        """Whose profile m this is; None: nobody's."""
+        close = [user for user in known if np.allclose(theta[user, m], vector[m], atol=1e-6)]
+        return close[0] if close else None
+
+    sums, tokens, seen, lent = {}, Counter(), Counter(), []
+    for thetas, ids, lengths, nlls in calls:
+        for vector, row, length, nll in zip(thetas.numpy(), ids, lengths.tolist(), nlls.tolist()):
+            text = tuple(row[:length].tolist())
+            givers = [owner(vector, m) for m in (0, 1)]
+            at_the_end = givers[0] is not None and text == tuple(tokenizer.encode(trained[givers[0]]))
+            if text not in owners or at_the_end:
+                continue  # a training history, at the end of the descent
+            mine = [giver in owners[text] for giver in givers]
+            kind = {(True, True): "own", (False, True): "hobby", (True, False): "background"}.get(
+                tuple(mine), "shuffled" if givers[0] is not None else "population")
+            assert kind != "population" or np.allclose(vector, space.origin.numpy(), atol=1e-6)
+            seen[kind, text] += 1
+            lent += [givers[0]] * (kind == "shuffled")
+            sums[kind] = sums.get(kind, 0.0) + nll
+            tokens[kind] += length
+    assert seen == {(kind, text): len(users) for kind in sums for text, users in owners.items()}
+    assert len(set(lent)) == len(lent) and len(sums) == 5  # no theta is lent twice
+    found = common.load(run, "profiles.json")["heldout_nll"]
+    assert found == pytest.approx({kind: total / tokens[kind] for kind, total in sums.items()}, rel=1e-5)
+
+
+def test_an_lm_that_rescales_its_logits_is_refused(prepared, tmp_path):
+    from transformers import CohereConfig, CohereForCausalLM
+    run, (_, tokenizer) = copy_run(prepared, tmp_path / "run"), make_lm("gpt2")
+    torch.manual_seed(0)
+    CohereForCausalLM(
+        CohereConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            logit_scale=0.0625,
+            initializer_range=0.5,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    ).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    with pytest.raises(common.UserError, match="rescales its logits"):
+        call_stage(infer, "--run", run, "--lm", tmp_path / "lm", "--steps", 1)
+
+
+def test_new_users_are_not_put_beside_rows_that_somebody_changed(sparse, lm_folders, tmp_path):
+    run = copy_run(sparse[0], tmp_path / "run")
+    (run / "new.txt").write_text(common.load(run, "users.json")[0] + "\n")
+    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5, "--users", run / "new.txt"]
+    call_stage(infer, *flags)
+    np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1)
+    with pytest.raises(common.UserError, match="profiles.npy was made from another"):
+        call_stage(infer, *flags, "--fresh")
+
+
+def test_what_failed_is_said_with_its_figures():
+    good = {"own": 1.0, "population": 1.1, "shuffled": 1.2, "hobby": 1.15}
+    assert infer.warnings_of([2.0, 1.5], good) == [] == infer.warnings_of([2.0, 1.5], {})
+    line, = infer.warnings_of([2.0, 1.9, 2.25], good)
+    assert "did not fall (2.0000 -> 2.2500)" in line
+    for name in ("population", "shuffled", "hobby"):
+        line, = infer.warnings_of([2.0, 1.5], good | {name: 0.9876})
+        assert "(0.9876)" in line and "1.0000" in line and (name != "hobby" or "hobby" in line)
+
+
+def test_warnings_stand_in_what_stage_02_prints(prepared, lm_folders, tmp_path, capsys):
+    """A random LLM knows nothing of users: on titles not seen theirs is no better than another's."""
+    run = copy_run(prepared, tmp_path / "run")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--prior", 0, "--lr", 5)
+    heldout = common.load(run, "profiles.json")["heldout_nll"]
+    failed = [name for name, value in heldout.items() if name != "own" and value <= heldout["own"]]
+    printed = capsys.readouterr().out
+    assert failed and printed.count("WARNING: on titles not seen") == len(failed)
+
+
+# ---------------------------------------------------------------- histories and blocks
+
+def test_a_history_that_just_fits_is_whole_and_nothing_older_than_a_dropped_title_stays():
+    tokenizer = make_lm("gpt2")[1]
+    titles = [" Rod;", " Gold Guitar Premium Violin;", " Pan;"]
+    lengths = [len(tokenizer.encode(title)) for title in titles]
+    assert tokenizer.decode(infer.tokenize_histories(tokenizer, [titles], sum(lengths))[0]) == "".join(titles)
+    (cut,) = infer.tokenize_histories(
+        tokenizer, [titles], lengths[2] + lengths[0]
+    )  # room for the oldest, not for the middle
+    assert lengths[1] > lengths[0] and tokenizer.decode(cut) == " Pan;"
+
+
+def test_no_block_is_larger_than_its_budget_and_the_longest_come_first():
+    rng = np.random.default_rng(0)
+    histories = [np.zeros(length, dtype=np.int64) for length in rng.integers(1, 240, size=200)]
+    for budget in (600, 3000):
+        blocks = infer.make_blocks(histories, None, budget, 20)
+        sizes = [len(block) * (20 + max(len(histories[user]) for user in block)) for block in blocks]
+        assert max(sizes) <= budget and max(map(len, blocks)) > 1
+        longest = [max(len(histories[user]) for user in block) for block in blocks]
+        assert longest == sorted(longest, reverse=True)
+    assert [len(block) for block in infer.make_blocks(histories[:9], None, 1, 20)] == [
+        1
+    ] * 9  # never less than one user
+
+
+# ---------------------------------------------------------------- the tiny LM
+
+def uneven():
+    """Items whose hobby is rare, middling or common (4, 16, 64 of them), two backgrounds across."""
+    hobbies = ["rare"] * 4 + ["middling"] * 16 + ["common"] * 64
+    items = [{"title": f"T{i}", "attributes": {"hobby": [hobby], "background": [("rich", "poor")[i % 2]]}}
+             for i, hobby in enumerate(hobbies)]
+    return common.Dataset(np.zeros((0, 4), np.int32), [], items, [prepare.HOBBY, prepare.BACKGROUND], "?")
+
+
+def test_invented_people_are_drawn_by_square_roots_and_like_what_fits_three_times_in_four():
+    dataset = uneven()
+    hobby = {f" {item['title']};": item["attributes"]["hobby"][0] for item in dataset.items}
+    people = sentences_of(dataset, 4000, 20)
+    told = [words[0] for words, _ in people if 0 in words]
+    for word, share in (("rare", 2 / 14), ("middling", 4 / 14), ("common", 8 / 14)):
+        assert np.mean([name == word for name in told]) == pytest.approx(share, abs=0.04)
+        fits = [hobby[title] == word for words, titles in people if words == {0: word} for title in titles]
+        assert len(fits) > 500 and np.mean(fits) == pytest.approx(0.75, abs=0.05), word
+    assert {len(titles) for _, titles in people} == {1, 2, 3, 5, 8, 12, 20}
+    alone = [tuple(words) for words, _ in people if len(words) == 1]
+    assert len(alone) == 2000 and alone.count((0,)) == 1000 and all(len(words) <= 2 for words, _ in people)
+
+
+def test_marks_of_invented_people_follow_the_words_told_of_them():
+    dataset = uneven()
+    hobby = {item["title"]: item["attributes"]["hobby"][0] for item in dataset.items}
+    liked = {True: [], False: []}
+    for words, titles in sentences_of(dataset, 2000, 8, history="rated"):
+        for text in titles if set(words) == {0} else ():
+            title, mark = text[1:-1].rsplit(" ", 1)
+            liked[hobby[title] == words[0]].append(mark == "+")
+    odds = {fits: np.log(np.mean(marks) / (1 - np.mean(marks))) for fits, marks in liked.items()}
+    assert odds[True] == pytest.approx(1.4, abs=0.25) and odds[False] == pytest.approx(-1.4, abs=0.25)
+
+
+def test_words_of_the_user_s_own_train_no_other_tiny_lm(prepared, tmp_path):
+    """What could name a profile decides where theta may lie, not what the LM reads."""
+    run, made = copy_run(prepared, tmp_path / "run"), []
+    for words in ("music,fishing,cooking", "music,rods"):
+        call_stage(prepare, "--run", run, "--subsample-users", 120, "--hobby-words", words)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
+        lm = run / "lm-tiny" / "model.safetensors"
+        made.append((lm.stat().st_mtime_ns, np.load(run / "profiles.npy")))
+    assert made[0][0] == made[1][0] and not np.array_equal(made[0][1], made[1][1])
+    assert infer.open_space(run, "cpu").words[0] == ["music", "rods"]
+
+
+class KnowsTheWords(torch.nn.Module):
+    """A language model that reads the profile words in a text and expects the titles that fit them."""
+
+    def __init__(self, tokenizer, dataset):
+        super().__init__()
+        self.tokenizer, self.size, self.likely = tokenizer, len(tokenizer), {}
+        for item in dataset.items:
+            for values in item["attributes"].values():
+                self.likely.setdefault(values[0], set()).update(tokenizer.encode(f" {item['title']};"))
+
+    def forward(self, input_ids):
+        logits = torch.zeros(*input_ids.shape, self.size)
+        for row, ids in enumerate(input_ids.tolist()):
+            text = self.tokenizer.decode(ids)
+            for word, tokens in self.likely.items():
+                if word in text:
+                    logits[row, :, sorted(tokens)] += 1.0
+        return types.SimpleNamespace(logits=logits)
+
+
+def test_a_wrong_word_costs_an_lm_that_reads_it(world):
+    dataset, tokenizer = world[0], make_lm("gpt2")[1]
+    found = sensitivity_of(KnowsTheWords(tokenizer, dataset), tokenizer, dataset)
+    assert set(found) == {"hobby", "background"} and all(value > 0.05 for value in found.values()), found
+
+
+def test_the_tiny_lm_is_trained_on_next_tokens_for_three_epochs(tiny):
+    _, record = tiny
+    assert len(record.batches) == 3 * 320 // 32 and all(len(batch) == 32 for batch in record.batches)
+    for batch, targets in zip(record.batches, record.targets):
+        targets = targets.view(32, -1)
+        real = batch[:, 1:] != 0  # 0 pads; no text holds that token, a "!"
+        assert torch.equal(targets, batch[:, 1:].masked_fill(~real, -100))
+        assert real.any(0).all() and real[:, 0].all()  # no column of padding alone
+    shares = [float((targets != -100).float().mean()) for targets in record.targets]
+    assert 0.9 < np.mean(shares) < 1  # batches of like length
+    rows = [
+        tuple(map(int, row))
+        for batch in record.batches
+        for row in torch.nn.functional.pad(batch, (0, 400 - batch.shape[1]))
+    ]
+    assert {rows.count(row) % 3 for row in set(rows)} == {0}  # each text thrice
+
+
+def test_the_tiny_lm_s_step_size_rises_falls_and_its_gradients_are_clipped(tiny):
+    _, record = tiny
+    steps = len(record.rates)
+    assert max(record.rates) == pytest.approx(3e-3, rel=0.05) and np.argmax(record.rates) <= 0.15 * steps
+    assert record.rates[0] < 1e-3 and record.rates[-1] < 1e-4
+    assert 0.99 < max(record.norms) < 1.001
+
+
+def resplit(run, rows):
+    """Put other rows into a run, as if stage 01 had made them so."""
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    dataset.interactions = rows
+    np.save(run / "interactions.npy", rows)
+    (run / "dataset.json").write_text(json.dumps(facts | {"fingerprint": dataset.fingerprint()}))
+    return dataset
+
+
+@pytest.mark.parametrize("other", [common.VALIDATION, common.SUPPORT])
+def test_the_tiny_lm_knows_titles_and_lengths_of_training_rows_only(prepared, tmp_path, other):
+    """An item that nobody met in training, and the longest histories, stand in rows of another split."""
+    run = copy_run(prepared, tmp_path / "run")
+    rows = np.load(run / "interactions.npy")
+    train = rows[:, 3] == common.TRAIN
+    liked = np.bincount(rows[train & (rows[:, 2] == 1), 0])
+    longest = np.flatnonzero(liked == liked.max())
+    rows[train & ((rows[:, 1] == 0) | np.isin(rows[:, 0], longest)), 3] = other
+    dataset, left = resplit(run, rows), rows[rows[:, 3] == common.TRAIN]
+    length = max(np.bincount(left[left[:, 2] == 1, 0]))
+    assert length < liked.max() < 20
+    seen, texts = set(left[:, 1].tolist()), []
+    from tokenizers import ByteLevelBPETokenizer
+    original = ByteLevelBPETokenizer.train_from_iterator
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        def stop(self, lines, *args, **kwargs):
+            texts.extend(lines)
+            original(self, texts, *args, **kwargs)
+            raise KeyboardInterrupt
+        patch.setattr(ByteLevelBPETokenizer, "train_from_iterator", stop)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 2000, "--steps", 1)
+    text = "".join(texts)
+    known = [f" {item['title']};" in text for item in dataset.items]
+    assert known[min(seen)] and not any(known[item] for item in range(len(known)) if item not in seen)
+    assert max(line.count(";") for line in texts) == length
+
+
+def test_theta_of_a_cold_user_is_that_of_his_support_rows(lm_folders, tmp_path):
+    call_stage(prepare, "--run", tmp_path, "--subsample-users", 60, "--min-interactions", 1,
+               "--cold-users", 0.3)
+    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+    (dataset, likelihood, tokenizer, space), z = reopened(tmp_path), np.load(tmp_path / "profiles.npy")
+    trained, support, cold = (texts_of(dataset, split) for split in
+                              (common.TRAIN, common.SUPPORT, common.COLD))
+    assert len(support) > 12 and set(cold) & set(support) and not set(support) & set(trained)
+    assert common.load(tmp_path, "profiles_users.json")["inferred"] == sorted([*trained, *support])
+    for user in sorted(support)[::3]:
+        ids = [np.array(tokenizer.encode(support[user]))]
+        alone, _ = solve_block(likelihood, space, ids, [0], steps=2)
+        assert np.allclose(alone[0].numpy(), z[user], atol=0.02)
+
+
+def test_stage_03_refuses_another_tiny_lm(tiny, tmp_path):
+    run = copy_run(tiny[0], tmp_path / "run")
+    folder = copy_run(tiny[0] / "lm-tiny", run / "lm-tiny")
+    model, _ = common.load_language_model(str(folder), torch.float32, torch.device("cpu"))
+    model.base_model.ln_f.bias.data += 0.01
+    model.save_pretrained(folder)
+    with pytest.raises(common.UserError, match="02_infer_profiles.py"):
+        call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 0)

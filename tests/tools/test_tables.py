@@ -1,0 +1,559 @@
+"""tools/tables.py: its statistics against other ways to them, its studies with stages that only pretend."""
+
+import itertools
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import ctr, infer, load_script, prepare, quantize, fork_stage
+from sklearn.metrics import adjusted_mutual_info_score, log_loss, roc_auc_score
+
+import common
+
+tables = load_script("tables")
+
+
+# ---------------------------------------------------------------- statistics
+
+def test_weighted_auc_is_sklearn_s_with_weights_and_ties():
+    rng = np.random.default_rng(0)
+    labels, weights = rng.integers(2, size=2000), rng.integers(4, size=2000)
+    for scores in (rng.integers(9, size=2000) / 9, rng.normal(size=2000) + labels, np.ones(2000)):
+        ranks = np.unique(scores, return_inverse=True)[1]
+        expected = roc_auc_score(labels, scores, sample_weight=weights)
+        assert tables.weighted_auc(ranks, labels, weights.astype(float)) == pytest.approx(expected)
+
+
+def scores_of(seed, users=150, rows=12, lift=0.5):
+    """(users, labels, better scores, worse scores) of one repetition."""
+    rng = np.random.default_rng(seed)
+    owner, labels = np.repeat(np.arange(users), rows), rng.integers(2, size=users * rows)
+    noise = rng.normal(size=(2, users * rows))
+    return owner, labels, noise[0] + (0.5 + lift) * labels, noise[1] + 0.5 * labels
+
+
+def test_the_bootstrap_interval_holds_the_difference_and_is_0_for_equal_scores():
+    repetitions = [scores_of(seed) for seed in range(3)]
+    true = scipy.stats.norm.cdf(1 / 2**0.5) - scipy.stats.norm.cdf(0.5 / 2**0.5)
+    low, high = tables.bootstrap(repetitions)
+    assert 0 < low < true < high < low + 0.12
+    equal = [(users, labels, first, first) for users, labels, first, _ in repetitions]
+    assert tables.bootstrap(equal) == [0, 0]
+    reverse = [(users, labels, second, first) for users, labels, first, second in repetitions]
+    assert tables.bootstrap(reverse) == pytest.approx([-high, -low])
+
+
+def test_the_bootstrap_draws_users_not_rows():
+    """Every row ten times says nothing new about users; the same as ten times the users would say a lot."""
+    users, labels, first, second = scores_of(0, users=60)
+    width = np.ptp(tables.bootstrap([(users, labels, first, second)]))
+    many = [np.tile(column, 10) for column in (users, labels, first, second)]
+    assert np.ptp(tables.bootstrap([many])) == pytest.approx(width)
+    many[0] = np.arange(10).repeat(len(users)) * 1000 + many[0]
+    assert np.ptp(tables.bootstrap([many])) < 0.6 * width
+
+
+def test_the_bootstrap_draws_repetitions_too():
+    """Two repetitions that agree on nothing: an interval from the one to the other, however many users."""
+    users, labels, better, worse = scores_of(0, users=1500)
+    low, high = tables.bootstrap([(users, labels, better, worse), (users, labels, worse, better)])
+    gap = roc_auc_score(labels, better) - roc_auc_score(labels, worse)
+    assert low == pytest.approx(-gap, abs=0.05) and high == pytest.approx(gap, abs=0.05) and gap > 0.1
+
+
+def test_there_is_no_interval_where_one_class_is_missing():
+    rng = np.random.default_rng(0)
+    for labels, given in (([1] * 5, False), ([0] * 5, False), ([1, 0, 0, 0, 0], True)):
+        columns = np.arange(5), np.array(labels), rng.random(5), rng.random(5)
+        assert (tables.bootstrap([columns]) is not None) == given
+
+
+def test_holm_against_its_definition():
+    """p_(1) <= ... <= p_(n): the corrected p_(k) is max over j <= k of min(1, (n - j + 1) p_(j))."""
+    assert tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert tables.holm([0.01, None, 0.9, 0.6]) == [pytest.approx(0.03), None, 1, 1]
+    assert tables.holm([None]) == [None]
+    p_values = np.random.default_rng(0).random(9) ** 3
+    ranked = sorted(p_values)
+    for p, corrected in zip(p_values, tables.holm(p_values.tolist())):
+        place = ranked.index(p)
+        assert corrected == pytest.approx(max(min(1, (9 - j) * ranked[j]) for j in range(place + 1)))
+
+
+def test_relative_improvements_are_eq_10_and_11_against_the_best_baseline():
+    def entry(auc, loss):
+        return {"test_auc": auc, "test_logloss": loss}
+    found = tables.improvements({("lr", "none"): entry(0.6, 0.65), ("lr", "userip"): entry(0.62, 0.6),
+                                 ("dcn", "none"): entry(0.7, 0.5), ("dcn", "userip"): entry(0.75, 0.4)})
+    assert found["baseline"] == "dcn"
+    expected = {"auc": 0.25 / 0.2 - 1, "logloss": 0.1 / 0.4}
+    assert found["relative"]["dcn"]["userip"] == pytest.approx(expected)
+    assert found["relative"]["lr"]["userip"]["auc"] == pytest.approx(0.12 / 0.2 - 1)
+    assert tables.improvements({("dcn", "none"): entry(0.5, 0.7)}) is None and tables.improvements({}) is None
+
+
+# ---------------------------------------------------------------- tables
+
+HEALTH = {"perplexity": [3.5, 2.5], "nmi": None, "heldout_nll": None}
+
+
+def rows_of(variant, ids, aucs, metric="test", model="dcn"):
+    """Rows of results.json, the last repetition first."""
+    rows = [{"variant": variant, "model": model, "ids": ids, "seed": seed, "test_auc": auc,
+             "test_gauc": auc - 0.1, "test_logloss": 1 - auc} for seed, auc in enumerate(aucs)][::-1]
+    for row in rows if metric == "cold" else ():
+        row |= {"cold_auc": row["test_auc"] - 0.2, "cold_gauc": 0.5, "cold_logloss": 0.7}
+    return rows
+
+
+def data_of(*rows, **changes):
+    """What collect() would have found."""
+    rows = [row for group in rows for row in group]
+    rows[-1]["health"] = HEALTH
+    return {"study": "demo", "metric": "test", "rows": rows, "base_rate_logloss": 0.654321, "intervals": {},
+            "stability": None, "versions": {"python": "3.x"}, "fields": "ids", "data_seed": 0,
+            "user_dropout": 0.7, "date": "2000-01-01", "code": "0", **changes}
+
+
+def lines_of(data):
+    """{first cells of a line: {column title: text}} and the notes of a table."""
+    body, _, notes = tables.table(data).partition("\n\n")
+    titles, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")] for line in body.split("\n"))
+    wide = titles.index("AUC")
+    return {" ".join(line[:wide]): dict(zip(titles, line)) for line in lines}, notes
+
+
+def shown(differences, sign="+"):
+    return f"{np.mean(differences):{sign}.4f} ± {np.std(differences, ddof=1):.4f}"
+
+
+NONE, RANDOM, OURS = (0.60, 0.64, 0.61), (0.61, 0.62, 0.63), (0.66, 0.69, 0.65)
+
+
+def three():
+    return [rows_of("default", ids, values) for ids, values in
+            (("none", NONE), ("random", RANDOM), ("userip", OURS))]
+
+
+def test_differences_are_paired_by_seed_and_p_is_of_the_paired_t_test():
+    rows = three()
+    rows[0].reverse()
+    intervals = {"default|dcn|userip": {"none": [0.01, 0.0899], "random": None}}
+    lines, notes = lines_of(data_of(*rows, intervals=intervals))
+    assert list(lines) == ["none", "random", "userip", "constant: base rate"]
+    for control, values in (("none", NONE), ("random", RANDOM)):
+        text, p = lines["userip"][f"AUC - {control}"], scipy.stats.ttest_rel(OURS, values).pvalue
+        assert text.startswith(f"{shown(np.subtract(OURS, values))}, p {p:.2g} (Holm ")
+    assert lines["userip"]["AUC - none"].endswith("[+0.0100, +0.0899]") and lines["none"]["AUC - none"] == ""
+    assert "[" not in lines["userip"]["AUC - random"]
+    assert lines["userip"]["AUC"] == shown(OURS, "")
+    assert lines["none"]["logloss"] == shown(np.subtract(1, NONE), "")
+    assert lines["userip"]["GAUC"] == shown(np.subtract(OURS, 0.1), "")
+    constant = lines["constant: base rate"]
+    assert (constant["AUC"], constant["GAUC"], constant["logloss"]) == ("0.5000", "0.5000", "0.6543")
+    assert "3 repetitions" in notes and "perplexity 3.50 / 2.50" in notes and "user dropout 0.7" in notes
+
+
+def test_holm_counts_claims_alone():
+    """userip and words against none and random are four claims; the controls beside them are none."""
+    others = ("shuffled", "planted", "metadata", "text", "hidden", "generosity", "mf")
+    rng = np.random.default_rng(0)
+    lines, _ = lines_of(data_of(
+        *three(), rows_of("default", "words", (0.62, 0.66, 0.64)),
+        *(rows_of("default", ids, 0.62 + rng.random(3) / 10) for ids in others)))
+    texts = {(ids, control): lines[ids][f"AUC - {control}"]
+             for ids in lines for control in ("none", "random")}
+    assert {key for key, text in texts.items() if "Holm" in text} == set(
+        itertools.product(("userip", "words"), ("none", "random")))
+    values = {"userip": OURS, "words": (0.62, 0.66, 0.64), "none": NONE, "random": RANDOM}
+    p_values = {(ids, control): scipy.stats.ttest_rel(values[ids], values[control]).pvalue
+                for ids, control in itertools.product(("userip", "words"), ("none", "random"))}
+    least = min(p_values, key=p_values.get)
+    assert f"(Holm {4 * p_values[least]:.2g})" in texts[least]
+    assert all(", p " in texts[ids, "none"] for ids in others)
+
+
+def test_a_variant_is_paired_with_its_own_controls_where_it_has_them():
+    lines, _ = lines_of(data_of(
+        *three(), rows_of("EM", "userip", (0.70, 0.71, 0.72)), rows_of("critic", "none", (0.55, 0.56, 0.50)),
+        rows_of("critic", "userip", (0.75, 0.70, 0.78))))
+    assert lines["userip: EM"]["AUC - none"].startswith(shown(np.subtract((0.70, 0.71, 0.72), NONE)))
+    own = np.subtract((0.75, 0.70, 0.78), (0.55, 0.56, 0.50))
+    assert lines["userip: critic"]["AUC - none"].startswith(shown(own))
+    assert lines["userip: critic"]["AUC - random"].startswith(shown(np.subtract((0.75, 0.70, 0.78), RANDOM)))
+    assert lines["none: critic"]["AUC"] == shown((0.55, 0.56, 0.50), "")
+    assert not lines["none: critic"]["AUC - none"]
+
+
+def test_userip_is_compared_with_its_rivals_of_the_same_variant_below_the_table():
+    _, notes = lines_of(data_of(
+        *three(), rows_of("default", "words", (0.62, 0.66, 0.64)), rows_of("EM", "userip", (0.7, 0.71, 0.72)),
+        rows_of("both", "kar", RANDOM), rows_of("both", "userip", OURS[::-1])))
+    lines = [line for line in notes.split("\n") if "minus that of" in line]
+    differences = {"default": ("words", np.subtract(OURS, (0.62, 0.66, 0.64))),
+                   "both": ("kar", np.subtract(OURS[::-1], RANDOM))}  # EM has no rival of its own
+    assert lines == [f"- {name}: AUC of userip minus that of {rival} {shown(values)}, p "
+                     f"{scipy.stats.ttest_1samp(values, 0).pvalue:.2g}."
+                     for name, (rival, values) in differences.items()]
+
+
+def test_a_table_of_cold_users_is_of_their_rows_and_beside_metadata():
+    lines, notes = lines_of(data_of(*(rows_of("default", ids, values, "cold") for ids, values in (
+        ("none", NONE), ("random", RANDOM), ("metadata", (0.63, 0.64, 0.66)), ("userip", OURS))),
+        metric="cold", study="ml-100k-cold"))
+    assert lines["userip"]["AUC"] == shown(np.subtract(OURS, 0.2), "")
+    assert lines["userip"]["warm AUC"] == shown(OURS, "")
+    assert lines["userip"]["AUC - metadata"].startswith(shown(np.subtract(OURS, (0.63, 0.64, 0.66))))
+    assert "AUC - random" not in lines["userip"] and "3 folds" in notes
+
+
+def test_a_table_of_many_models_pairs_within_a_model_and_gives_eq_10():
+    rows = [rows_of("default", ids, np.add(values, shift), model=model)
+            for model, shift in (("dcn", 0), ("lr", -0.05))
+            for ids, values in (("none", NONE), ("random", RANDOM), ("userip", OURS))]
+    lines, notes = lines_of(data_of(*rows))
+    assert lines["lr userip"]["AUC - none"].startswith(shown(np.subtract(OURS, NONE)))
+    best = np.mean(NONE) - 0.5
+    ours, random = ((np.mean(values) - 0.55) / best - 1 for values in (OURS, RANDOM))
+    assert f"dcn at {np.mean(NONE):.4f}" in notes and f"lr {ours:+.2%} (random {random:+.2%})" in notes
+
+
+def test_shares_of_the_planted_lift_stand_below_where_there_is_a_lift():
+    def notes_of(top):
+        return lines_of(data_of(*three(), rows_of("default", "planted", top)))[1]
+    share = (np.mean(OURS) - np.mean(NONE)) / (0.8 - np.mean(NONE))
+    assert f"userip {share:.0%}" in notes_of((0.8, 0.8, 0.8))
+    assert "planted lift" not in notes_of(NONE)  # --signal 0: a share of no lift says nothing
+
+
+def test_one_repetition_has_no_p():
+    lines, notes = lines_of(data_of(rows_of("default", "none", [0.6]), rows_of("default", "random", [0.6]),
+                                    rows_of("default", "userip", [0.7])))
+    assert lines["userip"]["AUC - none"] == "+0.1000 ± 0.0000" and "1 repetitions" in notes
+
+
+# ---------------------------------------------------------------- studies, with stages that only pretend
+
+ROWS = [[user, row, (user * row + split) % 3 == 1, split]
+        for user in range(6) for row in range(4) for split in (0, 1, 2, 3, 4)]
+WORLD = common.Dataset(np.array(ROWS, dtype=np.int32), list("abcdef"), list("wxyz"), [], "")
+
+
+class Pretender:
+    """In the place of tables.call: notes it, and writes what a table needs of what the stage would write."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, script, run, flags, log, threads):
+        words = flags.split()
+        self.calls.append((script, run, words))
+        seed = int(words[words.index("--seed") + 1]) if "--seed" in words else 0
+        name = script.removeprefix("tools/")
+        getattr(self, f"stage_{name[:2]}")(run, words, seed)
+
+    def stage_01(self, run, words, seed):
+        np.save(run / "interactions.npy", WORLD.interactions)
+        for name in ("users", "items"):
+            common.save_json(run / f"{name}.json", getattr(WORLD, name))
+        common.save_json(run / "dataset.json", {"profiles": [], "task_prompt": "", "dataset": "d",
+                                                "seed": seed, "fingerprint": WORLD.fingerprint()})
+
+    def stage_02(self, run, words, seed):
+        (run / "lm-tiny").mkdir(exist_ok=True)
+        for name in ("lm-tiny/model", "profiles.npy"):
+            (run / name).write_text(" ".join(words))
+        common.save_json(run / "profiles.json", {"heldout_nll": {"own": 1.0}, "steps": 2, "seconds": 4})
+
+    def stage_03(self, run, words, seed):
+        np.save(run / "feature_bank.npy", np.random.default_rng(seed).integers(3, size=(6, 2)))
+        common.save_json(run / "quantize.json", {"profiles": [{"perplexity": 2.0}] * 2})
+
+    def stage_co(self, run, words, seed):
+        for name in words[:words.index("--seed")]:
+            for ending in ("npy", "json"):
+                (run / f"feature_bank_{name}.{ending}").write_text(f"{name} of {run.name}")
+
+    def stage_lm(self, run, words, seed):
+        (run / "lm-both").mkdir(exist_ok=True)
+        both = {"lm-both": {"a wrong word": {"hobby": 0.5 + seed}, "another history": {"hobby": 2 + seed}}}
+        common.save_json(run / "lm-both" / "tiny.json", {"both": both})
+
+    def stage_ba(self, run, words, seed):
+        shutil.copytree(run, run / "kar", ignore=shutil.ignore_patterns("kar"), dirs_exist_ok=True)
+        (run / "kar" / "profiles.npy").write_text("kar's")
+        common.save_json(run / "kar" / "profiles.json", {"heldout_nll": None})
+        figures = {"test_auc": 0.6 + seed / 100, "test_gauc": 0.5, "test_logloss": 0.69}
+        common.save_json(run / f"baselines_{words[0]}.json", {"rows": [
+            {"ids": f"{words[0]}'s scores", "lm_passes": 90, "of": 60, "unit": "pair", "seconds": 7 + seed,
+             **figures}, {"ids": words[0], "lm_passes": 18, "of": 6, "unit": "user", "seconds": 2}]})
+
+    def stage_04(self, run, words, seed):
+        rng, rows = np.random.default_rng((seed, len(words))), []
+        metrics = [f"{split}_{key}" for split in ("test", "cold")[:1 + ("--cold" in words)]
+                   for key in ("auc", "gauc", "logloss")]
+        for ids in words[words.index("--ids") + 1].split(","):
+            for ending in ("", "-cold"):
+                common.save_npy(run / "predictions" / f"dcn-{ids}-0{ending}.npy", rng.random(24))
+            figures = dict(zip(metrics, 0.5 + rng.random(len(metrics)) / 10))
+            rows.append({"model": "dcn", "ids": ids, "seed": 0, **figures})
+        common.save_json(run / "results.json", {"rows": rows, "base_rate_logloss": 0.69, "versions": {},
+                                                "fields": "ids", "user_dropout": 0.7})
+
+
+IDS = "none,random,userip"
+
+
+@pytest.fixture
+def studies(tmp_path, monkeypatch):
+    """(module in an empty tree of its own, list of the stages called)."""
+    pretender = Pretender()
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path / "docs" / "results")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "docs" / "RESULTS.md")
+    monkeypatch.setattr(tables, "call", pretender)
+    (tmp_path / "docs").mkdir()
+    for name in tables.CODE:
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr(tables, "STUDIES", {
+        "small": {"default": tables.variant("--signal 0.5", "--steps 2", "", "text mf", f"--ids {IDS}"),
+                  "K means": tables.own("--quantizer kmeans"),
+                  "no prior": tables.variant(None, "--prior 0", fourth="--ids userip")},
+        "folds": {"default": tables.variant("--cold-users 0.2", "", "", "", f"--ids {IDS} --cold")}})
+    monkeypatch.setattr(tables, "FOLDS", ("folds",))
+    return tables, pretender.calls
+
+
+def command(module, monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["tools/tables.py", *args])
+    module.main()
+
+
+def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkeypatch, capsys):
+    module, calls = studies
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    of = {}
+    for script, run, words in calls:
+        short = script.removeprefix("tools/")[:2]
+        of.setdefault((run.parent.name, int(run.name)), []).append((short, " ".join(words)))
+    for seed in (0, 1):
+        assert of["default", seed] == [
+            ("01", "--signal 0.5"), ("02", f"--steps 2 --seed {seed}"), ("03", f"--seed {seed}"),
+            ("co", f"text mf --seed {seed}"), ("04", f"--ids {IDS} --seed {seed} --seeds 1")]
+        assert of["k-means", seed] == [("03", f"--quantizer kmeans --seed {seed}"),
+                                       ("04", f"--ids userip --seed {seed} --seeds 1")]
+        assert of["no-prior", seed][0] == ("02", f"--prior 0 --seed {seed}")
+        assert [stage for stage, _ in of["no-prior", seed]] == ["02", "03", "04"]
+        run = module.folder("small", "K means", seed)
+        base = module.folder("small", "default", seed)
+        for name in ("interactions.npy", "profiles.npy", "lm-tiny/model"):  # of the same repetition
+            assert (run / name).read_bytes() == (base / name).read_bytes()
+    assert "| userip: K means |" in capsys.readouterr().out
+    before = len(calls)
+    command(module, monkeypatch, "small", "--seeds", "3", "--jobs", "2")
+    assert {int(run.name) for _, run, _ in calls[before:]} == {2} and len(calls) == before + 10
+
+
+def test_controls_that_ask_a_large_llm_are_made_once_for_all_repetitions(studies, monkeypatch):
+    module, calls = studies
+    monkeypatch.setitem(module.STUDIES, "small", {"default": tables.variant(
+        "", "", "", "metadata text words", f"--ids {IDS}", once="text words")})
+    monkeypatch.setattr(module, "ONE_THETA", ("small",))
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    made = [words for script, _, words in calls if "controls" in script]
+    assert made == [["metadata", "text", "words", "--seed", "0"], ["metadata", "--seed", "1"]]
+    later = module.folder("small", "default", 1)
+    assert (later / "feature_bank_words.npy").read_text() == "words of 0"
+    assert (later / "feature_bank_text.json").read_text() == "text of 0"
+    assert (later / "feature_bank_metadata.npy").read_text() == "metadata of 1"
+    assert [words for script, _, words in calls if script.startswith("02")] == [["--seed", "0"]]  # one theta
+
+
+def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(studies, monkeypatch, capsys):
+    """And its cost; KAR's theta is taken from a folder of the first variant, as is the LM of both ways."""
+    module, calls = studies
+    study = {"default": tables.variant("", "--steps 2", fourth=f"--ids {IDS}", baselines="pepler"),
+             "theta": tables.variant(None, None, fourth="--ids userip", source="kar"),
+             "both": tables.variant(None, "--lm {first}/lm-both", fourth="--ids userip", lm_both=True)}
+    monkeypatch.setitem(module.STUDIES, "small", study)
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    first = module.folder("small", "default", 1)
+    assert (module.folder("small", "theta", 1) / "profiles.npy").read_text() == "kar's"
+    both = [call for call in calls if call[0] == "tools/lm_both.py" or call[1].parent.name == "both"]
+    assert both[-4][:2] == ("tools/lm_both.py", first)
+    assert both[-3][0] == "02_infer_profiles.py" and both[-3][2][:2] == ["--lm", f"{first}/lm-both"]
+    data = json.loads((module.KEPT / "small.json").read_text())
+    own = [(row["seed"], row["model"], row["test_auc"]) for row in data["rows"]
+           if row["ids"] == "pepler's scores"]
+    assert own == [(0, "dcn", 0.6), (1, "dcn", 0.61)]
+    assert not any("pepler" in key for key in data["intervals"])
+    lines, notes = lines_of(data)
+    assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
+    none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
+    assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
+    assert ("userip (default) 2.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
+            "pepler (default) 3.0 a user, 2 s") in notes
+    assert "lm-both, nats a token lost under a wrong word: hobby 1.00; another history: hobby 2.50" in notes
+
+
+def test_a_fold_is_another_split_too(studies, monkeypatch):
+    module, calls = studies
+    command(module, monkeypatch, "folds", "--seeds", "2", "--jobs", "1")
+    assert [words for script, _, words in calls if script.startswith("01")] == [
+        ["--cold-users", "0.2", "--seed", str(seed)] for seed in (0, 1)]
+    kept = json.loads((module.KEPT / "folds.json").read_text())
+    rate = np.mean([liked for *_, liked, split in ROWS if split == common.TRAIN])
+    cold = [liked for *_, liked, split in ROWS if split == common.COLD]
+    assert kept["metric"] == "cold" and kept["stability"] is None
+    users, _, labels, _ = WORLD.interactions[WORLD.interactions[:, 3] == common.COLD].T
+    scores = [[np.load(module.folder("folds", "default", seed) / "predictions" / f"dcn-{ids}-0-cold.npy")
+               for ids in ("userip", "random")] for seed in (0, 1)]
+    expected = module.bootstrap([(users, labels, *pair) for pair in scores])
+    assert kept["intervals"]["default|dcn|userip"]["random"] == expected  # of cold rows too
+    assert kept["base_rate_logloss"] == pytest.approx(log_loss(cold, [rate] * len(cold)))  # of the rows shown
+
+
+def test_runs_older_than_the_code_are_named_and_made_again_on_demand(studies, monkeypatch, tmp_path, capsys):
+    module, calls = studies
+    command(module, monkeypatch, "small", "--seeds", "1")
+    command(module, monkeypatch, "small", "--seeds", "1")
+    assert len(calls) == 10 and "WARNING" not in capsys.readouterr().err
+    (tmp_path / "03_quantize.py").write_text("another")
+    command(module, monkeypatch, "small", "--seeds", "1")
+    warning = capsys.readouterr().err
+    assert "WARNING: 3 runs of small are older than the code" in warning and "--again" in warning
+    assert len(calls) == 10
+    command(module, monkeypatch, "small", "--seeds", "1", "--again")
+    assert len(calls) == 20 and "WARNING" not in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_ends_the_study_and_the_same_command_goes_on(studies, monkeypatch):
+    module, calls = studies
+    fine = module.call
+
+    def call(script, run, flags, log, threads):
+        if script.startswith("03") and "kmeans" in flags:
+            raise common.UserError("03_quantize.py failed: no", run, "see the log")
+        fine(script, run, flags, log, threads)
+
+    monkeypatch.setattr(module, "call", call)
+    with pytest.raises(common.UserError, match="03_quantize.py failed"):
+        command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    assert not module.KEPT.exists()
+    monkeypatch.setattr(module, "call", fine)
+    del calls[:]
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    assert {run.parent.name for _, run, _ in calls} <= {"k-means", "no-prior"}
+    assert [script[:2] for script, run, _ in calls if run.parent.name == "k-means"] == ["03", "04"]
+
+
+def test_a_stage_is_called_on_one_thread_and_its_last_line_is_the_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "stage.py").write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['OMP_NUM_THREADS'])\n"
+        "if '--fail' in sys.argv:\n"
+        "    print('error: no data (here); get some', file=sys.stderr)\n    sys.exit(2)")
+    tables.call("stage.py", tmp_path / "run", "--seed 3 --data-dir 'a b'", tmp_path / "log.txt")
+    said = f"['--run', '{tmp_path / 'run'}', '--seed', '3', '--data-dir', 'a b'] 1"
+    assert said in (tmp_path / "log.txt").read_text()
+    with pytest.raises(common.UserError, match=r"^stage.py failed: no data \(here\); get some") as stop:
+        tables.call("stage.py", tmp_path / "run", "--fail", tmp_path / "log.txt")
+    assert str(tmp_path / "log.txt") in str(stop.value)
+
+
+def test_what_is_kept_holds_rows_intervals_and_how_far_codes_agree(studies, monkeypatch):
+    module, _ = studies
+    command(module, monkeypatch, "small", "--seeds", "3", "--jobs", "1")
+    data = json.loads((module.KEPT / "small.json").read_text())
+    assert {(row["variant"], row["ids"], row["seed"]) for row in data["rows"]} == {
+        *itertools.product(["default"], ["none", "random", "userip"], range(3)),
+        *itertools.product(["K means", "no prior"], ["userip"], range(3))}
+    assert set(data["intervals"]) == {f"{name}|dcn|userip" for name in ("default", "K means", "no prior")}
+    banks = [np.random.default_rng(seed).integers(3, size=(6, 2)) for seed in range(3)]
+    pairs = list(itertools.combinations(banks, 2))
+    expected = [np.mean([adjusted_mutual_info_score(a[:, m], b[:, m]) for a, b in pairs]) for m in range(2)]
+    assert data["stability"]["default"] == pytest.approx(expected)
+    test = WORLD.interactions[WORLD.interactions[:, 3] == 2]
+    repetitions = []
+    for seed in range(3):
+        run, base = module.folder("small", "K means", seed), module.folder("small", "default", seed)
+        repetitions.append((test[:, 0], test[:, 2], np.load(run / "predictions" / "dcn-userip-0.npy"),
+                            np.load(base / "predictions" / "dcn-none-0.npy")))
+    assert data["intervals"]["K means|dcn|userip"]["none"] == module.bootstrap(repetitions)
+
+
+def test_kept_tables_need_no_run_and_stand_between_their_markers(studies, monkeypatch, tmp_path, capsys):
+    module, calls = studies
+    module.KEPT.mkdir()
+    data = data_of(*three())
+    for name in module.STUDIES:
+        common.save_json(module.KEPT / f"{name}.json", {**data, "study": name})
+    command(module, monkeypatch, "small", "--kept")
+    printed = capsys.readouterr().out
+    text = module.table({**data, "study": "small"})
+    assert calls == [] and not (tmp_path / "runs").exists() and text in printed
+    page = ("before\n<!-- table small -->\nold\n<!-- end small -->\n"
+            "after <!-- table folds -->\n<!-- end folds -->\n")
+    module.PAGE.write_text(page)
+    for _ in range(2):
+        command(module, monkeypatch, "small", "--kept", "--write")
+    found = module.PAGE.read_text()
+    assert found == page.replace("old\n", text + "\n") and calls == []
+
+
+@pytest.mark.parametrize("args, words", [
+    (["nonsense"], "no such table: nonsense"), (["small", "nonsense"], "no such table: nonsense"),
+    (["small", "--kept"], "small.json is missing"), (["folds", "--write"], "no markers for folds"),
+    ([], "NAME"), (["small", "--seeds", "0"], "out of range")])
+def test_bad_arguments_are_one_line_and_run_nothing(args, words, studies, monkeypatch, capsys):
+    module, calls = studies
+    module.PAGE.write_text("no markers\n")
+    with pytest.raises(SystemExit) as stop:
+        common.guarded(lambda: command(module, monkeypatch, *args))
+    message, = capsys.readouterr().err.strip().split("\n")
+    assert stop.value.code == 2 and message.startswith("error: ") and words in message
+    assert "run the same command again" not in message
+    assert calls == [] and module.PAGE.read_text() == "no markers\n"
+
+
+def test_every_study_names_flags_that_its_stages_know(monkeypatch):
+    """Each variant's flags are parsed by the stages' own parsers; nothing is run."""
+    controls = load_script("controls").CONTROLS
+    for name, study in tables.STUDIES.items():
+        first = next(iter(study.values()))["flags"]
+        assert len({tables.folder(name, variant, 0) for variant in study}) == len(study)
+        for variant, settings in study.items():
+            assert set(settings["controls"].split()) <= controls.keys(), (name, variant)
+            for module, flags in zip((prepare, infer, quantize, ctr), settings["flags"]):
+                words = (flags or "").format(base="base", first="first").split()
+                monkeypatch.setattr(sys, "argv", ["x", *words])
+                args = module.parse_arguments()
+            methods = settings["baselines"].split()
+            banks = {"kar": ["kar", "kar-text", "kar-text0"], "pepler": ["pepler"], "rella": []}
+            own = (settings["controls"] or next(iter(study.values()))["controls"]).split()
+            own += sum((banks[method] for method in methods), [])
+            assert set(args.ids) - set(ctr.IDS) <= set(own), (name, variant)
+        assert {"none", "random"} <= set(first[3].split("--ids ")[1].split()[0].split(","))
+
+
+def test_the_real_script_says_what_it_does_not_know():
+    process = fork_stage("tools/tables.py", "nonsense")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1
+    assert process.stderr.startswith("error: no such table: nonsense (")
+
+
+def test_what_a_study_takes_artifacts_from_is_made_before_it(monkeypatch, tmp_path):
+    """On a fresh machine too: the study's origin, and of one theta the first repetition."""
+    made = []
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "repeat", lambda study, name, seed, *_: made.append((study, name, seed)))
+    monkeypatch.setattr(tables, "code_fingerprint", lambda: "x")
+    tables.run_study("ml-100k-attributes", 3, 2, None, again=False)
+    assert set(made[:3]) == {("ml-100k", "default", seed) for seed in range(3)} and made[0][2] == 0
+    own = [(name, seed) for study, name, seed in made[3:]]
+    names = list(tables.STUDIES["ml-100k-attributes"])
+    assert own[0] == (names[0], 0) and set(own[1:3]) == {(names[0], 1), (names[0], 2)}
+    assert {seed for _, seed in own[3:5]} == {0} and len(own) == 9

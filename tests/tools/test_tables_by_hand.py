@@ -1,0 +1,322 @@
+"""tools/tables.py: its tables and studies against figures that are made by hand."""
+
+import json
+import numpy as np
+import pytest
+import scipy.stats
+from conftest import (copy_run, load_script)
+import common
+
+
+def rows_of(variant, aucs, **more):
+    """Rows of {ids: AUC a repetition}."""
+    return [{"variant": variant, "model": "dcn", "ids": ids, "seed": seed, "test_auc": auc,
+             "test_gauc": auc - 0.03, "test_logloss": 1.2 - auc, **more}
+            for ids, values in aucs.items() for seed, auc in enumerate(values)]
+
+
+def data_of(rows, **more):
+    """What collect() makes of runs, without intervals."""
+    return {"study": "own", "metric": "test", "rows": rows, "base_rate_logloss": 0.65, "intervals": {},
+            "stability": None, "versions": {"torch": "9"}, "fields": "ids", "user_dropout": 0.7,
+            "date": "2026-01-01", **more}
+
+
+def cells_of(text):
+    """({ids: {title: cell}} of a Markdown table, the notes below)."""
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()
+             if line.startswith("| ")]
+    return {row[0]: dict(zip(split[0], row)) for row in split[1:]}, text.split("\n\n")[1]
+
+
+def paired(values, control):
+    differences = np.array(values) - control
+    return f"{differences.mean():+.4f} ± {differences.std(ddof=1):.4f}"
+
+
+@pytest.fixture
+def tables(tmp_path, monkeypatch):
+    """tools/tables.py with a root of its own."""
+    tables = load_script("tables")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(tables, "PAGE", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(tables, "code_fingerprint", lambda: "the code")
+    return tables
+
+
+BASE = {"none": (0.60, 0.64, 0.59), "random": (0.58, 0.62, 0.60), "userip": (0.7, 0.71, 0.72),
+        "planted": (0.80, 0.84, 0.82)}
+
+
+def test_a_study_s_differences_are_paired_by_seed_with_the_base_in_whatever_order_rows_stand(tables):
+    """A variant without none and random of its own is compared with the first variant's."""
+    one, two = (0.70, 0.72, 0.75), (0.72, 0.764, 0.71)
+    base, others = rows_of("base", BASE), rows_of("one", {"userip": one, "shuffled": (0.1, 0.2, 0.1)})
+    rows = [base[0], *base[:0:-1], *others[::-1], *rows_of("two", {"userip": two})]
+    cells, _ = cells_of(tables.table(data_of(rows)))
+    for name, values in (("userip", BASE["userip"]), ("userip: one", one), ("userip: two", two),
+                         ("shuffled: one", (0.1, 0.2, 0.1))):
+        assert cells[name]["AUC"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+        for control in ("none", "random"):
+            assert cells[name][f"AUC - {control}"].startswith(paired(values, BASE[control]))
+    assert cells["none"]["AUC - none"] == "" and cells["random"]["AUC - random"] == ""
+
+
+def test_a_variant_with_controls_of_its_own_is_paired_with_those(tables):
+    own = {"none": (0.50, 0.55, 0.5), "random": (0.40, 0.43, 0.4), "userip": (0.70, 0.71, 0.74)}
+    cells, _ = cells_of(tables.table(data_of(rows_of("base", BASE) + rows_of("one", own))))
+    for control in ("none", "random"):
+        assert cells["userip: one"][f"AUC - {control}"].startswith(paired(own["userip"], own[control]))
+        assert cells["userip"][f"AUC - {control}"].startswith(paired(BASE["userip"], BASE[control]))
+
+
+def test_the_lift_is_a_share_of_the_planted_one(tables):
+    _, notes = cells_of(tables.table(data_of(rows_of("base", BASE))))
+    floor, planted = np.mean(BASE["none"]), np.mean(BASE["planted"])
+    for ids in ("random", "userip"):
+        assert f"{ids} {(np.mean(BASE[ids]) - floor) / (planted - floor):.0%}" in notes
+    assert "planted" not in notes.replace("planted lift", "")
+
+
+def test_a_share_of_no_lift_is_not_given(tables):
+    for top, there in ((0.607, False), (0.4, False), (0.63, True)):
+        aucs = {"none": (0.6, 0.61), "userip": (0.62, 0.6), "planted": (top, top), "random": (0.6, 0.61)}
+        assert ("planted lift" in tables.table(data_of(rows_of("base", aucs)))) == there
+
+
+def test_each_figure_stands_in_its_column(tables):
+    rows, health = rows_of("base", BASE), {"perplexity": [3.5, 2.5], "nmi": [0.8, 0.6],
+                                           "heldout_nll": {"own": 1.0, "population": 2.0, "shuffled": 3.0}}
+    rows[8]["health"] = health | {"perplexity": [3.0, 2.0]}
+    rows[7]["health"] = health | {"perplexity": [2.0, 2.2]}
+    interval = {"base|dcn|userip": {"none": [0.01, 0.2], "random": [-0.03, 0.04]}}
+    cells, notes = cells_of(tables.table(data_of(rows, intervals=interval, stability={"base": [0.91, 0.52]})))
+    for ids, values in BASE.items():
+        sd = f"± {np.std(values, ddof=1):.4f}"
+        assert cells[ids]["AUC"] == f"{np.mean(values):.4f} {sd}"
+        assert cells[ids]["GAUC"] == f"{np.mean(values) - 0.03:.4f} {sd}"
+        assert cells[ids]["logloss"] == f"{1.2 - np.mean(values):.4f} {sd}"
+    assert cells["userip"]["AUC - none"].endswith("[+0.0100, +0.2000]")
+    assert cells["userip"]["AUC - random"].endswith("[-0.0300, +0.0400]")
+    constant = cells["constant: base rate"]
+    assert [constant[key] for key in ("AUC", "GAUC", "logloss")] == ["0.5000", "0.5000", "0.6500"]
+    for text in ("perplexity 2.50 / 2.10", "NMI with the truth 0.80 / 0.60", "0.91 / 0.52", "3 repetitions",
+                 "own 1.0000 / population 2.0000 / shuffled 3.0000", "user dropout 0.7", "torch 9"):
+        assert text in notes, text
+
+
+def test_in_a_table_of_cold_users_all_figures_are_theirs_and_metadata_is_the_reference(tables):
+    cold = {"none": (0.5, 0.52), "metadata": (0.6, 0.63), "userip": (0.61, 0.66)}
+    rows = [{**row, "cold_auc": row["test_auc"], "cold_gauc": 0.4, "cold_logloss": 0.9, "test_auc": 0.77}
+            for row in rows_of("base", cold)]
+    cells, _ = cells_of(tables.table(data_of(rows, metric="cold")))
+    assert cells["userip"]["AUC"].startswith("0.6350") and cells["userip"]["warm AUC"].startswith("0.7700")
+    assert cells["userip"]["GAUC"].startswith("0.4") and cells["userip"]["logloss"].startswith("0.9")
+    for control in ("none", "metadata"):
+        assert cells["userip"][f"AUC - {control}"].startswith(paired(cold["userip"], cold[control]))
+
+
+def test_p_values_are_of_paired_differences_and_holm_is_over_claims_alone(tables):
+    rng = np.random.default_rng(0)
+    aucs = {"none": rng.normal(0.6, 0.01, 5), "random": rng.normal(0.6, 0.01, 5),
+            "metadata": rng.normal(0.605, 0.01, 5), "words": rng.normal(0.61, 0.01, 5),
+            "userip": rng.normal(0.62, 0.01, 5)}
+    cells, _ = cells_of(tables.table(data_of(rows_of("base", aucs))))
+    p_values = {(ids, control): scipy.stats.ttest_rel(aucs[ids], aucs[control]).pvalue
+                for ids in aucs for control in ("none", "random") if ids != control}
+    claims = sorted((p, key) for key, p in p_values.items() if key[0] in ("words", "userip"))
+    corrected = {key: min(1, max(earlier * (4 - at) for at, (earlier, _) in enumerate(claims[:place + 1])))
+                 for place, (_, key) in enumerate(claims)}
+    for (ids, control), p in p_values.items():
+        holm = f" (Holm {corrected[ids, control]:.2g})" if (ids, control) in corrected else ""
+        assert cells[ids][f"AUC - {control}"].endswith(f", p {p:.2g}{holm}"), (ids, control)
+    assert tables.holm([0.5, None, 0.001, 0.4]) == [0.8, None, pytest.approx(0.003), 0.8]
+
+
+def test_bootstrap_weighs_users_not_rows(tables):
+    """One user has most rows, and he alone is told apart well: without him there is nothing."""
+    rng = np.random.default_rng(0)
+    users = np.concatenate([np.zeros(300, int), np.arange(1, 41).repeat(4)])
+    labels = rng.integers(2, size=len(users))
+    first = np.where(users == 0, labels + rng.random(len(users)), rng.random(len(users)))
+    second = rng.random(len(users))
+    low, high = tables.bootstrap([(users, labels, first, second)] * 2)
+    assert low < 0.03 and high > 0.2
+    low, _ = tables.bootstrap([(np.arange(len(users)), labels, first, second)] * 2)  # each row a user: clear
+    assert low > 0.1
+    everybody = tables.bootstrap([(users, labels, labels + 0.0, labels + 0.0)])
+    assert everybody == [0, 0] and tables.bootstrap([(users, labels * 0 + 1, first, second)]) is None
+
+
+def test_weighted_auc_counts_a_row_as_often_as_it_weighs(tables):
+    rng = np.random.default_rng(0)
+    labels, scores, weights = rng.integers(2, size=60), rng.integers(9, size=60), rng.integers(4, size=60)
+    again = np.repeat(np.arange(60), weights)
+    liked, disliked = scores[again][labels[again] == 1], scores[again][labels[again] == 0]
+    expected = np.mean([(above > below) + (above == below) / 2 for above in liked for below in disliked])
+    ranks = np.unique(scores, return_inverse=True)[1]
+    assert tables.weighted_auc(ranks, labels, weights.astype(float)) == pytest.approx(expected)
+
+
+def test_improvements_are_eq_10_and_11_against_the_best_model_without_ids(tables):
+    entries = {("dcn", "none"): (0.70, 0.6), ("dcn", "userip"): (0.74, 0.5), ("lr", "none"): (0.65, 0.62),
+               ("lr", "userip"): (0.72, 0.55), ("lr", "planted"): (0.9, 0.3)}
+    found = tables.improvements({key: {"test_auc": auc, "test_logloss": logloss}
+                                 for key, (auc, logloss) in entries.items()})
+    assert found["baseline"] == "dcn" and found["test_auc"] == 0.70
+    expected = {"auc": 0.22 / 0.2 - 1, "logloss": 0.05 / 0.55}
+    assert found["relative"]["lr"] == {"userip": pytest.approx(expected)}
+    assert found["relative"]["dcn"]["userip"]["auc"] == pytest.approx(0.24 / 0.2 - 1)
+
+
+STUDY = {"base": ("--dataset ml-100k", "--lm tiny", "--epochs 1", "--ids none,userip", "metadata"),
+         "Same Theta": (None, None, "--beta 1", "--ids userip", ""),
+         "other theta": (None, "--steps 3", "", "--ids userip", ""),
+         "other data": ("--dataset ml-100k --critic", "--lm tiny --history rated", "", "", "words")}
+
+
+def study_of(tables, monkeypatch, name="own"):
+    """Put STUDY into tools/tables.py; its stages note how they are called and leave their files."""
+    started, wrote = [], {"01": "interactions.npy", "02": "profiles.npy", "03": "feature_bank.npy",
+                          "docs": "feature_bank_metadata.npy", "04": "results.json"}
+
+    def call(script, run, flags, log, threads):
+        started.append((run.parent.name, int(run.name), script[:4].split("_")[0], flags.split()))
+        (run / wrote[script[:4].split("_")[0]]).write_text(f"{run.parent.name} {run.name}")
+        if script[:2] == "02" and run.parent.name == "base":
+            (run / "lm-tiny").mkdir()
+            (run / "lm-tiny" / "tiny.json").write_text(run.name)
+
+    monkeypatch.setattr(tables, "call", call)
+    monkeypatch.setattr(tables, "STUDIES", {name: {
+        variant: tables.variant(first, second, third, controls, fourth)
+        for variant, (first, second, third, fourth, controls) in STUDY.items()}})
+    return started
+
+
+def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables, monkeypatch):
+    started = study_of(tables, monkeypatch)
+    tables.run_study("own", 2, 1, "/data", again=False)
+    folder = tables.ROOT / "runs" / "studies" / "own"
+    order = list(dict.fromkeys((name, seed) for name, seed, *_ in started))
+    assert order[:2] == [("base", 0), ("base", 1)] and len(order) == 8  # the first variant before the others
+    flags = {(name, script): words for name, seed, script, words in started if seed == 1}
+    stages = {}
+    for name, seed, script, _ in started:
+        stages.setdefault(name, []).extend([script] * seed)
+    assert stages == {"base": ["01", "02", "03", "docs", "04"], "same-theta": ["03", "04"],
+                      "other-theta": ["02", "03", "04"], "other-data": ["01", "02", "03", "docs", "04"]}
+    for name in ("same-theta", "other-theta"):
+        for seed in ("0", "1"):
+            assert (folder / name / seed / "interactions.npy").read_text() == f"base {seed}"
+    assert (folder / "same-theta/1/profiles.npy").read_text() == "base 1"
+    assert (folder / "other-theta/1/profiles.npy").read_text() == "other-theta 1"
+    assert (folder / "other-theta/1/lm-tiny/tiny.json").read_text() == "1"  # the base's LM
+    assert not (folder / "other-data/1/lm-tiny").exists()  # it reads another history
+    assert not (folder / "same-theta/1/feature_bank_metadata.npy").exists()
+    assert flags["same-theta", "03"] == ["--beta", "1", "--seed", "1"]
+    assert flags["other-theta", "02"] == ["--steps", "3", "--seed", "1"]
+    assert flags["base", "docs"] == ["metadata", "--seed", "1"]
+    assert flags["other-data", "docs"] == ["words", "--seed", "1"]
+    for name in stages:
+        assert flags[name, "04"][-4:] == ["--seed", "1", "--seeds", "1"]
+    assert flags["base", "01"] == ["--dataset", "ml-100k", "--data-dir", "/data"]  # the same data for all
+    assert {"ml-100k", "--critic", "--data-dir", "/data"} <= set(flags["other-data", "01"])
+    count = len(started)
+    tables.run_study("own", 2, 1, "/data", again=False)
+    assert len(started) == count  # what is there is not run again
+    tables.run_study("own", 2, 1, "/data", again=True)
+    assert len(started) == 2 * count
+
+
+def test_a_repetition_of_folds_draws_the_split_anew_and_old_runs_are_named(tables, monkeypatch, capsys):
+    started = study_of(tables, monkeypatch, "folds")
+    monkeypatch.setattr(tables, "FOLDS", ("folds",))
+    tables.run_study("folds", 2, 1, None, again=False)
+    made = [(name, seed, words) for name, seed, script, words in started if script == "01"]
+    assert len(made) == 4 and all(words[-2:] == ["--seed", str(seed)] for _, seed, words in made)
+    monkeypatch.setattr(tables, "code_fingerprint", lambda: "other code")
+    tables.run_study("folds", 2, 1, None, again=False)
+    assert "WARNING: 8 runs of folds are older than the code" in capsys.readouterr().err
+
+
+def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkeypatch, prepared):
+    """A variant's own none where it has one, else the first variant's; users are those of the test rows."""
+    data = common.load_dataset(prepared).rows(common.TEST)
+    study_of(tables, monkeypatch)
+    given, rows = {}, []
+    for name, ids in (("base", ("none", "random", "userip")), ("Same Theta", ("userip",)),
+                      ("other theta", ("none", "userip"))):
+        for seed in range(2):
+            folder = copy_run(prepared, tables.folder("own", name, seed))
+            (folder / "predictions").mkdir()
+            rows += [{"variant": name, "model": "dcn", "ids": each, "seed": seed} for each in ids]
+            for each in ids:
+                given[name, each, seed] = np.random.default_rng(len(given)).random(len(data))
+                np.save(folder / "predictions" / f"dcn-{each}-0.npy", given[name, each, seed])
+    seen = []
+    monkeypatch.setattr(tables, "bootstrap", lambda repetitions: seen.append(repetitions) or [0, 1])
+    found = tables.intervals("own", rows, 2, "test")
+    assert list(found) == [f"{name}|dcn|userip" for name in ("base", "Same Theta", "other theta")]
+    expected = [("base", "base"), ("base", "base"), ("Same Theta", "base"), ("Same Theta", "base"),
+                ("other theta", "other theta"), ("other theta", "base")]
+    for (name, where), control, repetitions in zip(expected, ["none", "random"] * 3, seen):
+        assert len(repetitions) == 2
+        for seed, (users, labels, first, second) in enumerate(repetitions):
+            assert np.array_equal(users, data[:, 0]) and np.array_equal(labels, data[:, 2])
+            assert np.array_equal(first, given[name, "userip", seed])
+            assert np.array_equal(second, given[where, control, seed])
+
+
+def test_intervals_of_cold_users_are_against_the_rows_that_their_table_names(tables, monkeypatch, prepared):
+    data = common.load_dataset(prepared)
+    study_of(tables, monkeypatch)
+    folder, cold = copy_run(prepared, tables.folder("own", "base", 0)), np.array(data.interactions)
+    cold[::2, 3] = common.COLD
+    count = len(cold[::2])
+    monkeypatch.setattr(common, "load_dataset", lambda run: common.Dataset(cold, [], [], [], ""))
+    monkeypatch.setattr(tables, "common", common)
+    (folder / "predictions").mkdir()
+    given, ids = {}, ("none", "random", "metadata", "userip")
+    for number, each in enumerate(ids):
+        given[each] = np.random.default_rng(number).random(count)
+        np.save(folder / "predictions" / f"dcn-{each}-0-cold.npy", given[each])
+        np.save(folder / "predictions" / f"dcn-{each}-0.npy", np.zeros(3))
+    rows, seen = [{"variant": "base", "model": "dcn", "ids": each, "seed": 0} for each in ids], []
+    monkeypatch.setattr(tables, "bootstrap", lambda repetitions: seen.append(repetitions[0]) or [0, 1])
+    assert tables.intervals("own", rows, 1, "cold") == {
+        "base|dcn|userip": {"none": [0, 1], "metadata": [0, 1]}}
+    for control, (users, labels, first, second) in zip(("none", "metadata"), seen):
+        assert np.array_equal(users, cold[::2, 0]) and np.array_equal(labels, cold[::2, 2])
+        assert np.array_equal(first, given["userip"]) and np.array_equal(second, given[control])
+
+
+def test_stability_is_the_agreement_of_two_repetitions_codes(tables, monkeypatch):
+    study_of(tables, monkeypatch)
+    monkeypatch.setattr(tables, "STUDIES", {"own": {"base": tables.STUDIES["own"]["base"]}})
+    bank = np.random.default_rng(0).integers(4, size=(500, 2))
+    for seed, codes in enumerate((bank, np.stack([(bank[:, 0] + 1) % 4, bank[::-1, 1]], axis=1))):
+        folder = tables.folder("own", "base", seed)
+        folder.mkdir(parents=True)
+        np.save(folder / "feature_bank.npy", codes.astype(np.int16))
+    same, other = tables.stability("own", 2)["base"]
+    assert same == pytest.approx(1) and abs(other) < 0.05  # the names of codes do not matter
+    assert tables.stability("own", 1) is None
+
+
+def test_writing_one_table_leaves_the_others(tables, monkeypatch):
+    other = "<!-- table nosignal -->\nkept\n<!-- end nosignal -->\n"
+    tables.PAGE.write_text(f"{other}between\n<!-- table demo -->\nold\n<!-- end demo -->\n{other}")
+    tables.KEPT.mkdir()
+    (tables.KEPT / "demo.json").write_text(json.dumps(data_of(rows_of("default", BASE))))
+    monkeypatch.setattr("sys.argv", ["tables.py", "demo", "--kept", "--write"])
+    tables.main()
+    text = tables.PAGE.read_text()
+    assert text.startswith(f"{other}between\n<!-- table demo -->\n| ids") and "old" not in text
+    assert text.endswith(f"<!-- end demo -->\n{other}")
+    monkeypatch.setattr("sys.argv", ["tables.py", "demo7", "--kept", "--write"])
+    (tables.KEPT / "demo7.json").write_text(json.dumps(data_of(rows_of("default", BASE))))
+    with pytest.raises(common.UserError, match="no markers for demo7"):
+        tables.main()
+    assert tables.PAGE.read_text() == text

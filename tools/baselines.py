@@ -1,0 +1,313 @@
+"""The paper's LLM baselines on the same LM, split and recommender as ours: minimal, honest stand-ins.
+
+    python tools/baselines.py --run runs/demo kar     # 04 --ids none,random,kar,kar-text,kar-text0,userip
+    python tools/baselines.py --run runs/demo pepler  # 04 --ids none,random,pepler,userip
+    python tools/baselines.py --run runs/demo rella   # of a run with 02 --history rated
+KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of the question; tools/lm_both.py
+makes a tiny LM that has read so. PEPLER (arXiv 2202.07371): a soft token a user and one an item, trained to
+make the item's text likely and to predict the rating. ReLLa (arXiv 2308.11131): the user's titles most like
+the target are in the prompt, yes against no is the score. Missing: instruction tuning, world knowledge, size.
+Training and support rows are read; validation rows choose epoch and scale.
+Writes: feature_bank_NAME.npy .json; baselines_METHOD.json, costs, and AUC of what scores pairs by itself;
+        kar/, the run with KAR's theta, for 03 --no-llm-loss and 04 --profile-input embedding
+"""
+
+import math
+import shutil
+import time
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+import controls
+from stages import common, infer, quantize
+
+SLOT_WORDS = 12  # KAR: the likeliest words that it averages
+ANSWER = 4  # tokens of KAR's answer
+TITLES = 10  # titles in a prompt of ReLLa's
+# PEPLER: weight of the rating's loss (demo, validation AUC: 1 .54, 10 .69, 100 .70, 1000 .66); Adam; stopping
+WEIGHT = 100.0
+LR = 0.005
+BATCH = 128
+EPOCHS = 30
+PATIENCE = 2
+
+
+class World:
+    """A run opened once: problem (03), frozen likelihood (02), histories, tokenizer, sizes K_m."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device = common.pick_device(args.device)
+        self.problem, _ = quantize.read_problem(args.run)
+        self.dataset = self.problem.dataset
+        self.sizes = controls.sizes_of(args.run, self.dataset.profiles)
+        opened = self.problem.open_likelihood(self.device)
+        self.likelihood, self.histories, self.space, self.tokenizer = opened
+        self.start = self.space.origin
+        segments = self.likelihood.segments
+        self.begin = segments[0].ids if segments[0].kind == "begin" else []
+        self.names = [segment.ids for segment in segments if segment.kind == "name"]
+        self.task = segments[-1].ids
+        self.passes = 0
+        self.clock = time.perf_counter()
+
+    def states(self, rows, pool):
+        """float32 (n, d): each token list's last hidden state, or the mean one; NaN of an empty list."""
+        rows = [np.array(row) for row in rows]
+        found = torch.full((len(rows), self.start.shape[1]), torch.nan)
+        for block in infer.make_blocks(rows, None, infer.token_budget_of(self.likelihood), 0):
+            ids, lengths = infer.pad(rows, block, self.device)  # on the right, where no token looks
+            states = self.likelihood.body(ids, use_cache=False).last_hidden_state.float()
+            self.passes += len(block)
+            place = torch.arange(ids.shape[1], device=self.device)
+            wanted = place < lengths[:, None] if pool == "mean" else place == lengths[:, None] - 1
+            found[block] = ((states * wanted[..., None]).sum(1) / wanted.sum(1, keepdim=True)).cpu()
+        return found
+
+    def logits(self, rows, words=slice(None)):
+        """What the LM expects after each token list: float32 (n, vocabulary), or of these words alone."""
+        states = self.states(rows, "last").to(self.device, self.likelihood.dtype).split(infer.LOGIT_CHUNK)
+        return torch.cat([self.likelihood.head(some)[:, words].float() for some in states])
+
+    def report(self, name, unit, count, scores=()):
+        """Figures of (kind, rows, their probabilities), cost since the last for `count` users or pairs."""
+        row = {"ids": name, "lm_passes": self.passes, "of": count, "unit": unit,
+               "seconds": round(time.perf_counter() - self.clock, 1)}
+        for kind, rows, found in scores:
+            users, _, labels = rows.T
+            row |= {f"{kind}_auc": common.auc(labels, found), f"{kind}_gauc": common.gauc(
+                users, labels, found), f"{kind}_logloss": common.logloss(labels, found)}
+        print(*(f"{key} {value}" for key, value in row.items()), sep=", ")
+        self.passes = 0
+        self.clock = time.perf_counter()
+        return row
+
+    def evaluated(self):
+        """(kind, rows) of validation, which chooses, then of what no method may learn from."""
+        found = []
+        for kind, split in (("validation", common.VALIDATION), ("test", common.TEST), ("cold", common.COLD)):
+            rows = self.dataset.rows(split)[:self.args.rows]
+            if len(rows):
+                found.append((kind, rows))
+        if min(len(set(rows[:, 2])) for _, rows in found) < 2:
+            raise common.UserError("rows of one label alone", f"--rows {self.args.rows}", "take more")
+        return found
+
+
+# -------- KAR
+
+@torch.no_grad()
+def kar_slot(world, histories):
+    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM
+    and prompt as ours, the direction reversed."""
+    words = world.likelihood.vectors()
+    theta = []
+    for name in world.names:
+        logits = world.logits([world.begin + list(ids) + name for ids in histories])
+        probability, index = logits.softmax(1).topk(SLOT_WORDS)
+        probability = probability / probability.sum(1, keepdim=True)
+        theta.append((probability[..., None] * words[index]).sum(1))
+    return torch.stack(theta, dim=1).cpu().numpy()
+
+
+@torch.no_grad()
+def kar_text(world, histories, answer):
+    """Mean hidden state over history, "This user's hobby is" and `answer` greedy tokens: (n, d)."""
+    rows = [world.begin + list(ids) + world.names[0] if len(ids) else [] for ids in histories]
+    asked = [row for row in rows if row]
+    for _ in range(answer):
+        for row, token in zip(asked, world.logits(asked).argmax(1).tolist()):
+            row.append(token)  # Note: asked and rows share their lists
+    return world.states(rows, "mean").numpy()
+
+
+def save_theta(world, theta):
+    """RUN/kar: stage 01's files, the tiny LM and KAR's theta in our space, as 02 would have left it."""
+    columns = zip(torch.from_numpy(theta).to(world.device).unbind(1), world.space.origin, world.space.basis)
+    z = torch.stack([infer.coordinates_of(*column) for column in columns], dim=1).cpu().numpy()
+    run = world.args.run / "kar"
+    changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None}
+    shutil.rmtree(run, ignore_errors=True)
+    later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",
+                                   "profiles.*")
+    shutil.copytree(world.args.run, run, ignore=later)
+    common.save_npy(run / "profiles.npy", z)
+    common.save_torch(run / "space.pt", world.space.saved())
+    common.save_json(run / "profiles.json", world.problem.facts | changed)
+
+
+def kar(world):
+    seed = world.args.seed
+    known = world.problem.known
+    theta = kar_slot(world, world.histories)
+    save_theta(world, theta)
+    columns = zip(theta.swapaxes(0, 1), world.sizes)
+    banks = {"kar": [(controls.clusters(vectors, known, size, seed), size) for vectors, size in columns]}
+    figures = [world.report("kar", "user", len(known))]
+    for name, answer in (("kar-text", ANSWER), ("kar-text0", 0)):
+        vectors = kar_text(world, world.histories, answer)
+        banks[name] = controls.text_clusters(vectors, world.sizes, seed)[:1]
+        figures.append(world.report(name, "user", len(known)))
+    return banks, figures
+
+
+# -------- PEPLER
+
+class Pepler(nn.Module):
+    """A soft token (d,) and a bias a user and an item, U(-.1, .1) and 0; the last index is nobody, 0."""
+
+    def __init__(self, users, items, width):
+        super().__init__()
+        self.user, self.item = (nn.Embedding(size + 1, width + 1, sparse=True) for size in (users, items))
+        for table in (self.user, self.item):
+            nn.init.uniform_(table.weight, -0.1, 0.1)
+            table.weight.data[:, -1] = 0  # the bias
+            table.weight.data[-1] = 0  # nobody
+
+    def forward(self, users, items):
+        """(soft tokens (n, 2, d), logits (n,) = theta_u . phi_i / sqrt(d) + b_u + b_i)."""
+        both = torch.stack([self.user(users), self.item(items)], dim=1)
+        soft = both[..., :-1]
+        bias = both[..., -1]
+        return soft, soft.prod(1).sum(1) / soft.shape[2] ** 0.5 + bias.sum(1)
+
+
+def pepler_loss(model, world, titles, users, items, labels, with_lm=True):
+    """PEPLER's joint loss: nats a token of the item's title behind theta_u phi_i + weight * BCE(y, logit)."""
+    soft, logits = model(users, items)
+    loss = WEIGHT * nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    if with_lm:
+        text = map(torch.tensor, [titles[item] for item in items.tolist()])
+        text = nn.utils.rnn.pad_sequence(list(text), batch_first=True, padding_value=-100).to(world.device)
+        words = world.likelihood.word_table(text.clamp(min=0))
+        inputs = torch.cat([soft.to(words.dtype), words], dim=1)
+        states = world.likelihood.body(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:-1]
+        world.passes += len(users)
+        expected = world.likelihood.head(states).float().flatten(0, 1)
+        loss = loss + nn.functional.cross_entropy(expected, text.flatten(), ignore_index=-100)
+    return loss
+
+
+@torch.no_grad()
+def pepler_scores(model, dataset, rows):
+    """Probabilities of rows (n, 3); a user without a training row is nobody."""
+    trained = np.isin(rows[:, 0], dataset.rows(common.TRAIN)[:, 0])
+    pairs = np.stack([np.where(trained, rows[:, 0], len(dataset.users)), rows[:, 1]])
+    return torch.sigmoid(model(*torch.from_numpy(pairs).long().to(model.user.weight.device))[1]).cpu().numpy()
+
+
+def fit_pepler(world, titles, with_lm):
+    """Minibatches of rows, sparse Adam, the epoch of the best validation AUC - logloss."""
+    dataset = world.dataset
+    rng = common.seeded(world.args.seed, 10)
+    done = []
+    model = Pepler(len(dataset.users), len(dataset.items), world.start.shape[1]).to(world.device)
+    optimizer = torch.optim.SparseAdam(model.parameters(), lr=LR)
+    rows = dataset.rows(common.TRAIN)
+    validation = dataset.rows(common.VALIDATION)
+    for _ in common.progress(range(EPOCHS), "PEPLER", "epoch"):
+        shuffled = rng.permutation(rows)
+        length = [len(titles[item]) for item in shuffled[:, 1]]  # of like length: hardly any padding
+        batches = np.array_split(shuffled[np.argsort(length, kind="stable")], math.ceil(len(rows) / BATCH))
+        for at in rng.permutation(len(batches)):
+            users, items, labels = torch.from_numpy(batches[at].T.copy()).long().to(world.device)
+            optimizer.zero_grad()
+            pepler_loss(model, world, titles, users, items, labels.float(), with_lm).backward()
+            optimizer.step()
+        scores = pepler_scores(model, dataset, validation)
+        done.append(common.auc(validation[:, 2], scores) - common.logloss(validation[:, 2], scores))
+        if done[-1] == max(done):
+            state = {name: table.clone() for name, table in model.state_dict().items()}
+        elif max(done) not in done[-PATIENCE:]:
+            break
+    model.load_state_dict(state)
+    return model
+
+
+def pepler(world):
+    dataset = world.dataset
+    figures = []
+    size = math.prod(world.sizes)
+    evaluated = world.evaluated()[1:]
+    titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
+    for name, with_lm in (("matrix factorization of the same width", False), ("pepler's own scores", True)):
+        model = fit_pepler(world, titles, with_lm)
+        figures.append(world.report(name, "pair", len(dataset.rows(common.TRAIN)), [
+            (kind, rows, pepler_scores(model, dataset, rows)) for kind, rows in evaluated]))
+    users = model.user.weight.detach()[:-1].cpu().numpy()
+    known = np.isin(np.arange(len(users)), dataset.rows(common.TRAIN)[:, 0])
+    return {"pepler": [(controls.clusters(users, known, size, world.args.seed), size)]}, figures
+
+
+# -------- ReLLa
+
+def retrieve(vectors, item, own, count, how):
+    """Places in own (item, label), oldest first, of `count` rows: the most similar to item, or the latest."""
+    places = [at for at, (other, _) in enumerate(own) if other != item]  # never the target itself
+    if how != "recent":
+        cosine = vectors[[own[at][0] for at in places]] @ vectors[item]
+        places = sorted(places[at] for at in np.argsort(-cosine, kind="stable")[:count])
+    return places[max(0, len(places) - count):]
+
+
+def rella_scores(world, rows, how, count, vectors, texts, rng):
+    """logit(" +") - logit(" -") after task, `count` rated titles of the user, the target's title: (n,)."""
+    own = quantize.rows_by_user(world.dataset.rows(common.SEEN), len(world.dataset.users))
+    readers = rng.permutation(len(own))[rows[:, 0]] if how == "another user" else rows[:, 0]
+    minus, plus = common.pieces_of(world.tokenizer, [" -;", " +;"])
+    differ = next(at for at, (first, second) in enumerate(zip(minus, plus)) if first != second)
+    prompts = []
+    for reader, item in zip(readers, rows[:, 1].tolist()):
+        seen = own[reader][:, 1:].tolist()
+        said = []
+        for place in retrieve(vectors, item, seen, count, how):
+            other, label = seen[place]
+            said += texts[label][other]
+        prompts.append(world.begin + world.task + said + texts[2][item] + minus[:differ])
+    logits = world.logits(prompts, [minus[differ], plus[differ]])
+    return logits.diff(dim=1)[:, 0].cpu().numpy()
+
+
+@torch.no_grad()
+def rella(world):
+    args = world.args
+    dataset = world.dataset
+    figures = []
+    if world.problem.facts["history"] != "rated":
+        raise common.UserError("this LM has not read rated titles", args.run, "run 02 with --history rated")
+    texts = []  # of all titles: disliked, liked, alone
+    for mark in (" -;", " +;", ""):
+        titles = [f" {item['title']}{mark}" for item in dataset.items]
+        texts.append(common.pieces_of(world.tokenizer, titles))
+    vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
+    splits = world.evaluated()
+    known = splits[0][1]  # validation rows, on which Platt's scale is fitted
+    evaluated = splits[1:]
+    for how, count in (("similar", TITLES), ("recent", TITLES), ("another user", TITLES), ("recent", 0)):
+        rng = np.random.default_rng((args.seed, 11))
+        def score(rows):
+            return rella_scores(world, rows, how, count, vectors, texts, rng)[:, None]  # noqa: B023
+        platt = LogisticRegression(C=1e6).fit(score(known), known[:, 2])
+        scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1]) for kind, rows in evaluated]
+        figures.append(world.report(f"rella, {how}: {count} titles", "pair",
+                                    len(known) + sum(len(rows) for _, rows, _ in scores), scores))
+    return {}, figures
+
+
+def main():
+    methods = {"kar": kar, "pepler": pepler, "rella": rella}
+    parser = common.Parser(__doc__)
+    parser.add_argument("method", choices=methods, help="which")
+    parser.add_argument("--rows", type=common.at_least(1), help="score the first so many rows of a split")
+    world = World(parser.parse_args())
+    banks, figures = methods[world.args.method](world)
+    for name, columns in banks.items():
+        controls.save_bank(world.args.run, name, columns, world.dataset, f"tools/baselines.py: {name}")
+    common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
+        "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})
+
+
+if __name__ == "__main__":
+    common.guarded(main)

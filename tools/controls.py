@@ -1,0 +1,179 @@
+"""The controls a reviewer asks for: ids made without inference, as banks that stage 04 puts in its table.
+
+    python tools/controls.py --run runs/demo                         # all of them
+    python tools/controls.py --run runs/demo metadata generosity     # these
+    python 04_train_ctr.py --run runs/demo --ids none,random,metadata,userip
+
+metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
+text        no inference: k-means of the history's mean word vector; K_1 x ... x K_M clusters, and K_1
+hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
+words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words)
+generosity  one number: eight quantiles of the share of likes
+mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
+
+All read training and support rows alone; what a user has no row for gets the unknown code K.
+Reads:  what 03 reads
+Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by}
+"""
+
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import sklearn.cluster
+import sklearn.decomposition
+import torch
+from scipy.sparse import csr_matrix
+from stages import common, infer, quantize
+
+LEVELS = 8  # codes of generosity
+FACTORS = 16  # of the truncated SVD
+
+
+def clusters(vectors, known, size, seed):
+    """k-means over the rows of known users: int (U,), the code `size` for all others."""
+    codes = np.full(len(known), size)
+    size_found = min(size, len(np.unique(vectors[known], axis=0)))
+    found = sklearn.cluster.KMeans(size_found, n_init=10, random_state=seed)
+    codes[known] = found.fit_predict(vectors[known])
+    return codes
+
+
+def metadata(problem, sizes, device, seed):
+    """Shares of each attribute value among the liked items, a profile at a time; unknown if there is none."""
+    columns = []
+    for profile, size in zip(problem.dataset.profiles, sizes):
+        counts = [Counter() for _ in problem.dataset.users]
+        for user, item, label in problem.dataset.rows(common.SEEN).tolist():
+            if label:
+                counts[user].update(problem.dataset.items[item]["attributes"].get(profile["name"], []))
+        values = sorted(set().union(*counts))
+        shares = np.zeros((len(counts), len(values)))
+        for column, value in enumerate(values):
+            shares[:, column] = [count[value] for count in counts]
+        known = shares.sum(1) > 0
+        shares /= np.maximum(shares.sum(1, keepdims=True), 1)
+        columns.append((clusters(shares, known, size, seed) if values else np.full(len(counts), size), size))
+    return columns
+
+
+def text_clusters(vectors, sizes, seed):
+    """vectors (U, d), NaN where a user has no history: columns of K_1 x ... x K_M and of K_1 clusters."""
+    known = np.isfinite(vectors).all(1)
+    return [(clusters(vectors, known, size, seed), size) for size in (math.prod(sizes), sizes[0])]
+
+
+def text(problem, sizes, device, seed):
+    """The mean of the word vectors of a history."""
+    likelihood, histories, _, _ = problem.open_likelihood(device)
+    words = likelihood.vectors().cpu().numpy()
+    vectors = [words[ids].mean(0) if len(ids) else words[0] * np.nan for ids in histories]
+    return text_clusters(np.array(vectors), sizes, seed)
+
+
+@torch.no_grad()
+def hidden(problem, sizes, device, seed):
+    """The mean of the last hidden states over a history, behind one prompt for everybody."""
+    likelihood, histories, space, _ = problem.open_likelihood(device)
+    start = space.origin
+    vectors = np.full((len(histories), start.shape[1]), np.nan)
+    prompt = likelihood.prompt_length
+    budget = infer.token_budget_of(likelihood)
+    for users in infer.make_blocks(histories, None, budget, prompt):
+        ids, lengths = infer.pad(histories, users, device)
+        states = likelihood.hidden(start.expand(len(users), -1, -1), ids)[:, prompt:].float()
+        real = (torch.arange(ids.shape[1], device=device) < lengths[:, None])[..., None]
+        vectors[users] = ((states * real).sum(1) / lengths[:, None]).cpu().numpy()
+    return text_clusters(vectors, sizes, seed)
+
+
+def words(problem, sizes, device, seed):
+    """03 --quantizer words."""
+    codes, _ = quantize.Words(problem, sizes, SimpleNamespace(seed=seed), device).fit()
+    bank = quantize.bank_of(codes, problem.known, sizes)
+    return [(bank[:, m], size) for m, size in enumerate(sizes)]
+
+
+def generosity(problem, sizes, device, seed):
+    """Quantiles of (likes + 1) / (rows + 2): a user of one row is not yet at an end of the scale."""
+    rows = problem.dataset.rows(common.SEEN)
+    users = len(problem.dataset.users)
+    seen = np.bincount(rows[:, 0], minlength=users)
+    liked = np.bincount(rows[:, 0], rows[:, 2], minlength=users)
+    share = (liked + 1) / (seen + 2)
+    level = np.searchsorted(np.quantile(share[seen > 0], np.arange(1, LEVELS) / LEVELS), share, side="right")
+    return [(np.where(seen > 0, level, LEVELS), LEVELS)]
+
+
+def mf(problem, sizes, device, seed):
+    """Truncated SVD of (label - mean label) over the seen rows, 0 elsewhere: U S of each user."""
+    rows = problem.dataset.rows(common.SEEN)
+    shape = (len(problem.dataset.users), len(problem.dataset.items))
+    if min(shape) < 2:
+        raise common.UserError("mf factorizes nothing", f"{shape[0]} users, {shape[1]} items", "leave it out")
+    matrix = csr_matrix((rows[:, 2] - rows[:, 2].mean(), (rows[:, 0], rows[:, 1])), shape=shape)
+    svd = sklearn.decomposition.TruncatedSVD(min(FACTORS, min(shape) - 1), random_state=seed)
+    known = np.bincount(rows[:, 0], minlength=shape[0]) > 0
+    size = math.prod(sizes)
+    return [(clusters(svd.fit_transform(matrix), known, size, seed), size)]
+
+
+CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
+
+
+def save_bank(run, name, columns, dataset, made_by):
+    """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M')."""
+    most = max(size for _, size in columns)
+    if most > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
+        raise common.UserError(f"{name} would have {most:,d} codes", run, "give smaller --codes")
+    bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
+    (run / f"feature_bank_{name}.json").unlink(missing_ok=True)
+    common.save_npy(run / f"feature_bank_{name}.npy", bank)
+    common.save_json(run / f"feature_bank_{name}.json", {
+        "codes": [int(size) for _, size in columns], "dataset_fingerprint": dataset.fingerprint(),
+        "made_by": made_by})
+    used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
+                      for m, (_, size) in enumerate(columns))
+    print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}")
+    return bank
+
+
+def sizes_of(run, profiles, codes=None):
+    """K_m of --codes, else of the run's quantize.json, else of stage 01."""
+    if codes is None and (run / "quantize.json").exists():
+        codes = ",".join(map(str, common.load(run, "quantize.json", ("codes",))["codes"]))
+    return quantize.parse_codes(codes, profiles)
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CONTROLS)} (default: all)")
+    parser.add_argument("--codes", help="sizes K_1,K_2,... (default: feature_bank.npy's, else stage 01's)")
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - CONTROLS.keys())
+    if unknown:
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
+    problem, truth = quantize.read_problem(args.run)
+    device = common.pick_device(args.device)
+    sizes = sizes_of(args.run, problem.dataset.profiles, args.codes)
+    for name in args.names or CONTROLS:
+        try:
+            columns = CONTROLS[name](problem, sizes, device, args.seed)
+        except common.UserError as error:
+            if args.names:
+                raise
+            print(f"WARNING: {name} is left out: {error}")
+            continue
+        bank = save_bank(args.run, name, columns, problem.dataset,
+                         f"tools/controls.py {name} --seed {args.seed}")
+        # text and hidden have columns of another meaning
+        if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
+            agreed = quantize.agreement(bank[problem.known], truth[problem.known])["nmi_truth"]
+            print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
+    names = ",".join(args.names or CONTROLS)
+    print(f"next: python 04_train_ctr.py --run {args.run} --ids none,random,userip,{names}")
+
+
+if __name__ == "__main__":
+    common.guarded(main)

@@ -1,0 +1,271 @@
+"""Explain users of a finished run (RQ4): words near a profile, who shares its code, what the LLM now expects.
+
+    python tools/explain.py --run runs/demo --user u0000 u0001   # a card each
+    python tools/explain.py --run runs/demo --all                # all users: own theta, another's (for 500),
+                                                                # (demo) how often the planted word is near
+    python tools/explain.py --run runs/demo --mask               # the mask of the prompt (Fig. 4) as a grid
+
+Reads:  what 03 reads, and feature_bank.npy codebooks.pt quantize.json (03)
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from torch.nn.functional import normalize
+from stages import common, infer, prepare, quantize
+
+SAMPLE = 500  # users of --all whose histories are scored under another user's theta
+SAID = 40     # tokens of a continuation
+
+
+class Lexicon:
+    """What theta is compared with [Table 5]: the LLM's whole words and, joined (their mean), the words of the
+    items' attributes that it writes in several pieces; then its pieces. A * marks a stop word, a - a piece.
+
+    labels: list of n strings; vectors: (n, d); whole: bool (n,), false for the pieces.
+    """
+
+    def __init__(self, likelihood, tokenizer, dataset):
+        table = likelihood.vectors().detach().cpu()
+        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        texts = [tokenizer.decode([index]).strip() for index in range(len(tokens))]
+        begins = [token is not None and token[0] in "\u0120\u2581" and text.isalpha()
+                  for token, text in zip(tokens, texts)]
+        whole = [index for index, begin in enumerate(begins) if begin]
+        parts = [index for index, begin in enumerate(begins)
+                 if not begin and texts[index].isalpha() and index not in tokenizer.all_special_ids]
+        known = {texts[index] for index in whole}
+        said = set()  # words of the items' attributes
+        for item in dataset.items:
+            for values in item["attributes"].values():
+                said.update(" ".join(values).split())
+        said = sorted(word for word in said - known if word.isalpha())
+        pieces = common.pieces_of(tokenizer, [f" {word}" for word in said])
+        joined = [table[ids].mean(0) for ids in pieces]
+        self.labels = [*(self.mark(texts[index]) for index in whole), *map(self.mark, said),
+                       *(f"-{texts[index]}" for index in parts)]
+        self.vectors = torch.stack([*table[whole], *joined, *table[parts]])
+        self.whole = torch.arange(len(self.labels)) < len(whole) + len(said)
+
+    @staticmethod
+    def mark(word):
+        return word + "*" * (word.lower() in ENGLISH_STOP_WORDS)
+
+    def nearest(self, moves, origin, count=4):
+        """Labels towards which each row of moves (n, d) leads from origin (d,), pieces last: n lists."""
+        directions = normalize(self.vectors - torch.as_tensor(origin), dim=1)
+        cosine = normalize(torch.as_tensor(moves).float(), dim=1) @ directions.T
+        cosine = cosine - 4 * ~self.whole  # Note: a cosine is at most 1, so a piece comes last
+        order = cosine.topk(min(count, len(self.labels)), dim=1).indices
+        return named(order, self.labels)
+
+
+def named(order, labels):
+    """Indices (n, k) -> n lists of k labels."""
+    found = []
+    for row in order.tolist():
+        found.append([labels[index] for index in row])
+    return found
+
+
+def similar_users(z, known, user, count):
+    """[(cosine, user)]: whose z (U, M, r), 0 for the population, points the same way as this user's."""
+    rows = z.reshape(len(z), -1)
+    lengths = np.linalg.norm(rows, axis=1)
+    cosine = rows @ rows[user] / np.maximum(lengths * lengths[user], 1e-12)
+    cosine[~known] = -np.inf
+    cosine[user] = -np.inf
+    return [(float(cosine[other]), int(other)) for other in np.argsort(-cosine, kind="stable")[:count]
+            if known[other] and other != user]
+
+
+@torch.no_grad()
+def continue_greedily(likelihood, theta, tokens):
+    """Ids of the `tokens` likeliest next tokens after the prompt under one user's theta (M, d), one by one.
+
+    The keys and values of what went before are cached: a step sends one token through the LLM. Its mask row
+    is all 0, for the history sees everything; its position follows the last one, which is not the number of
+    tokens so far (build_positions).
+    """
+    device = likelihood.device
+    cache = None
+    ids = []
+    mask, positions = likelihood.layout(0)
+    nothing = torch.empty(1, 0, dtype=torch.long, device=device)
+    embedded = likelihood.embeddings(torch.as_tensor(theta)[None].to(device), nothing)
+    for _ in range(tokens):
+        output = likelihood.body(inputs_embeds=embedded, attention_mask=mask, position_ids=positions,
+                                 past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        ids.append(int(likelihood.head(output.last_hidden_state[0, -1]).argmax()))
+        embedded = likelihood.word_table(torch.tensor([ids[-1:]], device=device))
+        positions = positions[:, -1:] + 1
+        size = likelihood.prompt_length + len(ids)
+        mask = torch.zeros(1, 1, 1, size, dtype=likelihood.dtype, device=device)
+    return ids
+
+
+class Explainer:
+    """A finished run opened for questions: problem (03), bank (U, M), books, the likelihood of Eq. (4),
+    histories, space, lexicon, names (M lists of the codes' names)."""
+
+    def __init__(self, run, device):
+        self.problem, self.truth = quantize.read_problem(run)
+        quantized = common.load(run, "quantize.json", ("profiles", "profiles_fingerprint", "fingerprint"))
+        self.bank = np.array(common.load(run, "feature_bank.npy"))
+        common.check_same(run, "feature_bank.npy", "profiles.npy", quantized["profiles_fingerprint"],
+                          self.problem.facts["fingerprint"])
+        common.check_same(run, "feature_bank.npy", "quantize.json", common.fingerprint(self.bank),
+                          quantized["fingerprint"])
+        self.names = [profile["words"] for profile in quantized["profiles"]]
+        self.books = common.load(run, "codebooks.pt", ("codebooks",))["codebooks"]
+        self.likelihood, self.histories, space, self.tokenizer = self.problem.open_likelihood(device)
+        settings = SimpleNamespace(**self.problem.facts)
+        self.texts = infer.history_texts(self.problem.dataset, common.SEEN, settings)
+        self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
+        self.space = self.problem.space
+        self.theta = self.problem.theta()
+        self.population = space.origin.cpu().numpy()  # where everybody started, (M, d)
+
+    def words_of(self, z, m):
+        """The profile's own words for each row of z (n, r), the one towards which it lies first: n lists."""
+        coordinates = normalize(self.space.coordinates[m], dim=1)
+        order = (torch.as_tensor(z) @ coordinates.T).argsort(dim=1, descending=True)
+        return named(order, self.space.words[m])
+
+    def moved_to(self, z, m, count=4):
+        """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists."""
+        return self.lexicon.nearest(torch.as_tensor(z) @ self.space.basis[m], self.population[m], count)
+
+    @torch.no_grad()
+    def nll(self, user, theta):
+        """Nats per token of one user's training history under theta (M, d)."""
+        ids, lengths = infer.pad(self.histories, [user], self.likelihood.device)
+        theta = torch.as_tensor(theta, device=self.likelihood.device)[None]
+        return float(self.likelihood(theta, ids, lengths)) / max(1, int(lengths))
+
+    def profile_lines(self, user, m):
+        """What is to say of a user's profile m: the words towards which theta moved, and its code."""
+        code = int(self.bank[user, m])
+        book = self.books[m].numpy()
+        z = self.problem.z[None, user, m]
+        lines = [f"  {self.problem.dataset.profiles[m]['name']}:"]
+        if code == len(book):
+            return [*lines, "    code                unknown: no history, so nothing moved"]
+        sharing = int((self.bank[:, m] == code).sum())
+        share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
+        near = self.words_of(z, m)[0][:4]
+        moved = f"{near[0]}, by {np.linalg.norm(z):.2f} sd of the prior; then {' | '.join(near[1:])}"
+        return [*lines, f"    theta moved towards {moved}",
+                "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),
+                f"    {'code ' + str(code):19s} {self.names[m][code]}, {share}",
+                "    the code leads to   " + " | ".join(self.moved_to(book[None, code], m)[0])]
+
+    def codes(self, user):
+        """All codes of a user by name."""
+        return " ".join(names[code] if code < len(names) else "unknown"
+                        for names, code in zip(self.names, self.bank[user].tolist()))
+
+    def card(self, user):
+        """The lines that describe one user."""
+        dataset = self.problem.dataset
+        theta = self.theta
+        known = self.problem.known
+        history = "".join(self.texts[user]) or " none, so theta is the population's"
+        lines = [f"user {dataset.users[user]}", "  history:" + history]
+        for m in range(len(dataset.profiles)):
+            lines += self.profile_lines(user, m)
+        if not known[user]:
+            return [*lines, "  most similar users: none, nothing is known of this one"]
+        lines.append("  most similar users:")
+        for cosine, other in similar_users(self.problem.z, known, user, 3):
+            lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {self.codes(other)}):"
+                         + "".join(self.texts[other][-4:]))
+        said = continue_greedily(self.likelihood, theta[user], min(SAID, self.likelihood.room))
+        said = self.tokenizer.decode(said).replace("\n", "\\n")
+        lines += ["  what the LLM says next, greedily:", "    under theta:     " + said]
+        # The first user who shares the fewest codes; himself where nobody else is known.
+        stranger = max(np.flatnonzero(known),
+                       key=lambda other: ((self.bank[other] != self.bank[user]).sum(), -other))
+        whose = {"own theta": theta[user], "the population's": self.population,
+                 f"{dataset.users[stranger]}'s": theta[stranger]}
+        scores = ", ".join(f"under {name} {self.nll(user, under):.4f}" for name, under in whose.items())
+        return [*lines, "  nats per token of this history: " + scores]
+
+    def statistics(self, rng):
+        """Figures over all users who have a profile: {name: value}. Those of words need a truth."""
+        theta = self.theta
+        known = np.flatnonzero(self.problem.known)
+        found = {}
+        sample = rng.permutation(known)[:SAMPLE]
+        own = np.array([self.nll(user, theta[user]) for user in sample])
+        pairs = zip(sample, np.roll(sample, 1))
+        other = np.array([self.nll(user, theta[stranger]) for user, stranger in pairs])
+        found["nats per token"] = {
+            "users": len(sample), "under own theta": float(own.mean()),
+            "under another user's": float(other.mean()),
+            "share of users for whom the other's is worse": float((other > own).mean())}
+        if self.truth is None:
+            return found
+        planted = (prepare.DEMO_HOBBIES, prepare.DEMO_BACKGROUNDS)
+        for m, values in enumerate(planted):
+            near = self.words_of(self.problem.z[known, m], m)
+            words = np.array(list(values))[self.truth[known, m]]
+            chance = rng.permutation(words)  # the same words on other users
+            figures = {}
+            for place, count in (("nearest", 1), ("among the nearest two", 2)):
+                for kind, whose in (("", words), (" by chance", chance)):
+                    hits = [word in labels[:count] for word, labels in zip(whose, near)]
+                    figures[f"planted word {place}{kind}"] = float(np.mean(hits))
+            found[self.problem.dataset.profiles[m]["name"]] = figures
+        return found
+
+
+def mask_grid(likelihood, tokenizer, history):
+    """Lines of the mask over the prompt and these history tokens: row i attends to the columns marked #."""
+    segments = likelihood.segments + [infer.Segment("history", list(history))]
+    visible = infer.build_visibility(segments, likelihood.mask)
+    labels = []
+    for segment in segments:
+        if segment.kind == "theta":
+            labels.append(f"<theta^{segment.profile + 1}>")
+        else:
+            labels += [repr(tokenizer.decode([token]))[1:-1] for token in segment.ids]
+    width = max(map(len, labels))
+    lines = []
+    for label, cells in zip(labels, visible.tolist()):
+        lines.append(f"{label:>{width}s} |" + "".join(" #" if cell else " ." for cell in cells))
+    return lines
+
+
+def main():
+    parser = common.Parser(__doc__)
+    parser.add_argument("--user", nargs="+", default=[], help="raw user ids, a card for each")
+    parser.add_argument("--all", action="store_true", help="figures over all users")
+    parser.add_argument("--mask", action="store_true", help="the mask of a user's prompt")
+    args = parser.parse_args()
+    if not (args.user or args.all or args.mask):
+        parser.error("say what to explain: --user ID ..., --all or --mask")
+    explainer = Explainer(args.run, common.pick_device(args.device))
+    index = {str(raw): user for user, raw in enumerate(explainer.problem.dataset.users)}
+    strangers = [raw for raw in args.user if raw not in index]
+    if strangers:
+        raise common.UserError(f"no user has the id {strangers[0]}", "--user",
+                               f"take one of feature_bank.csv, for example {next(iter(index))}")
+    if args.mask:
+        longest = max(explainer.histories, key=len)
+        print("\n".join(mask_grid(explainer.likelihood, explainer.tokenizer, longest[:12].tolist())))
+    for raw in args.user:
+        print("\n".join(explainer.card(index[raw])), end="\n\n")
+    if args.all:
+        for name, values in explainer.statistics(common.seeded(args.seed, 8)).items():
+            texts = []
+            for key, value in values.items():
+                texts.append(f"{key} {value}" if isinstance(value, int) else f"{key} {value:.3f}")
+            print(f"{name}: " + ", ".join(texts))
+
+
+if __name__ == "__main__":
+    common.guarded(main)

@@ -1,0 +1,648 @@
+"""Run the studies behind the tables of docs/RESULTS.md, and write the tables.
+
+    python tools/tables.py demo demo7 --write          # run what is missing, write the tables
+    python tools/tables.py ml-100k ml-100k-cold --data-dir PATH --write
+    python tools/tables.py demo --again                # run it anew: after a change of the code
+
+A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
+codebooks, the random and shuffled codes and the recommender. In a study of folds, seed s makes the split and
+the cold users too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a
+list of variants; where a variant's flags for a stage are None, it takes the artifacts of the same repetition
+from the first variant, or from the first variant of the study that stands in FROM. Where tools/baselines.py
+scores pairs by itself, its rows stand beside those of the recommender.
+
+p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
+controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
+
+Writes: runs/studies/NAME/VARIANT/s (run folders), docs/results/NAME.json (all that a table needs) and, with
+        --write, docs/RESULTS.md
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+from sklearn.metrics import adjusted_mutual_info_score
+from stages import ROOT, common
+
+CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
+        "tools/controls.py", "tools/baselines.py", "tools/lm_both.py")
+PAGE = ROOT / "docs" / "RESULTS.md"
+KEPT = ROOT / "docs" / "results"
+MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
+           2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
+BOOTSTRAP = 400
+CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
+            "mf")  # no claims of ours
+RIVALS = ("metadata", "text", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
+ROWS = "none,random,shuffled,metadata,text,words,userip"
+
+
+def variant(first, second, third="", controls="", fourth="", **more):
+    """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for tools/controls.py and, if
+    given, names: prompts in the place of the profiles'; baselines: methods of tools/baselines.py; lm_both: if
+    tools/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken from; once:
+    controls that the first repetition makes for all, for they ask a large LLM."""
+    defaults = {"names": None, "baselines": "", "lm_both": False, "source": None, "once": ""}
+    return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}
+
+
+def own(third, fourth="--ids userip"):
+    return variant(None, None, third, "", fourth)
+
+
+def demo(flags):
+    return {"default": variant(flags, "", "", "metadata text words", f"--ids {ROWS},planted")}
+
+
+def baselines(fourth="--ids", tiny=""):
+    """The paper's three LLM baselines beside ours, with an LM that reads both ways and with rated titles."""
+    return {
+        "default": variant(None, None, "", "metadata", f"{fourth} none,random,metadata,kar,kar-text,"
+                           "kar-text0,pepler,userip", baselines="kar pepler"),
+        "KAR's theta in our codebooks": variant(None, None, "--no-llm-loss", "", f"{fourth} userip",
+                                                source="kar"),
+        "an LM of both directions": variant(None, "--lm {first}/lm-both", "", "", f"{fourth} kar,kar-text,"
+                                            "kar-text0,userip", lm_both=True, baselines="kar"),
+        "rated titles": variant(None, f"{tiny} --history rated", "", "", f"{fourth} userip",
+                                baselines="rella")}
+
+
+NONSENSE = ("This user's zorp is", ". This user quells xans that are")  # prompts
+ASKED = "text hidden words"  # controls that take forward passes of the LLM
+REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,words,userip,planted"
+
+
+def real(first, second, third="--quantizer kmeans"):
+    """A real LLM on a part of the demo."""
+    return variant(first, second, third, f"metadata {ASKED}", REAL_ROWS, once=ASKED)
+
+
+ML = "--dataset ml-100k"
+ATTRIBUTES = "--fields attributes --ids none,random,shuffled,metadata,text,generosity,words,userip"
+COLD = "--fields ids+attributes --ids"
+STUDIES = {  # name: {variant: flags}
+    "demo": demo(""), "demo7": demo("--seed 7"), "nosignal": demo("--signal 0"),
+    "demo-models": {"default": variant(None, None, "", "", "--models all --ids none,random,shuffled,userip")},
+    "demo-ablations": {
+        "default": variant(None, None, "", "", "--ids none,random,userip,planted"),
+        "without VQ: theta through a projection (Table 3)": own(
+            "", "--ids random,shuffled,userip --profile-input embedding"),
+        "plain k-means": own("--quantizer kmeans"), "no likelihood in the joint loss": own("--no-llm-loss"),
+        "EM, codes as soft tokens": own("--assign likelihood"),
+        "the words, asked": own("--quantizer words"), "the paper's literal settings": own("--paper"),
+        "plain causal mask": variant(None, "--mask causal", fourth="--ids userip"),
+        "k-means++ in place of the words": own("--start kmeans"),
+        "the whole space (paper)": variant(None, "--rank 0", fourth="--ids userip"),
+        "the whole space, no prior, fixed task prompt (paper)": variant(
+            None, "--rank 0 --prior 0 --task-steps 0", fourth="--ids userip"),
+        "fixed task prompt": variant(None, "--task-steps 0", fourth="--ids userip"),
+        "rank 1": variant(None, "--rank 1", fourth="--ids userip"),
+        "no prior": variant(None, "--prior 0", fourth="--ids userip"),
+        "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
+        "history of all titles": variant(None, "--history all", fourth="--ids userip"),
+        "nonsense profile names": variant("", "--lm {base}/lm-tiny", fourth="--ids userip",
+                                          names=NONSENSE)},
+    "demo-codes": {"K = 4,3": variant(None, None, "", "", "--ids none,random,userip,planted"), **{
+        f"K = {sizes}": own(f"--codes {sizes}", "--ids none,random,userip")
+        for sizes in ("2,3", "8,3", "16,3", "4,9", "4,27")}},
+    "ml-100k": {"default": variant(ML, "--lm tiny", "", "metadata text generosity words",
+                                   f"--ids {ROWS},generosity")},
+    "ml-100k-attributes": {
+        "liked titles": variant(None, None, "", "metadata text generosity words", ATTRIBUTES),
+        "EM": own("--assign likelihood", "--fields attributes --ids userip"),
+        "rated titles and a critic": variant(f"{ML} --critic", "--lm tiny --history rated", "", "",
+                                             "--fields attributes --ids none,random,userip")},
+    "ml-100k-cold": {
+        "liked titles": variant(f"{ML} --cold-users 0.2", "--lm tiny", "",
+                                "metadata text generosity mf words", f"{COLD} {ROWS},generosity,mf"),
+        "EM": own("--assign likelihood", f"{COLD} userip")},
+    "ml-100k-cold-em": {
+        "EM on 50 liked titles": variant(
+            f"{ML} --cold-users 0.2", "--lm tiny --max-history 50", "--assign likelihood", "metadata",
+            f"{COLD} none,random,metadata,userip")},
+    "ml-100k-cold-rated": {
+        "rated titles and a critic": variant(
+            f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
+            f"{COLD} none,random,metadata,generosity,userip")},
+    "real-demo": {
+        "SmolLM2": real("--subsample-users 300", "--lm smollm2"),
+        "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
+        "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2")},
+    "real-ml-100k": {
+        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 5", "--quantizer kmeans",
+                           "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip",
+                           once="text")},
+    "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
+    "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
+}
+FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
+        "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
+        "ml-100k-cold-baselines": "ml-100k-cold"}
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ml-100k")
+FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
+
+
+# ---------------------------------------------------------------- run
+
+def code_fingerprint():
+    return common.fingerprint([(ROOT / name).read_text(encoding="utf-8") for name in CODE])
+
+
+def call(script, run, flags, log, threads=1):
+    """Run a script; its output goes to the log. A failure ends the study with its last line."""
+    command = [sys.executable, script, "--run", str(run), *shlex.split(flags)]
+    with open(log, "a", encoding="utf-8") as file:
+        result = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    if result.returncode:
+        last = log.read_text(encoding="utf-8").strip().rsplit("\n", 1)[-1]
+        raise common.UserError(f"{script} failed: {last.removeprefix('error: ')}", run, f"see {log}")
+
+
+def repeat(study, name, seed, data_dir, threads=1):
+    """One repetition of one variant, unless its results are there; threads: of a process."""
+    run = folder(study, name, seed)
+    if (run / "code.json").exists():
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / "log.txt"
+    settings = STUDIES[study][name]
+    origin = FROM.get(study, study)
+    flags = settings["flags"]
+    base = folder(origin, next(iter(STUDIES[origin])), seed)
+    first_run = folder(study, next(iter(STUDIES[study])), seed)
+    if study in ONE_THETA and seed and flags[1] is not None:
+        base = folder(study, name, 0)
+        flags = (None, None, *flags[2:])
+    base = first_run / settings["source"] if settings["source"] else base
+    for number in (1, 2):
+        if flags[number - 1] is not None:
+            continue
+        for file in MADE_BY[number]:
+            if (base / file).is_dir():
+                shutil.copytree(base / file, run / file, dirs_exist_ok=True)
+            elif (base / file).exists():
+                shutil.copy(base / file, run / file)
+    first = next(iter(STUDIES[origin].values()))["flags"][0]
+    if flags[0] is not None:
+        words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
+        words += f" --data-dir {shlex.quote(str(data_dir))}" if data_dir and "--dataset" in words else ""
+        call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log, threads)
+    if settings["names"]:
+        rename(run, settings["names"])
+    if flags[1] is not None:
+        if settings["lm_both"]:
+            call("tools/lm_both.py", first_run, f"--seed {seed}", log, threads)
+        if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
+            shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
+        words = flags[1].format(base=shlex.quote(str(base)), first=shlex.quote(str(first_run)))
+        call("02_infer_profiles.py", run, f"{words} --seed {seed}", log, threads)
+    call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log, threads)
+    controls = settings["controls"].split()
+    if seed and study in ONE_THETA:
+        for control in settings["once"].split():
+            controls.remove(control)
+            for path in folder(study, name, 0).glob(f"feature_bank_{control}.*"):
+                shutil.copy(path, run / path.name)
+    if controls:
+        call("tools/controls.py", run, f"{' '.join(controls)} --seed {seed}", log, threads)
+    for method in settings["baselines"].split():
+        call("tools/baselines.py", run, f"{method} --seed {seed}", log, threads)
+    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log, threads)
+    common.save_json(run / "code.json", code_fingerprint())
+
+
+def rename(run, names):
+    """Give the profiles of a prepared run other prompts."""
+    facts = common.load(run, "dataset.json")
+    dataset = common.load_dataset(run)
+    for profile, name in zip(dataset.profiles, names):
+        profile["prompt"] = name
+    facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
+    common.save_json(run / "dataset.json", facts)
+
+
+def folder(study, name, seed):
+    return ROOT / "runs" / "studies" / study / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / str(seed)
+
+
+def run_study(study, seeds, jobs, data_dir, again):
+    """All repetitions of all variants, `jobs` side by side; a repetition's first variant before others."""
+    if again:
+        shutil.rmtree(ROOT / "runs" / "studies" / study, ignore_errors=True)
+    old = [path for path in (ROOT / "runs" / "studies" / study).glob("*/*/code.json")
+           if json.loads(path.read_text(encoding="utf-8")) != code_fingerprint()]
+    if old:
+        print(f"WARNING: {len(old)} runs of {study} are older than the code; --again makes them anew",
+              file=sys.stderr)
+    origin = FROM.get(study, study)
+    first, *others = STUDIES[study]
+    threads = max(1, os.cpu_count() // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        # Each wave takes artifacts from those before it; of one theta, from the first repetition.
+        for place, names in ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, others)):
+            for some in ([0], range(1, seeds)):
+                wave = [pool.submit(repeat, place, name, seed, data_dir, threads)
+                        for name, seed in itertools.product(names, some)]
+                for repetition in wave:
+                    repetition.result()
+
+
+# ---------------------------------------------------------------- figures
+
+def weighted_auc(ranks, labels, weights):
+    """AUC with a weight for each row; ranks: dense integer rank of each row's score, ties alike."""
+    positive = np.bincount(ranks, weights * labels)
+    negative = np.bincount(ranks, weights * (1 - labels))
+    below = np.cumsum(negative) - negative
+    return float((positive * (below + negative / 2)).sum() / (positive.sum() * negative.sum()))
+
+
+def bootstrap(repetitions, seed=0):
+    """95% interval of the mean over repetitions of AUC(first) - AUC(second), users and repetitions resampled.
+
+    repetitions: a list of (users, labels, first, second), arrays over the evaluated rows. None where most
+    resamples hold one class alone.
+    """
+    rng = np.random.default_rng(seed)
+    prepared = []
+    differences = []
+    for users, labels, first, second in repetitions:
+        ranks = [np.unique(scores, return_inverse=True)[1] for scores in (first, second)]
+        prepared.append((np.unique(users, return_inverse=True)[1], np.asarray(labels), *ranks))
+    for _ in range(BOOTSTRAP):
+        found = []
+        for at in rng.integers(len(prepared), size=len(prepared)):
+            users, labels, first, second = prepared[at]
+            count = users.max() + 1
+            weights = np.bincount(rng.integers(count, size=count), minlength=count)[users].astype(float)
+            if 0 < (weights * labels).sum() < weights.sum():
+                found.append(weighted_auc(first, labels, weights) - weighted_auc(second, labels, weights))
+        differences += [np.mean(found)] if found else []
+    return np.quantile(differences, (0.025, 0.975)).tolist() if len(differences) > BOOTSTRAP // 2 else None
+
+
+def holm(p_values):
+    """Holm's correction of a list of p values (None stays None)."""
+    known = sorted((p, at) for at, p in enumerate(p_values) if p is not None)
+    corrected = list(p_values)
+    largest = 0.0
+    for place in range(len(known)):
+        p, at = known[place]
+        largest = max(largest, min(1.0, p * (len(known) - place)))
+        corrected[at] = largest
+    return corrected
+
+
+def improvements(entries):
+    """Eq. (10) and (11) against the model that is best without ids: {model: {ids: {auc, logloss}}}.
+
+    entries: {(model, ids): {test_auc, test_logloss}} of means. None where no baseline beats chance.
+    """
+    baselines = {model: entry for (model, ids), entry in entries.items() if ids == "none"}
+    best = max(baselines, key=lambda model: baselines[model]["test_auc"], default=None)
+    if best is None or baselines[best]["test_auc"] <= 0.5:
+        return None
+    auc = baselines[best]["test_auc"]
+    logloss = baselines[best]["test_logloss"]
+    relative = {}
+    for pair, entry in entries.items():
+        model, ids = pair
+        if ids not in ("none", "planted"):
+            relative.setdefault(model, {})[ids] = {
+                "auc": (entry["test_auc"] - 0.5) / (auc - 0.5) - 1,
+                "logloss": (logloss - entry["test_logloss"]) / entry["test_logloss"]}
+    return {"baseline": best, "test_auc": auc, "relative": relative}
+
+
+def collect(study, seeds):
+    """Everything a table needs, from the run folders: a JSON-able dict."""
+    rows = []
+    runs = {}
+    costs = {}
+    both = []
+    for name, seed in itertools.product(STUDIES[study], range(seeds)):
+        run = folder(study, name, seed)
+        results = common.load(run, "results.json")
+        runs[name, seed] = results
+        quantized = common.load(run, "quantize.json")
+        profiles = common.load(run, "profiles.json")
+        for row in results["rows"]:
+            rows.append({**row, "variant": name, "seed": seed})
+        if len(results["rows"]) and "userip" in {row["ids"] for row in results["rows"]}:
+            rows[-1] |= {"health": {
+                "perplexity": [profile["perplexity"] for profile in quantized["profiles"]],
+                "nmi": quantized.get("nmi_truth"), "heldout_nll": profiles["heldout_nll"]}}
+        if STUDIES[study][name]["lm_both"]:
+            lm = common.load(folder(study, next(iter(STUDIES[study])), seed if study not in ONE_THETA else 0)
+                             / "lm-both", "tiny.json")
+            both.append(lm["both"])
+        if STUDIES[study][name]["baselines"]:
+            costs.setdefault(f"userip ({name})", []).append(
+                (profiles["steps"], "user", profiles["seconds"]))
+        for method in STUDIES[study][name]["baselines"].split():
+            for row in common.load(run, f"baselines_{method}.json")["rows"]:
+                costs.setdefault(f"{row['ids']} ({name})", []).append(
+                    (row["lm_passes"] / row["of"], row["unit"], row["seconds"]))
+                if "test_auc" in row:  # scores of its own
+                    rows.append({**row, "variant": name, "seed": seed, "model": rows[-1]["model"]})
+    first = next(iter(STUDIES[study]))
+    data = common.load(folder(study, first, 0), "dataset.json")
+    metric = "cold" if "cold_auc" in rows[0] else "test"
+    base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
+    return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
+            "intervals": intervals(study, rows, seeds, metric), "stability": stability(study, seeds),
+            "lm_both": mean_of_all(both), "costs": mean_costs(costs),
+            "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
+            "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
+            "date": datetime.date.today().isoformat(),
+            "code": common.load(folder(study, first, 0), "code.json")[:12]}
+
+
+def mean_of_all(both):
+    """{LM: {what: {profile: nats}}}, means over a list of such dicts."""
+    if not both:
+        return {}
+    means = {}
+    for lm, by_what in both[0].items():
+        means[lm] = {}
+        for what, lost in by_what.items():
+            means[lm][what] = {}
+            for profile in lost:
+                means[lm][what][profile] = float(np.mean([some[lm][what][profile] for some in both]))
+    return means
+
+
+def mean_costs(costs):
+    """{name: [unit, forward passes, seconds]}, means over lists of (passes, unit, seconds)."""
+    means = {}
+    for name, found in costs.items():
+        passes = np.mean([passes for passes, _, _ in found])
+        seconds = np.mean([seconds for _, _, seconds in found])
+        means[name] = [found[0][1], passes, seconds]
+    return means
+
+
+def base_rate_logloss(run, metric):
+    """Logloss of a constant, the share of likes in training, on the rows that the table evaluates."""
+    dataset = common.load_dataset(run)
+    labels = dataset.rows(common.COLD if metric == "cold" else common.TEST)[:, 2]
+    return common.logloss(labels, np.full(len(labels), dataset.rows(common.TRAIN)[:, 2].mean()))
+
+
+def references_of(rows, metric):
+    """What differences are taken to: none, and random or, for cold users, clusters of attributes."""
+    has_metadata = any(row["ids"] == "metadata" for row in rows)
+    return ("none", "metadata") if has_metadata and metric == "cold" else ("none", "random")
+
+
+def intervals(study, rows, seeds, metric):
+    """{"variant|model|ids": {control: interval}} for the rows that claim something."""
+    first = next(iter(STUDIES[study]))
+    found = {}
+    split, ending = (common.COLD, "-cold") if metric == "cold" else (common.TEST, "")
+
+    def scores(name, model, ids, seed):
+        return np.load(folder(study, name, seed) / "predictions" / f"{model}-{ids}-0{ending}.npy")
+
+    for name, model, ids in dict.fromkeys((row["variant"], row["model"], row["ids"]) for row in rows):
+        if ids in CONTROLS or not (folder(study, name, 0) / "predictions" / f"{model}-{ids}-0.npy").exists():
+            continue  # scores of tools/baselines.py are not kept by the row
+        for control in references_of(rows, metric):
+            repetitions = []
+            for seed in range(seeds):
+                run = folder(study, name, seed)
+                where = name if (run / "predictions" / f"{model}-{control}-0.npy").exists() else first
+                users, _, labels = common.load_dataset(run).rows(split).T
+                repetitions.append((users, labels, scores(name, model, ids, seed),
+                                    scores(where, model, control, seed)))
+            found.setdefault(f"{name}|{model}|{ids}", {})[control] = bootstrap(repetitions)
+    return found
+
+
+def stability(study, seeds):
+    """Per variant and profile: adjusted MI of two repetitions' codes, mean over pairs; None for folds."""
+    if study in FOLDS or seeds < 2:
+        return None
+    found = {}
+    for name in STUDIES[study]:
+        banks = [np.load(folder(study, name, seed) / "feature_bank.npy") for seed in range(seeds)]
+        pairs = list(itertools.combinations(banks, 2))
+        found[name] = []
+        for m in range(banks[0].shape[1]):
+            agreed = [adjusted_mutual_info_score(one[:, m], other[:, m]) for one, other in pairs]
+            found[name].append(float(np.mean(agreed)))
+    return found
+
+
+# ---------------------------------------------------------------- tables
+
+def spread(values, sign=""):
+    return f"{np.mean(values):{sign}.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
+
+
+def differences_of(cells, references, metric):
+    """{((variant, model, ids), control): AUC of the row minus its control's, a list over the repetitions}."""
+    first = next(iter(cells))[0]
+    found = {}
+    for key, by_seed in cells.items():
+        name, model, ids = key
+        for control in references:
+            other = cells.get((name, model, control)) or cells[first, model, control]
+            if ids != control:
+                found[key, control] = [row[f"{metric}_auc"] - other[seed][f"{metric}_auc"]
+                                       for seed, row in by_seed.items()]
+    return found
+
+
+def p_value(values):
+    """Of the paired t-test, whether the mean is 0; None where it says nothing."""
+    if len(values) < 2 or np.std(values) == 0:
+        return None
+    return float(scipy.stats.ttest_1samp(values, 0).pvalue)
+
+
+def compared(values, p, corrected, interval):
+    """A difference with all that says whether it is one."""
+    text = spread(values, "+")
+    text += f", p {p:.2g}" if p is not None else ""
+    text += f" (Holm {corrected:.2g})" if corrected is not None else ""
+    return text + (" [{:+.4f}, {:+.4f}]".format(*interval) if interval else "")
+
+
+def table(data):
+    """Markdown from what collect() found."""
+    metric = data["metric"]
+    cells = {}
+    for row in data["rows"]:
+        cells.setdefault((row["variant"], row["model"], row["ids"]), {})[row["seed"]] = row
+    first = next(iter(cells))[0]
+    many = len({model for _, model, _ in cells}) > 1
+    references = references_of(data["rows"], metric)
+    differences = differences_of(cells, references, metric)
+    p_values = {key: p_value(values) for key, values in differences.items()}
+    claims = [key for key in p_values if key[0][2] not in CONTROLS]
+    corrected = dict(zip(claims, holm([p_values[key] for key in claims])))
+    shown = {f"{metric}_auc": "AUC", f"{metric}_gauc": "GAUC", f"{metric}_logloss": "logloss"}
+    shown |= {"test_auc": "warm AUC"} if metric == "cold" else {}
+    model_column = ["model"] if many else []
+    titles = [*model_column, "ids", *shown.values(), *(f"AUC - {control}" for control in references)]
+    lines = [titles]
+    for key, by_seed in cells.items():
+        name, model, ids = key
+        line = [model] if many else []
+        line.append(ids if name == first else f"{ids}: {name}")
+        for value in shown:
+            line.append(spread([row[value] for row in by_seed.values()]))
+        for pair in ((key, control) for control in references):
+            interval = data["intervals"].get("|".join(key), {}).get(pair[1])
+            line.append(compared(differences[pair], p_values[pair], corrected.get(pair), interval)
+                        if pair in differences else "")
+        lines.append(line)
+    base_rate = f"{data['base_rate_logloss']:.4f}"
+    lines.append([*("" for _ in model_column), "constant: base rate", "0.5000", "0.5000", base_rate])
+    body = []
+    for line in lines:
+        line += ["" for _ in titles[len(line):]]
+        body.append("| " + " | ".join(line) + " |")
+    return "\n".join([body[0], "|---" * len(titles) + "|", *body[1:], "", notes(data, cells)])
+
+
+def notes(data, cells):
+    """What stands below a table: repetitions, codes, likelihoods, versions."""
+    seeds = len({row["seed"] for row in data["rows"]})
+    found = []
+    first = data["rows"][0]["variant"]
+    means = {}
+    for cell, by_seed in cells.items():
+        name, model, ids = cell
+        if name == first:
+            means[model, ids] = {key: np.mean([row[key] for row in by_seed.values()])
+                                 for key in ("test_auc", "test_logloss")}
+    many = len({model for model, _ in means}) > 1
+    best = improvements(means) if many else None
+    if best:
+        gains = ", ".join(f"{model} {value['userip']['auc']:+.2%} (random {value['random']['auc']:+.2%})"
+                          for model, value in best["relative"].items())
+        found.append(f"Eq. (10) against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: "
+                     + gains)
+    planted = means.get(("dcn", "planted"))
+    floor = means["dcn", "none"]["test_auc"] if planted else 0
+    if planted and planted["test_auc"] - floor > 0.01:  # a share of no lift says nothing (--signal 0)
+        shares = [f"{ids} {(value['test_auc'] - floor) / (planted['test_auc'] - floor):.0%}"
+                  for (_, ids), value in means.items() if ids not in ("none", "planted")]
+        found.append("Share of the planted lift: " + ", ".join(shares))
+    for name in dict.fromkeys(row["variant"] for row in data["rows"]):
+        health = [row["health"] for row in data["rows"] if row["variant"] == name and "health" in row]
+        if health:
+            found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
+    found += against_rivals(cells, data["metric"])
+    if data.get("costs"):
+        found.append("Cost in forward passes of the LM (userip's and pepler's go back as often; without the "
+                     "population), and seconds: " + "; ".join(
+            f"{name} {passes:.1f} a {unit}, {seconds:.0f} s"
+            for name, (unit, passes, seconds) in data["costs"].items()))
+    for lm, by_what in data.get("lm_both", {}).items():
+        texts = []
+        for what, lost in by_what.items():
+            texts.append(f"{what}: " + ", ".join(f"{name} {value:.2f}" for name, value in lost.items()))
+        found.append(f"{lm}, nats a token lost under " + "; ".join(texts))
+    kind = "folds" if data["study"] in FOLDS else "repetitions"
+    kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
+                 f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
+                 f"{data['date']}, {versions}")
+    return "\n".join(f"- {line}." for line in found)
+
+
+def against_rivals(cells, metric):
+    """A line for each variant in which userip has rivals beside it: AUC of userip minus that of each."""
+    lines = []
+    for cell, by_seed in cells.items():
+        name, model, ids = cell
+        others = {other: cells[name, model, other] for other in RIVALS if (name, model, other) in cells}
+        if ids == "userip" and others:
+            found = []
+            for other, rows in others.items():
+                values = [row[f"{metric}_auc"] - rows[seed][f"{metric}_auc"] for seed, row in by_seed.items()]
+                found.append(f"{other} {compared(values, p_value(values), None, None)}")
+            lines.append(f"{name}: AUC of userip minus that of " + "; ".join(found))
+    return lines
+
+
+def health_of(health, stability):
+    """How codes and likelihoods of a variant look, means over its repetitions."""
+    def listed(values):
+        return " / ".join(f"{value:.2f}" for value in values)
+
+    text = "perplexity " + listed(np.mean([entry["perplexity"] for entry in health], axis=0))
+    if health[0]["nmi"]:
+        text += ", NMI with the truth " + listed(np.mean([entry["nmi"] for entry in health], axis=0))
+    if health[0]["heldout_nll"]:
+        means = {}
+        for key in health[0]["heldout_nll"]:
+            means[key] = np.mean([entry["heldout_nll"][key] for entry in health])
+        text += ", validation NLL " + " / ".join(f"{key} {value:.4f}" for key, value in means.items())
+    return text + (f", adjusted MI between two repetitions' codes {listed(stability)}" if stability else "")
+
+
+def markers(study):
+    """(text of the page, pattern of a study's place in it). Raises UserError where there is none."""
+    page = PAGE.read_text(encoding="utf-8")
+    pattern = re.compile(rf"(<!-- table {re.escape(study)} -->\n).*?(<!-- end {re.escape(study)} -->)", re.S)
+    if not pattern.search(page):
+        raise common.UserError(f"no markers for {study}", PAGE,
+                               f"add <!-- table {study} --> and <!-- end {study} -->")
+    return page, pattern
+
+
+def main():
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("--seeds", type=common.at_least(1), default=5, help="repetitions (default: 5)")
+    parser.add_argument("--jobs", type=common.at_least(1), default=os.cpu_count(),
+                        help="side by side (default: the cores)")
+    parser.add_argument("--data-dir", type=lambda text: Path(text).resolve(),
+                        help="of the real data sets, for stage 01")
+    parser.add_argument("--again", action="store_true", help="run a study anew")
+    parser.add_argument("--kept", action="store_true", help="run nothing: tables from docs/results")
+    parser.add_argument("--write", action="store_true", help="put the tables in docs/RESULTS.md, print none")
+    parser.error = lambda text: common.fail(f"error: {text} (tools/tables.py); see: tools/tables.py --help")
+    args = parser.parse_args()
+    for study in args.studies:  # all that can be said at once, before hours of work
+        if study not in STUDIES:
+            raise common.UserError(f"no such table: {study}", "tools/tables.py",
+                                   f"known: {', '.join(STUDIES)}")
+        if args.kept and not (KEPT / f"{study}.json").exists():
+            raise common.UserError(f"{study}.json is missing", KEPT, f"run: python tools/tables.py {study}")
+        if args.write:
+            markers(study)
+    for study in args.studies:
+        if not args.kept:
+            run_study(study, args.seeds, args.jobs, args.data_dir, args.again)
+            common.save_json(KEPT / f"{study}.json", collect(study, args.seeds))
+        text = table(common.load(KEPT, f"{study}.json"))
+        if args.write:
+            page, pattern = markers(study)
+            page = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)
+            PAGE.write_text(page, encoding="utf-8")
+        else:
+            print(f"{study}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    common.guarded(main)
