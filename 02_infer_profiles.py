@@ -5,11 +5,12 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by the text tha
     x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
 
 Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
-theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4) and a prior's term. Three steps:
+theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4). Four steps:
 
-    fit_space  the words that could name a profile become a Gaussian prior: theta^m = origin^m + z^m basis^m
+    fit_space  theta begins at the mean of the words that could name the profile: music, fishing, cooking ...
     fit_task   what all users share, the format of the text, is learned once, as soft tokens of D_task
-    descend    each user's few numbers z are found by gradient descent, a block of users at a time
+    descend    each user's theta is found by gradient descent, a block of users at a time
+    squeeze    what is kept of theta are its coordinates z along the few directions in which users differ
 
 DEVIATION(k) in a comment: row k of README's differences from the paper.
 
@@ -31,6 +32,7 @@ Run:
 """
 
 import functools
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -240,86 +242,79 @@ class ProfileLikelihood:
 
 @dataclass
 class Space:
-    """theta^m = origin^m + z^m basis^m. A user is z (M, r), a sample of N(0, I) for the prior.
+    """theta^m = origin^m + z^m basis^m: a user is z (M, r), and z = 0 is what all users share.
 
-    origin (M, d); basis (M, r, d); words: per profile its words, coordinates: per profile their z (words, r);
-    task (T, d): the soft tokens of D_task that all users share.
+    origin (M, d); basis (M, r, d), all directions of a profile as long as its words' spread; start (M, d):
+    the words' mean, where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
+    its words, vectors: per profile their embeddings (words, d).
     """
 
     origin: torch.Tensor
     basis: torch.Tensor
+    start: torch.Tensor
     task: torch.Tensor
     words: list
-    coordinates: list
+    vectors: list
 
     def theta(self, z):
         """z (B, M, r) -> theta (B, M, d)."""
         return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
 
-    def saved(self):
-        """What space.pt holds."""
-        tensors = {"origin": self.origin, "basis": self.basis, "task": self.task}
-        return {"words": self.words, "coordinates": [found.cpu() for found in self.coordinates],
-                **{name: tensor.cpu() for name, tensor in tensors.items()}}
+    def nearest(self, vectors, m):
+        """z (n, r) of the points of profile m's space nearest to vectors (n, d)."""
+        squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # 0 where words span fewer directions
+        return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
-    def fingerprint(self):
-        """Of all that it holds."""
-        saved = self.saved()
-        arrays = [saved[name].numpy() for name in ("origin", "basis", "task")]
-        return fingerprint(*arrays, *(found.numpy() for found in saved["coordinates"]), self.words)
+    def z(self, theta):
+        """theta (B, M, d) -> z (B, M, r) of the nearest points of the space."""
+        return torch.stack([self.nearest(theta[:, m], m) for m in range(theta.shape[1])], dim=1)
 
-
-def coordinates_of(vectors, origin, basis):
-    """z (n, r) of the points of a profile's space, origin (d,), basis (r, d), nearest to vectors (n, d)."""
-    squared_length = basis.pow(2).sum(1).clamp(min=1e-12)  # 0 for a direction that the words do not have
-    return (vectors - origin) @ basis.T / squared_length
-
-
-def gaussian_of(vectors, counts, rank):
-    """The Gaussian N(origin, basis^T basis) fitted to words: (origin (d,), basis (r, d), coordinates (n, r)).
-
-    vectors (n, d), counts (n,): how common a word is, whose root is its weight. The basis is the principal
-    directions, each as long as its standard deviation; n words have at most n - 1. rank 0: the whole space,
-    with the words' mean variance in every direction.
-    """
-    weight = counts.sqrt() / counts.sqrt().sum()
-    origin = weight @ vectors
-    weighted = weight.sqrt()[:, None] * (vectors - origin)
-    _, size, directions = torch.linalg.svd(weighted, full_matrices=False)
-    if rank:
-        kept = max(1, min(rank, len(vectors) - 1))
-        basis = size[:kept, None] * directions[:kept]
-    else:
-        spread = size.pow(2).sum().div(len(origin)).sqrt()
-        basis = spread * torch.eye(len(origin), device=vectors.device)
-    return origin, basis, coordinates_of(vectors, origin, basis)
+    def word_z(self, m):
+        """z (words, r) of the words of profile m."""
+        return self.nearest(self.vectors[m], m)
 
 
 @torch.no_grad()
-def fit_space(likelihood, tokenizer, profiles, rank):
-    """The Space of the profiles' words: DEVIATION(4). The task prompt is that of the text."""
+def fit_space(likelihood, tokenizer, profiles):
+    """The Space of all d directions around the words that could name each profile: DEVIATION(4).
+
+    A word of several tokens is the mean of its tokens; its weight is the root of its count. The words' mean
+    is the origin, their mean deviation the unit of every direction.
+    """
     origins = []
     bases = []
     words = []
-    coordinates = []
+    word_vectors = []
     for m, profile in enumerate(profiles):
         counts = profile.get("words", {})
-        if len(counts) < 2:  # one word spans nothing
+        if len(counts) < 2:  # one word has no spread
             counts = likeliest_words(likelihood, tokenizer, m)
-        texts = [f" {word}" for word in counts]
-        # A word of several tokens is the mean of its tokens.
-        vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces_of(tokenizer, texts)])
-        weights = torch.tensor([float(count) for count in counts.values()], device=likelihood.device)
-        origin, basis, found = gaussian_of(vectors, weights, rank)
+        pieces = pieces_of(tokenizer, [f" {word}" for word in counts])
+        vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces])
+        weights = torch.tensor(list(counts.values()), device=likelihood.device).float().sqrt()
+        weights = weights / weights.sum()
+        origin = weights @ vectors
+        spread = (weights @ (vectors - origin) ** 2).mean().sqrt()
         origins.append(origin)
-        bases.append(basis)
-        coordinates.append(found)
+        bases.append(spread * torch.eye(likelihood.width, device=likelihood.device))
         words.append(list(counts))
-    # Profiles of fewer words than others have directions of length 0 at the end.
-    size = max(len(basis) for basis in bases)
-    bases = [nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases]
-    coordinates = [nn.functional.pad(found, (0, size - found.shape[1])) for found in coordinates]
-    return Space(torch.stack(origins), torch.stack(bases), likelihood.task, words, coordinates)
+        word_vectors.append(vectors)
+    origin = torch.stack(origins)
+    return Space(origin, torch.stack(bases), origin, likelihood.task, words, word_vectors)
+
+
+def squeeze(space, z, rank):
+    """The Space of the `rank` directions along which some users differ most, with their mean at the origin.
+
+    z (n, M, d): these users in a space of all directions. Note: a descent in d directions fits a user's few
+    titles too well. What moves many users is kept, what moved one alone is dropped: titles that were not seen
+    become likelier, and a user is r numbers.
+    """
+    mean = z.mean(0)  # Shape: (M, d)
+    _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
+    origin = space.theta(mean[None])[0]
+    basis = directions[:, :rank] @ space.basis  # Shape: (M, r, d)
+    return Space(origin, basis, space.start, space.task, space.words, space.vectors)
 
 
 # -------- train
@@ -385,7 +380,7 @@ def descend(likelihood, space, ids, lengths, args):
         with torch.set_grad_enabled(wants_gradient):
             z = z.detach().requires_grad_(wants_gradient)
             nll = likelihood(space.theta(z), ids, lengths)  # Eq. (4)
-            # DEVIATION(4): l = l_llm + prior / 2 ||z||^2, a Gaussian prior; the paper has prior = 0.
+            # l = l_llm + prior / 2 ||z||^2: a Gaussian prior, by default none, as in the paper.
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
@@ -399,7 +394,7 @@ def descend(likelihood, space, ids, lengths, args):
         by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
-    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])
+    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the origin
     nll, loss, gradient = evaluate(z, True)
     step_size = longest_step(gradient)
     path = [nll]
@@ -429,7 +424,7 @@ def descend(likelihood, space, ids, lengths, args):
 def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
     """Nats per token of validation titles, {} without any:
 
-    own: under the user's z; population: under 0, what all share; shuffled: under another user's z;
+    own: under the user's z; population: under 0, the mean user; shuffled: under another user's z;
     and for each profile, by its name: under the user's own z, but this one profile of another user.
     """
     ring = rng.permutation(solved)
@@ -468,10 +463,12 @@ def parse_arguments():
         help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
     add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
-        help="most that a coordinate of z moves in a step, whose prior has sd 1 (paper: Adam's 0.001)")
-    add("--prior", type=at_least(0, float, 1e6), default=1.0, help="weight of the prior of z (paper: 0)")
-    add("--rank", type=at_least(0), default=16,
-        help="most directions of the words' space; 0: the whole space, an isotropic prior (paper)")
+        help="most that theta moves in a step along a direction, in the words' spread (paper: Adam's .001)")
+    add("--prior", type=at_least(0, float, 1e6), default=0.0, help="weight of a Gaussian prior (paper: 0)")
+    add("--space", choices=("users", "words"), default="users",
+        help="users: theta moves in all d directions, and those in which users differ are kept; words: theta "
+        "moves among the words alone")
+    add("--rank", type=at_least(0), default=16, help="most directions that are kept; 0: all (paper)")
     add("--task-steps", type=at_least(0), default=24,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
@@ -487,6 +484,7 @@ def parse_arguments():
 # -------- tokens and blocks of users
 
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
+DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
 
 
@@ -543,14 +541,17 @@ def pad(histories, users, device):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
-def infer_block(likelihood, space, histories, users, args, raw_ids):
+def infer_block(likelihood, start, histories, users, args, raw_ids, space=None):
     """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite.
 
-    users: indices; raw_ids: what the data set calls all its users, for the message.
+    start: the Space in which these users (indices) descend; space: where their z is kept, if in another;
+    raw_ids: what the data set calls all its users, for the message.
     """
     clock = time.perf_counter()
     ids, lengths = pad(histories, users, likelihood.device)
-    z, path = descend(likelihood, space, ids, lengths, args)
+    z, path = descend(likelihood, start, ids, lengths, args)
+    if space is not None:
+        z = space.z(start.theta(z))
     bad = [str(raw_ids[user]) for user, good in zip(users, path[-1].isfinite().tolist()) if not good]
     if bad:
         raise UserError(f"the likelihood is not finite for {len(bad)} users, among them {', '.join(bad[:5])}",
@@ -559,30 +560,106 @@ def infer_block(likelihood, space, histories, users, args, raw_ids):
             "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
 
 
-def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
-    """Infer what has no file yet in `work`: the space, then the blocks, which processes share. The Space."""
-    def make_space():
-        space = fit_space(likelihood, tokenizer, dataset.profiles, args.rank)
-        space.task = fit_task(likelihood, space, histories, args)
-        return space.saved()
+def first_blocks(blocks):
+    """Numbers of the blocks, of short and of long histories, that hold DIRECTION_USERS users or nearly."""
+    users = sum(len(block) for block in blocks)
+    share = min(1.0, DIRECTION_USERS / max(1, users))
+    count = math.ceil(share * len(blocks))
+    return sorted(set(np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()))
 
+
+def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
+    """Infer what has no file yet in `work`; processes share the blocks. (Space, the Space of the descent).
+
+    Some blocks come first: their users tell the directions of the space to which all are squeezed.
+    """
+    def make_start():
+        if (work / "space.pt").exists():  # --users: new users live in the space of the first run
+            start = open_space(work, likelihood.device)
+            if squeezed:
+                start = whole_space(start)
+        else:
+            start = fit_space(likelihood, tokenizer, dataset.profiles)
+            if args.space == "words" and args.rank:
+                start = words_space(start, dataset.profiles, args.rank)
+            start.task = fit_task(likelihood, start, histories, args)
+        return saved_space(start)
+
+    def make_space():
+        if not squeezed:
+            return saved_space(start)
+        z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in first]
+        return saved_space(squeeze(start, torch.cat(z).to(likelihood.device), args.rank))
+
+    def infer_blocks(numbers, space, what):
+        pieces = []
+        for number in numbers:
+            path = work / f"{number:06d}.pt"
+            pieces.append((path, infer_block, likelihood, start, histories, blocks[number], args,
+                           dataset.users, space))
+        do_all(pieces, what, "block", likelihood.device)
+
+    squeezed = args.space == "users" and args.rank > 0
+    if RANK == 0 and not (work / "start.pt").exists():  # blocks of another space are worth nothing
+        for path in work.glob("[0-9]*.pt"):
+            path.unlink()
+        once(work / "start.pt", make_start)
+    wait_for_all()
+    start = open_space(work, likelihood.device, "start.pt")
+    likelihood.task = start.task
+    first = []
+    if squeezed and not args.users:
+        first = first_blocks(blocks)
+        infer_blocks(first, None, "inferring the first users")
+        wait_for_all()
     if RANK == 0:
-        if not (work / "space.pt").exists():  # blocks of another space are worth nothing
-            for path in work.glob("[0-9]*.pt"):
-                path.unlink()
         once(work / "space.pt", make_space)
+        for profile, words in zip(dataset.profiles, start.words):
+            print(f"words of {profile['name']}: {', '.join(words)}")
     wait_for_all()
     space = open_space(work, likelihood.device)
-    likelihood.task = space.task
-    if RANK == 0:
-        for profile, words in zip(dataset.profiles, space.words):
-            print(f"words of {profile['name']}: {', '.join(words)}")
-    pieces = []
-    for number, users in enumerate(blocks):
-        path = work / f"{number:06d}.pt"
-        pieces.append((path, infer_block, likelihood, space, histories, users, args, dataset.users))
-    do_all(pieces, "inferring", "block", likelihood.device)
-    return space
+    others = [number for number in range(len(blocks)) if number not in first]
+    infer_blocks(others, space if squeezed else None, "inferring")
+    return space, start
+
+
+# -------- variants of the space
+
+def words_space(start, profiles, rank):
+    """--space words: theta moves among the words alone, along the principal directions of their Gaussian.
+
+    A direction is as long as the words' standard deviation along it; n words have at most n - 1.
+    """
+    bases = []
+    for m, profile in enumerate(profiles):
+        counts = profile.get("words") or dict.fromkeys(start.words[m], 1.0)
+        origin, basis = gaussian_of(start.vectors[m], torch.tensor(list(counts.values())).float(), rank)
+        bases.append(basis)
+    # Profiles of fewer words than others have directions of length 0 at the end.
+    size = max(len(basis) for basis in bases)
+    start.basis = torch.stack([nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases])
+    return start
+
+
+def gaussian_of(vectors, counts, rank):
+    """The Gaussian N(origin, basis^T basis) fitted to words: (origin (d,), basis (r, d)).
+
+    vectors (n, d), counts (n,): how common a word is, whose root is its weight.
+    """
+    weight = (counts.sqrt() / counts.sqrt().sum()).to(vectors)
+    origin = weight @ vectors
+    weighted = weight.sqrt()[:, None] * (vectors - origin)
+    _, size, directions = torch.linalg.svd(weighted, full_matrices=False)
+    kept = max(1, min(rank, len(vectors) - 1))
+    return origin, size[:kept, None] * directions[:kept]
+
+
+def whole_space(space):
+    """The space of all directions in which the users of a squeezed space descended."""
+    spread = space.basis.norm(dim=2).amax(1)  # Shape: (M,)
+    everywhere = torch.eye(space.basis.shape[2], device=space.basis.device)
+    return Space(space.start, spread[:, None, None] * everywhere, space.start, space.task, space.words,
+                 space.vectors)
 
 
 # -------- low memory and low precision
@@ -764,16 +841,28 @@ def likeliest_words(likelihood, tokenizer, m):
 # -------- save
 
 FILES = ("profiles.npy", "profiles_users.json", "space.pt", "profiles.json")
-RECORDED = ("lm", "dtype", "steps", "lr", "prior", "rank", "task_steps", "mask", "history", "max_history",
-            "tiny_sentences", "seed")  # the settings on which theta depends
+RECORDED = ("lm", "dtype", "steps", "lr", "prior", "space", "rank", "task_steps", "mask", "history",
+            "max_history", "tiny_sentences", "seed")  # the settings on which theta depends
 
 
-def open_space(folder, device):
-    """The Space in a folder's space.pt."""
-    saved = load(folder, "space.pt", ("origin", "basis", "task", "words", "coordinates"))
-    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "task")}
-    coordinates = [found.to(device) for found in saved["coordinates"]]
-    return Space(**tensors, words=saved["words"], coordinates=coordinates)
+def open_space(folder, device, name="space.pt"):
+    """The Space in a file of a folder."""
+    saved = load(folder, name, ("origin", "basis", "start", "task", "words", "vectors"))
+    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "start", "task")}
+    return Space(**tensors, words=saved["words"], vectors=[found.to(device) for found in saved["vectors"]])
+
+
+def saved_space(space):
+    """What space.pt holds."""
+    tensors = {key: getattr(space, key).cpu() for key in ("origin", "basis", "start", "task")}
+    return {**tensors, "words": space.words, "vectors": [found.cpu() for found in space.vectors]}
+
+
+def space_fingerprint(space):
+    """Of all that space.pt holds."""
+    saved = saved_space(space)
+    arrays = [saved[key].numpy() for key in ("origin", "basis", "start", "task")]
+    return fingerprint(*arrays, *(found.numpy() for found in saved["vectors"]), saved["words"])
 
 
 def publish(work, run):
@@ -794,7 +883,7 @@ def read_profiles(run):
     owners = load(run, "profiles_users.json", ("users", "inferred"))
     check_same(run, "profiles.npy", "profiles.json", fingerprint(z), facts["fingerprint"])
     check_same(run, "profiles_users.json", "profiles.json", fingerprint(owners), facts["users_fingerprint"])
-    found = open_space(run, "cpu").fingerprint()
+    found = space_fingerprint(open_space(run, "cpu"))
     check_same(run, "space.pt", "profiles.json", found, facts["space_fingerprint"])
     return facts, z, owners
 
@@ -838,19 +927,23 @@ def say_who_is_missing(run, strangers, path):
               "not in the data set; run 01 with their rows")
 
 
-def gather(work, blocks, old, rows, shape, before):
+def gather(work, blocks, old, rows, spaces, n_users, before):
     """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
 
-    Who has no history holds 0, the population.
+    spaces: of solve. Who has no history holds 0, the mean user.
     """
-    z = np.zeros(shape, np.float32)
+    space, start = spaces
+    z = np.zeros((n_users, *space.basis.shape[:2]), np.float32)
     for user, row in rows.items():
         z[user] = old[row]
     sums = {"tokens": before["train_tokens"], "seconds": before["seconds"],
             "nll": np.array(before["train_nll_steps"]) * before["train_tokens"]}
     for number, users in enumerate(blocks):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
-        z[users] = part["z"].numpy()
+        found = part["z"]
+        if found.shape[2] != z.shape[2]:  # the first users, who were solved before there were directions
+            found = space.z(start.theta(found.to(start.origin.device))).cpu()
+        z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
     return z, sorted(chain(rows, *blocks)), sums
 
@@ -895,13 +988,13 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return
     if args.users and RANK == 0:
-        once(work / "space.pt", lambda: open_space(args.run, "cpu").saved())
-    space = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
+        once(work / "space.pt", lambda: saved_space(open_space(args.run, "cpu")))
+    spaces = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first process would publish while another still writes
     if RANK > 0:
         return
-    shape = (len(histories), *space.basis.shape[:2])
-    z, known, sums = gather(work, blocks, old_z, old_rows, shape, before)
+    space, _ = spaces
+    z, known, sums = gather(work, blocks, old_z, old_rows, spaces, len(histories), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     solved = sorted(chain(*blocks))
     heldout = heldout_nll(likelihood, space, z, validation, solved, dataset.profiles, seeded(args.seed, 3))
@@ -921,7 +1014,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         "peak_memory_mb": peak_memory_mb(likelihood.device),
         "fingerprint": fingerprint(z),
         "users_fingerprint": fingerprint(owners),
-        "space_fingerprint": space.fingerprint()}
+        "space_fingerprint": space_fingerprint(space)}
     save_npy(work / "profiles.npy", z)
     save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete

@@ -139,11 +139,11 @@ class Surrogate(nn.Module):
         return self.dcn.logit(torch.cat([self.dcn.embed(ids), torch.stack(profiles, dim=1)], dim=1))
 
 
-def first_codebooks(z, sizes, start, seed, coordinates=None):
+def first_codebooks(z, sizes, start, seed, words=None):
     """M codebooks (K_m, r): k-means over z (n, M, r), or U(-1/K, 1/K). DEVIATION(6).
 
-    coordinates: M tensors (words, r), the words' own z, the most frequent word first. With start "words"
-    k-means begins at the first K_m of them; where these are too few, and with "kmeans", by k-means++.
+    words: M tensors (n_words, r), the words' own z, the most frequent word first. With start "words" k-means
+    begins at the first K_m of them; where these are too few, and with "kmeans", by k-means++.
     """
     codebooks = []
     for m, size in enumerate(sizes):
@@ -155,8 +155,8 @@ def first_codebooks(z, sizes, start, seed, coordinates=None):
                 todo = "choose fewer" if count > 2 else "give more data: these users look the same"
                 what = f"{size} codes are more than the {count} distinct theta^{m + 1}"
                 raise UserError(what, "--codes", todo)
-            from_words = start == "words" and size <= len(coordinates[m])
-            begin = coordinates[m][:size].numpy() if from_words else "k-means++"
+            from_words = start == "words" and size <= len(words[m])
+            begin = words[m][:size].numpy() if from_words else "k-means++"
             kmeans = cluster.KMeans(size, init=begin, n_init=1 if from_words else 10, random_state=seed)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
@@ -266,7 +266,9 @@ class KMeans:
     def first_books(self):
         """The codebooks with which learning begins."""
         z = self.problem.z[self.problem.known]
-        return first_codebooks(z, self.sizes, self.args.start, self.args.seed, self.problem.space.coordinates)
+        space = self.problem.space
+        words = [space.word_z(m) for m in range(z.shape[1])]
+        return first_codebooks(z, self.sizes, self.args.start, self.args.seed, words)
 
     def fit(self):
         """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
@@ -442,6 +444,11 @@ class Words(SoftCodeEM):
     would give it to everybody: w^m_c is minus the mean of log P over all users under this word.
     """
 
+    def theta(self, codes):
+        """codes (B, M) -> the words' own vectors (B, M, d), which need not lie in the space."""
+        vectors = self.space.vectors
+        return torch.stack([found[codes[:, m].to(found.device)] for m, found in enumerate(vectors)], dim=1)
+
     def fit(self):
         self.open()
         seeded(self.args.seed, 7)
@@ -450,7 +457,7 @@ class Words(SoftCodeEM):
             if size > count:
                 raise UserError(f"{size} codes are more than the {count} words of profile {m + 1}", "--codes",
                                 "choose fewer, or another --quantizer")
-        self.books = [found[:size] for size, found in zip(self.sizes, self.problem.space.coordinates)]
+        self.books = [self.problem.space.word_z(m)[:size] for m, size in enumerate(self.sizes)]
         known = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
         mean = torch.cat(known).mean(0)  # of each combination. Shape: (C,)
         self.log_weights = []
@@ -651,7 +658,8 @@ def main():
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
         centre = torch.tensor(problem.z[known].mean(0))
-        named = name_codes(quantizer.books, problem.space.coordinates, problem.space.words, centre)
+        words_z = [problem.space.word_z(m) for m in range(len(sizes))]
+        named = name_codes(quantizer.books, words_z, problem.space.words, centre)
         if isinstance(quantizer, Words):
             named = [words[:size] for size, words in zip(sizes, problem.space.words)]
     report = health(codes[known], sizes, dataset.profiles)

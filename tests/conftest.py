@@ -176,9 +176,9 @@ def world():
 
 def settings(**changes):
     """Stage 02's settings for in-process calls."""
-    return SimpleNamespace(**{"steps": 3, "lr": 0.5, "prior": 1.0, "rank": 16, "task_steps": 24,
-                              "mask": "strict", "history": "liked", "max_history": 20, "block_size": None,
-                              "seed": 0, **changes})
+    defaults = {"steps": 3, "lr": 0.5, "prior": 1.0, "space": "users", "rank": 16, "task_steps": 24,
+                "mask": "strict", "history": "liked", "max_history": 20, "block_size": None, "seed": 0}
+    return SimpleNamespace(**(defaults | changes))
 
 
 @pytest.fixture(scope="session")
@@ -218,14 +218,15 @@ def likelihood_of(model, tokenizer, dataset, mask="strict", chunk=4096):
 
 
 def space_of(likelihood, tokenizer, dataset, rank=16):
-    """The words' space of a data set, without a learned task prompt."""
-    return infer.fit_space(likelihood, tokenizer, dataset.profiles, rank)
+    """The words' space of a data set, or with rank 0 the whole space, without a learned task prompt."""
+    space = infer.fit_space(likelihood, tokenizer, dataset.profiles)
+    return infer.words_space(space, dataset.profiles, rank) if rank else space
 
 
-def z_of(space, theta):
-    """theta (B, M, d) -> z (B, M, r) of the points of the space nearest to it."""
-    return torch.stack([infer.coordinates_of(*column) for column in
-                        zip(theta.unbind(1), space.origin, space.basis)], dim=1)
+def whole_space(profiles, width):
+    """The space of all directions around 0, whose words are none."""
+    origin = torch.zeros(profiles, width)
+    return infer.Space(origin, torch.eye(width).expand(profiles, -1, -1), origin, None, [], [])
 
 
 def random_theta(likelihood, users, seed=0):

@@ -372,7 +372,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["facts"].update(quantizer="ward")),
      ["codebooks.pt has 2 books of ward", "--keep-codebooks"]),
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
-    (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--quantizer vq goes with --assign nearest"]),
+    (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--quantizer vq goes with"]),
     (quantize, ["--quantizer", "words", "--assign", "nearest"], None, ["--quantizer words goes with"]),
     (quantize, ["--quantizer", "em", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),
     (quantize, ["--quantizer", "words", "--codes", "17,6"], None, ["102 combinations", "at most 100"]),

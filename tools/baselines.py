@@ -124,17 +124,18 @@ def kar_text(world, histories, answer):
 
 
 def save_theta(world, theta):
-    """RUN/kar: stage 01's files, the tiny LM and KAR's theta in our space, as 02 would have left it."""
-    columns = zip(torch.from_numpy(theta).to(world.device).unbind(1), world.space.origin, world.space.basis)
-    z = torch.stack([infer.coordinates_of(*column) for column in columns], dim=1).cpu().numpy()
+    """RUN/kar: stage 01's files, the tiny LM and KAR's theta in the whole space, as 02 would have left it."""
+    space = infer.whole_space(world.space)
+    z = space.z(torch.from_numpy(theta).to(world.device)).cpu().numpy()
     run = world.args.run / "kar"
-    changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None}
+    changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None,
+               "space_fingerprint": infer.space_fingerprint(space)}
     shutil.rmtree(run, ignore_errors=True)
     later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",
                                    "profiles.*")
     shutil.copytree(world.args.run, run, ignore=later)
     common.save_npy(run / "profiles.npy", z)
-    common.save_torch(run / "space.pt", world.space.saved())
+    common.save_torch(run / "space.pt", infer.saved_space(space))
     common.save_json(run / "profiles.json", world.problem.facts | changed)
 
 

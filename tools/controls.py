@@ -12,7 +12,7 @@ generosity  one number: eight quantiles of the share of likes
 mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
 
 All read training and support rows alone; what a user has no row for gets the unknown code K.
-Reads:  what 03 reads
+Reads:  stage 01's files; text, hidden and words what 03 reads, for they look at the LLM of stage 02
 Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by}
 """
 
@@ -120,6 +120,15 @@ def mf(problem, sizes, device, seed):
 
 
 CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
+WITHOUT_LLM = ("metadata", "generosity", "mf")  # these need stage 01 alone
+
+
+def open_run(run, names):
+    """(Problem, truth or None). Without stage 02, or where no LLM is needed, the data set is the problem."""
+    alone = bool(names) and set(names) <= set(WITHOUT_LLM)
+    if alone or (not names and not (run / "profiles.json").exists()):
+        return SimpleNamespace(dataset=common.load_dataset(run), z=None), common.load_truth(run)
+    return quantize.read_problem(run)
 
 
 def save_bank(run, name, columns, dataset, made_by):
@@ -154,10 +163,15 @@ def main():
     unknown = sorted(set(args.names) - CONTROLS.keys())
     if unknown:
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
-    problem, truth = quantize.read_problem(args.run)
+    problem, truth = open_run(args.run, args.names)
     device = common.pick_device(args.device)
     sizes = sizes_of(args.run, problem.dataset.profiles, args.codes)
+    made = []
     for name in args.names or CONTROLS:
+        if problem.z is None and name not in WITHOUT_LLM:
+            print(f"WARNING: {name} is left out, for stage 02 has not run: python 02_infer_profiles.py "
+                  f"--run {args.run}")
+            continue
         try:
             columns = CONTROLS[name](problem, sizes, device, args.seed)
         except common.UserError as error:
@@ -165,14 +179,18 @@ def main():
                 raise
             print(f"WARNING: {name} is left out: {error}")
             continue
+        made.append(name)
         bank = save_bank(args.run, name, columns, problem.dataset,
                          f"tools/controls.py {name} --seed {args.seed}")
         # text and hidden have columns of another meaning
         if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
-            agreed = quantize.agreement(bank[problem.known], truth[problem.known])["nmi_truth"]
+            known = (bank < sizes).all(1)
+            agreed = quantize.agreement(bank[known], truth[known])["nmi_truth"]
             print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
-    names = ",".join(args.names or CONTROLS)
-    print(f"next: python 04_train_ctr.py --run {args.run} --ids none,random,userip,{names}")
+    ids = ["none", "random", *made]
+    if (args.run / "feature_bank.npy").exists():
+        ids.insert(2, "userip")
+    print(f"next: python 04_train_ctr.py --run {args.run} --ids {','.join(ids)}")
 
 
 if __name__ == "__main__":

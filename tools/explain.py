@@ -131,7 +131,7 @@ class Explainer:
 
     def words_of(self, z, m):
         """The profile's own words for each row of z (n, r), the one towards which it lies first: n lists."""
-        coordinates = normalize(self.space.coordinates[m], dim=1)
+        coordinates = normalize(self.space.word_z(m), dim=1)
         order = (torch.as_tensor(z) @ coordinates.T).argsort(dim=1, descending=True)
         return named(order, self.space.words[m])
 

@@ -87,12 +87,15 @@ def write_bank(run, name):
 
 
 def prior_of_words(vectors, counts, rank):
-    return infer.gaussian_of(vectors, counts, rank)
+    origin, basis = infer.gaussian_of(vectors, counts, rank)
+    space = infer.Space(origin[None], basis[None], origin[None], None, [], [vectors])
+    return origin, basis, space.word_z(0)
 
 
 def gradient_in_z(gradient, basis, z, prior):
     """By autograd through the project's own Space."""
-    space = infer.Space(torch.zeros_like(basis[:1]), basis[None], None, [], [])
+    origin = torch.zeros_like(basis[:1])
+    space = infer.Space(origin, basis[None], origin, None, [], [])
     z = z[:, None].detach().requires_grad_()
     loss = (space.theta(z) * gradient[:, None]).sum() + prior / 2 * (z ** 2).sum()
     return torch.autograd.grad(loss, z)[0][:, 0]

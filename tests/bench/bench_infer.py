@@ -154,7 +154,8 @@ def random_space(likelihood, rank=16):
     generator = torch.Generator().manual_seed(0)
     basis = 0.02 * torch.randn(likelihood.n_profiles, rank, likelihood.width, generator=generator)
     origin = torch.zeros(likelihood.n_profiles, likelihood.width)
-    return infer.Space(origin.to(likelihood.device), basis.to(likelihood.device), likelihood.task, [], [])
+    origin = origin.to(likelihood.device)
+    return infer.Space(origin, basis.to(likelihood.device), origin, likelihood.task, [], [])
 
 
 class Authors:
@@ -300,7 +301,7 @@ def steps_to_solve(device, users, cap, sentences, name=None):
             model, tokenizer = common.load_language_model(str(lm), DTYPES[dtype], device)
             likelihood = infer.ProfileLikelihood(model, infer.prompt_segments(tokenizer, dataset))
             histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
-            space = infer.fit_space(likelihood, tokenizer, dataset.profiles, settings.rank)
+            space = infer.fit_space(likelihood, tokenizer, dataset.profiles)
             text = likelihood.task
             if task is None:
                 task = infer.fit_task(likelihood, space, histories, settings)

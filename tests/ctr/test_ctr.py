@@ -246,6 +246,14 @@ def test_a_bad_bank_is_one_line_and_changes_nothing(case, inferred, tmp_path, ca
 
 # ---------------------------------------------------------------- training
 
+def test_a_bank_with_the_name_of_a_control_is_refused(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    codes = np.zeros((len(common.load_dataset(run).users), 1), np.int16)
+    write_bank(run, "random-x", codes, [2])
+    text = refused(capsys, "--run", run, "--ids", "none,random-x")
+    assert "a bank may not be called random-x" in text and "rename feature_bank_random-x.npy" in text
+
+
 class Probe(nn.Module):
     """Not a recommender: it notes what it is shown, and gives every pair the same logit."""
 

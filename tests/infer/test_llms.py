@@ -55,7 +55,7 @@ def test_vectors_are_what_the_llm_makes_of_words(kind, folder_of, world):
     space, plain = space_of(likelihood, make_tokenizer(), world[0]), table[common.pieces_of(
         make_tokenizer(), [" music"])[0]].mean(0)
     music = space.words[0].index("music")
-    vector = space.origin[0] + space.coordinates[0][music] @ space.basis[0]
+    vector = space.origin[0] + space.word_z(0)[music] @ space.basis[0]
     assert torch.allclose(vector, 32 ** 0.5 * plain, atol=1e-3)
 
 

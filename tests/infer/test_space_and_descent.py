@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, random_theta,
-                      settings, space_of, z_of)
+                      settings, space_of, whole_space)
 
 import common
 
@@ -155,11 +155,11 @@ def test_the_words_space_against_an_explicit_covariance(lm, world):
         assert np.allclose(space.origin[m].numpy(), mean, atol=1e-5)
         basis = space.basis[m].double().numpy()
         assert np.allclose(basis.T @ basis, covariance, atol=1e-6)
-        for word, z in enumerate(space.coordinates[m].double().numpy()):
+        for word, z in enumerate(space.word_z(m).double().numpy()):
             assert np.allclose(mean + z @ basis, vectors[word], atol=1e-4)
         assert space.words[m] == list(profile["words"])
     z = torch.randn(5, 2, space.basis.shape[1]) * (space.basis.abs().sum(2) > 0)
-    assert torch.allclose(z_of(space, space.theta(z)), z, atol=1e-4)
+    assert torch.allclose(space.z(space.theta(z)), z, atol=1e-4)
 
 
 def test_fewer_directions_than_words_keep_the_most_of_their_variance(world):
@@ -178,8 +178,8 @@ def test_rank_0_is_the_whole_space_with_an_isotropic_prior(world):
     for m in range(2):
         spread = float(words.basis[m].pow(2).sum() / 32) ** 0.5
         assert torch.allclose(whole.basis[m], spread * torch.eye(32), atol=1e-5)
-        vectors = whole.origin[m] + spread * whole.coordinates[m]
-        expected = words.origin[m] + words.coordinates[m] @ words.basis[m]
+        vectors = whole.origin[m] + spread * whole.word_z(m)
+        expected = words.origin[m] + words.word_z(m) @ words.basis[m]
         assert torch.allclose(vectors, expected, atol=1e-4)
 
 
@@ -336,7 +336,7 @@ class Valley:
         self.space, self.slope, self.visited = space, slope, []
 
     def __call__(self, theta, ids, lengths):
-        z = z_of(self.space, theta)
+        z = self.space.z(theta)
         self.visited.append(z.detach().clone())
         return self.slope * (z - 0.3).abs().sum((1, 2))
 
@@ -344,7 +344,7 @@ class Valley:
 @pytest.mark.parametrize("slope", [1.0, 100.0])
 def test_the_best_point_is_kept_and_a_step_too_long_is_halved(slope):
     torch.manual_seed(0)
-    space = infer.Space(torch.zeros(1, 4), torch.eye(4)[None], None, [], [])
+    space = whole_space(1, 4)
     likelihood = Valley(space, slope)
     ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
     z, path = infer.descend(likelihood, space, ids, lengths, settings(steps=12, lr=5.0, prior=0.0))
@@ -359,7 +359,7 @@ def test_the_best_point_is_kept_and_a_step_too_long_is_halved(slope):
 
 def test_a_point_whose_gradient_overflowed_is_taken_back_and_at_the_start_it_is_said():
     """As fp16 may: the likelihood is finite there, its gradient is not."""
-    space = infer.Space(torch.zeros(1, 4), torch.eye(4)[None], None, [], [])
+    space = whole_space(1, 4)
 
     class Overflow(torch.autograd.Function):
         @staticmethod
@@ -373,7 +373,7 @@ def test_a_point_whose_gradient_overflowed_is_taken_back_and_at_the_start_it_is_
             return torch.where(z < limit, 2 * z - 1, torch.inf) * upstream
 
     def overflowing(theta, ids, lengths):
-        return Overflow.apply(z_of(space, theta)).sum((1, 2))
+        return Overflow.apply(space.z(theta)).sum((1, 2))
 
     ids, lengths = torch.zeros(2, 3, dtype=torch.long), torch.tensor([3, 3])
     limit = 0.4

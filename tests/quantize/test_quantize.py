@@ -336,7 +336,7 @@ def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp
 
 @pytest.mark.parametrize("flags, words", [
     (["--codes", "4"], "2 codebook sizes"),
-    (["--quantizer", "words", "--assign", "nearest"], "--quantizer words goes with --assign likelihood alone"),
+    (["--quantizer", "words", "--assign", "nearest"], "--quantizer words goes with --assign likelihood"),
     (["--assign", "likelihood", "--codes", "40,3"], "120 combinations"),
     (["--keep-codebooks", "--codes", "4,3"], "--keep-codebooks keeps K_m and quantizer")])
 def test_flags_that_do_not_go_together_are_one_line(flags, words, inferred, tmp_path, capsys):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize
+from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, whole_space
 from sklearn.metrics import adjusted_mutual_info_score
 
 import common
@@ -40,7 +40,7 @@ def fit(name, problem, **changes):
 
 def e_step(likelihood, books, log_weights, histories):
     """(mean log-likelihood, codes drawn from the responsibilities (U, M), M expected counts (K_m,))."""
-    space = infer.Space(torch.zeros(len(books), 32), torch.eye(32).expand(len(books), -1, -1), None, [], [])
+    space = whole_space(len(books), 32)
     opened = likelihood, histories, space, None
     problem = SimpleNamespace(open_likelihood=lambda device: opened)
     mixture = quantize.SoftCodeEM(problem, list(map(len, books)), None, CPU)
@@ -286,7 +286,7 @@ def test_k_means_begins_at_the_words_and_where_these_are_too_few_by_itself(spars
         return original(size, init=init, **rest)
 
     monkeypatch.setattr(quantize.cluster, "KMeans", noted)
-    z, coordinates = problem.z[problem.known], problem.space.coordinates
+    z, coordinates = problem.z[problem.known], [problem.space.word_z(m) for m in range(2)]
     quantize.first_codebooks(z, [3, 3], "words", 0, coordinates)
     assert np.array_equal(begun[0], coordinates[0][:3]) and np.array_equal(begun[1], coordinates[1])
     begun.clear()

@@ -210,6 +210,21 @@ def test_only_columns_of_the_planted_profiles_are_compared_with_the_truth(inferr
         assert ("NMI with the planted truth" in capsys.readouterr().out) == compared, name
 
 
+def test_controls_without_an_llm_need_stage_01_alone(prepared, tmp_path, capsys):
+    """And are the same as beside stage 02; those that need it are named, one at a time an error."""
+    run = copy_run(prepared, tmp_path / "run")
+    call_stage(controls, "--run", run, "metadata", "generosity", "mf")
+    banks = {path.name: path.read_bytes() for path in run.glob("feature_bank_*.npy")}
+    assert len(banks) == 3 and "ids none,random,metadata,generosity,mf" in capsys.readouterr().out
+    call_stage(controls, "--run", run)
+    text = capsys.readouterr().out
+    for name in ("text", "hidden", "words"):
+        assert f"WARNING: {name} is left out, for stage 02 has not run" in text
+        with pytest.raises(common.UserError, match="run: python 02_infer_profiles.py"):
+            call_stage(controls, "--run", run, name)
+    assert {path.name: path.read_bytes() for path in run.glob("feature_bank_*.npy")} == banks
+
+
 @pytest.mark.parametrize("args, words", [(["metadata", "magic"], "unknown magic"),
                                          (["--codes", "4"], "codebook sizes"),
                                          (["mf", "--codes", "256,128"], "mf would have 32,768 codes"),

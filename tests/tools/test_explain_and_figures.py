@@ -98,7 +98,7 @@ def test_statistics_find_a_planted_word_that_is_there(inferred):
     explainer = explain.Explainer(inferred, torch.device("cpu"))
     for m, planted in enumerate((explain.prepare.DEMO_HOBBIES, explain.prepare.DEMO_BACKGROUNDS)):
         places = [explainer.space.words[m].index(word) for word in planted]
-        vectors = explainer.space.coordinates[m][places].numpy()
+        vectors = explainer.space.word_z(m)[places].numpy()
         explainer.problem.z[:, m] = vectors[explainer.truth[:, m]] / 2
     found = explainer.statistics(np.random.default_rng(0))
     for name in ("hobby", "background"):
@@ -134,7 +134,7 @@ def test_a_card_says_towards_which_word_theta_moved_and_calls_codes_by_their_nam
     for m, line in enumerate(line for line in lines if line.startswith("    code ")):
         assert line.startswith(f"    code {bank[user, m]} ") and f" {words[m][bank[user, m]]}, shared" in line
     for m, line in enumerate(line for line in lines if "theta moved towards" in line):
-        words_z = explainer.space.coordinates[m]
+        words_z = explainer.space.word_z(m)
         cosine = torch.nn.functional.cosine_similarity(torch.tensor(z[m])[None], words_z)
         assert line.split()[3].rstrip(",") == explainer.space.words[m][int(cosine.argmax())]
     assert explainer.codes(user) == " ".join(words[m][code] for m, code in enumerate(bank[user]))
