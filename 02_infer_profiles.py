@@ -632,8 +632,8 @@ def words_space(start, profiles, rank):
     """
     bases = []
     for m, profile in enumerate(profiles):
-        counts = profile.get("words") or dict.fromkeys(start.words[m], 1.0)
-        origin, basis = gaussian_of(start.vectors[m], torch.tensor(list(counts.values())).float(), rank)
+        counts = [profile.get("words", {}).get(word, 1.0) for word in start.words[m]]
+        _, basis = gaussian_of(start.vectors[m], torch.tensor(counts).float(), rank)
         bases.append(basis)
     # Profiles of fewer words than others have directions of length 0 at the end.
     size = max(len(basis) for basis in bases)
@@ -1077,6 +1077,9 @@ def main():
     histories = tokenize_histories(tokenizer, texts, likelihood.room)
     if not any(map(len, histories)):
         raise UserError("no title fits into the LLM's window", args.lm, "change --lm")
+    if max(ids.max(initial=0) for ids in histories) >= len(likelihood.word_table.weight):
+        raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
+                        "take the model's own tokenizer")
     if RANK == 0:
         announce("02 infer profiles", args, "stage 01's files")
         print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen, task prompt "

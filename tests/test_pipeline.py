@@ -33,7 +33,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"lm-tiny", "predictions"}
     profiles = np.load(run / "profiles.npy")
     assert profiles.dtype == np.float32
-    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 3)
+    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 16)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_history"] == unknown.sum()
     assert (profiles[unknown] == 0).all()
@@ -95,13 +95,14 @@ def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_fo
 
 
 def test_support_rows_change_theta_of_their_own_users_alone(lm_folders, tmp_path, monkeypatch):
-    """But for the task prompt, which all share."""
+    """But for the task prompt and the directions that are kept, which all share."""
     clean, poison = tmp_path / "clean", tmp_path / "poisoned"
     call_stage(prepare, "--run", clean, "--subsample-users", 100, "--cold-users", 0.3)
     poisoned(clean, poison, (SUPPORT,))
     theta = []
     for run in (clean, poison):
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 0)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 0,
+                   "--rank", 0)
         theta.append(np.load(run / "profiles.npy"))
     dataset = common.load_dataset(clean)
     cold = np.isin(np.arange(len(dataset.users)), dataset.rows(SUPPORT)[:, 0])
@@ -136,7 +137,7 @@ def test_support_rows_train_neither_the_surrogate_nor_the_codebooks(monkeypatch)
     for each in (dataset, other_support(dataset)):
         theta = np.random.default_rng(0).normal(size=(len(dataset.users), 2, 8)).astype(np.float32)
         known = np.ones(len(theta), dtype=bool)
-        space = SimpleNamespace(coordinates=None)
+        space = SimpleNamespace(word_z=lambda m: None)
         problem = quantize.Problem(None, each, theta, known, {"prior": 1.0}, space)
         quantizer = quantize.JointVQ(problem, [4, 3], args, torch.device("cpu"))
         codes, _ = quantizer.fit()
@@ -202,9 +203,10 @@ def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6, *args)
         return np.load(run / "profiles.npy")
     base = theta()
-    for flags in (("--steps", 1), ("--lr", 0.05), ("--prior", 0), ("--rank", 1), ("--rank", 0),
-                  ("--task-steps", 0), ("--task-steps", 3), ("--mask", "causal"), ("--seed", 1),
-                  ("--history", "all"), ("--history", "rated"), ("--max-history", 3), ("--dtype", "bf16")):
+    for flags in (("--steps", 1), ("--lr", 0.05), ("--prior", 2), ("--space", "words"), ("--rank", 1),
+                  ("--rank", 0), ("--task-steps", 0), ("--task-steps", 3), ("--mask", "causal"),
+                  ("--seed", 1), ("--history", "all"), ("--history", "rated"), ("--max-history", 3),
+                  ("--dtype", "bf16")):
         found = theta(*flags)
         assert found.shape != base.shape or not np.allclose(found, base, atol=1e-7), flags
     assert np.allclose(theta("--block-size", 7), base, atol=2e-3)  # how, not what
@@ -321,11 +323,13 @@ def change_space(change):
 
 BAD = [  # stage, flags, what happens to the run before, words the error must hold
     (prepare, ["--dataset", "ml-100k", "--data-dir", "/nowhere"], None, ["cannot read u.genre", "/nowhere"]),
-    (prepare, ["--min-interactions", 100000], None, ["0 interactions are left", "lower it"]),
-    (prepare, ["--min-interactions", 0], None, ["smallest is 1"]),
-    (prepare, ["--dataset", "csv"], None, ["csv, --ratings-file and --value-sep", "--help"]),
-    (prepare, ["--ratings-file", "r.csv"], None, ["csv, --ratings-file and --value-sep", "--help"]),
-    (prepare, ["--dataset", "ml-1m", "--ratings-file", "r.csv"], None, ["csv, --ratings-file", "--help"]),
+    (prepare, ["--min-interactions", 100000], None, ["kept 0 of", "lower --min-interactions"]),
+    (prepare, ["--min-interactions", 0], None, ["give 1 or more"]),
+    (prepare, ["--dataset", "csv"], None, ["--dataset csv needs --ratings-file", "--help"]),
+    (prepare, ["--ratings-file", "r.csv"], None, ["--ratings-file needs --dataset csv", "--help"]),
+    (prepare, ["--dataset", "ml-1m", "--ratings-file", "r.csv"], None, ["needs --dataset csv", "--help"]),
+    (prepare, ["--dataset", "csv", "--ratings-file", "r.csv", "--items-file", "i.csv"], None,
+     ["--items-file needs --title-col", "--help"]),
     (prepare, ["--data-dir", "ml-100k"], None, ["--data-dir needs --dataset", "--help"]),
     (prepare, ["--dataset", "netflix"], None, ["invalid choice", "--help"]),
     (prepare, ["--nonsense"], None, ["unrecognized", "--help"]),
@@ -334,7 +338,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (prepare, ["--cold-users", -0.1], None, ["--cold-users", "out of range"]),
     (prepare, ["--signal", 1000], None, ["--signal", "out of range"]),
     (infer, ["--prior", 1e308], None, ["--prior", "out of range"]),
-    (infer, ["--steps", -3], None, ["--steps", "smallest is 1"]),
+    (infer, ["--steps", -3], None, ["--steps", "give 1 or more"]),
     (infer, ["--lr", 0], None, ["--lr", "out of range"]),
     (infer, ["--lr", "inf"], None, ["--lr", "out of range"]),
     (infer, ["--lm", "/nowhere/model"], None, ["/nowhere/model", "check name, network and disk"]),
@@ -405,7 +409,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (ctr, ["--ids", ","], None, ["--ids", "empty"]),
     (ctr, ["--ids", "planted"], drop("truth.npy"), ["no planted truth"]),
     (ctr, ["--ids", "shuffled-planted"], drop("truth.npy"), ["no planted truth"]),
-    (ctr, ["--seeds", 0], None, ["--seeds", "smallest is 1"]),
+    (ctr, ["--seeds", 0], None, ["--seeds", "give 1 or more"]),
     (ctr, ["--user-dropout", 2], None, ["--user-dropout", "out of range"]),
     (ctr, ["--user-dropout", 1], None, ["--user-dropout", "out of range"]),
     (ctr, ["--weight-decay", -1], None, ["--weight-decay", "out of range"]),

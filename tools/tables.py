@@ -104,12 +104,14 @@ STUDIES = {  # name: {variant: flags}
         "the words, asked": own("--quantizer words"), "the paper's literal settings": own("--paper"),
         "plain causal mask": variant(None, "--mask causal", fourth="--ids userip"),
         "k-means++ in place of the words": own("--start kmeans"),
-        "the whole space (paper)": variant(None, "--rank 0", fourth="--ids userip"),
-        "the whole space, no prior, fixed task prompt (paper)": variant(
-            None, "--rank 0 --prior 0 --task-steps 0", fourth="--ids userip"),
+        "all directions kept (paper)": variant(None, "--rank 0", fourth="--ids userip"),
+        "all directions, fixed task prompt (paper)": variant(
+            None, "--rank 0 --task-steps 0", fourth="--ids userip"),
+        "the words' space": variant(None, "--space words --prior 1", fourth="--ids userip"),
         "fixed task prompt": variant(None, "--task-steps 0", fourth="--ids userip"),
         "rank 1": variant(None, "--rank 1", fourth="--ids userip"),
-        "no prior": variant(None, "--prior 0", fourth="--ids userip"),
+        "rank 4": variant(None, "--rank 4", fourth="--ids userip"),
+        "a prior": variant(None, "--prior 1", fourth="--ids userip"),
         "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
         "history of all titles": variant(None, "--history all", fourth="--ids userip"),
         "nonsense profile names": variant("", "--lm {base}/lm-tiny", fourth="--ids userip",
@@ -137,21 +139,25 @@ STUDIES = {  # name: {variant: flags}
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
             f"{COLD} none,random,metadata,generosity,userip")},
     "real-demo": {
-        "SmolLM2": real("--subsample-users 300", "--lm smollm2"),
+        "SmolLM2": real("--subsample-users 600", "--lm smollm2"),
+        "SmolLM2, joint VQ": own("--no-llm-loss"),
+        "SmolLM2, another world": real("--subsample-users 600 --seed 7", "--lm smollm2"),
         "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
-        "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2")},
+        "Gemma, another world": real("--subsample-users 300 --seed 7", "--lm gemma3-270m")},
     "real-ml-100k": {
-        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 5", "--quantizer kmeans",
-                           "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip",
-                           once="text")},
+        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2", "--quantizer kmeans",
+                           "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),
+        "SmolLM2, joint VQ": own("--no-llm-loss", f"{COLD} userip"),
+        "SmolLM2, theta itself": own("", f"{COLD} userip --profile-input embedding")},
     "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
     "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
 }
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ml-100k")
-FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo")
+FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines",
+         "real-ml-100k")  # of the data
 
 
 # ---------------------------------------------------------------- run

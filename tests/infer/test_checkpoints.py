@@ -80,8 +80,18 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_one_line(folder):
     words = make_tokenizer()
     words.add_tokens([f"zorp{number}" for number in range(50)])
     words.save_pretrained(path)
-    with pytest.raises(common.UserError, match="token ids up to [0-9,]+, the model has [0-9,]+ words"):
+    with pytest.raises(common.UserError, match="tokenizer knows [0-9,]+ tokens, the model [0-9,]+ "):
         opened(path)
+
+
+def test_a_title_of_a_token_that_the_model_lacks_is_one_line(folder, prepared):
+    """A few tokens more than the model has are no harm, unless a title is written in them."""
+    path = folder(tokenizer=False)
+    words = make_tokenizer(bos=True)
+    words.add_tokens(["Guitar"])
+    words.save_pretrained(path)
+    with pytest.raises(common.UserError, match="the tokenizer writes tokens that the model does not have"):
+        call_stage(infer, "--run", prepared, "--lm", path)
 
 
 def merging(*pairs):

@@ -183,6 +183,45 @@ def test_rank_0_is_the_whole_space_with_an_isotropic_prior(world):
         assert torch.allclose(vectors, expected, atol=1e-4)
 
 
+def some_theta(users=60, noise=0.05, seed=0):
+    """(start, z (users, 2, 32)): users who differ along two directions of each profile, and by noise."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(2, 32, 2, generator=generator))[0].mT  # Shape: (2, 2, 32)
+    along = torch.randn(users, 2, 2, generator=generator) * torch.tensor([3.0, 1.0])
+    z = 0.7 + torch.einsum("umk,mkd->umd", along, directions)
+    return whole_space(2, 32), z + noise * torch.randn(users, 2, 32, generator=generator), directions
+
+
+def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
+    """Against numpy's principal components; the mean user is its origin, a kept z gives theta back."""
+    start, z, directions = some_theta()
+    start.basis = 0.3 * start.basis
+    space = infer.squeeze(start, z, 2)
+    assert torch.allclose(space.origin, start.theta(z.mean(0, keepdim=True))[0], atol=1e-5)
+    for m in range(2):
+        centred = (z[:, m] - z[:, m].mean(0)).double().numpy()
+        values, vectors = np.linalg.eigh(centred.T @ centred)
+        for k in range(2):
+            along = vectors[:, -1 - k] @ space.basis[m, k].double().numpy()
+            assert abs(along) == pytest.approx(0.3, rel=1e-3)
+        lengths = space.basis[m].norm(dim=1)
+        assert torch.allclose(lengths, torch.full((2,), 0.3), rtol=1e-4)  # z keeps its unit
+    kept = space.z(start.theta(z))
+    gap = (space.theta(kept) - start.theta(z)).norm(dim=2) / start.theta(z).norm(dim=2)
+    assert gap.max() < 0.2  # what is dropped is the noise
+    assert torch.allclose(space.z(space.theta(kept)), kept, atol=1e-4)
+    assert torch.allclose(kept.mean(0), torch.zeros(2, 2), atol=1e-4)
+    whole = infer.whole_space(space)
+    assert torch.allclose(whole.basis, start.basis, atol=1e-5) and torch.equal(whole.origin, start.origin)
+
+
+def test_first_blocks_are_of_all_lengths_and_hold_enough_users():
+    blocks = [list(range(at, at + 10)) for at in range(0, 1000, 10)]
+    first = infer.first_blocks(blocks)
+    assert len(first) == 26 and first[0] == 0 and first[-1] == 99
+    assert infer.first_blocks(blocks[:7]) == list(range(7)) and infer.first_blocks([]) == []
+
+
 def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world):
     """A likelihood that expects 'the' everywhere and 'Guitar' only where the prompt says hobby."""
     model, tokenizer = make_lm("gpt2")
@@ -469,22 +508,25 @@ def test_users_without_a_history_hold_0_the_population(sparse):
     unknown = sorted(set(range(len(dataset.users))) - set(known))
     assert len(unknown) >= 2 and facts["users_without_history"] == len(unknown)
     assert common.load(run, "profiles_users.json")["inferred"] == known
-    assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 3)  # four words have three directions
-    assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all() and (z[:, 1, 2] == 0).all()
+    assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 16)
+    assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all()
 
 
 def test_each_row_is_the_z_of_its_own_user(sparse):
     run, _ = sparse
     (dataset, likelihood, tokenizer, space), z = reopened(run), np.load(run / "profiles.npy")
     texts = texts_of(dataset, common.TRAIN)
+    whole = infer.whole_space(space)
     for user in sorted(texts)[::9]:
         ids = [np.array(tokenizer.encode(texts[user]))]
-        alone, _ = solve_block(likelihood, space, ids, [0], steps=2)
-        assert np.allclose(alone[0].numpy(), z[user], atol=0.02)
+        alone, _ = solve_block(likelihood, whole, ids, [0], steps=2, prior=0.0)
+        assert np.allclose(space.z(whole.theta(alone))[0].numpy(), z[user], atol=0.02)
 
 
-def test_training_nll_is_a_token_s_mean_before_and_after(sparse):
-    run, _ = sparse
+def test_training_nll_is_a_token_s_mean_before_and_after(sparse, lm_folders, tmp_path):
+    """Of the descent, which --rank 0 keeps whole."""
+    run = copy_run(sparse[0], tmp_path / "run")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--rank", 0)
     (dataset, likelihood, tokenizer, space) = reopened(run)
     z = torch.from_numpy(np.load(run / "profiles.npy"))
     sums, tokens, theta = np.zeros(2), 0, space.theta(z)
@@ -765,10 +807,11 @@ def test_theta_of_a_cold_user_is_that_of_his_support_rows(lm_folders, tmp_path):
                               (common.TRAIN, common.SUPPORT, common.COLD))
     assert len(support) > 12 and set(cold) & set(support) and not set(support) & set(trained)
     assert common.load(tmp_path, "profiles_users.json")["inferred"] == sorted([*trained, *support])
+    whole = infer.whole_space(space)
     for user in sorted(support)[::3]:
         ids = [np.array(tokenizer.encode(support[user]))]
-        alone, _ = solve_block(likelihood, space, ids, [0], steps=2)
-        assert np.allclose(alone[0].numpy(), z[user], atol=0.02)
+        alone, _ = solve_block(likelihood, whole, ids, [0], steps=2, prior=0.0)
+        assert np.allclose(space.z(whole.theta(alone))[0].numpy(), z[user], atol=0.02)
 
 
 def test_stage_03_refuses_another_tiny_lm(tiny, tmp_path):

@@ -499,10 +499,12 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
         assert numbers(*em, *flags) != base, flags
 
 
-def test_likelihood_of_stage_03_is_that_of_stage_02(inferred):
-    facts = json.loads((inferred / "profiles.json").read_text())
-    likelihood, histories, space, _ = problem_of(inferred).open_likelihood(CPU)
-    z, nll, tokens = np.load(inferred / "profiles.npy"), 0.0, 0
+def test_likelihood_of_stage_03_is_that_of_stage_02(inferred, lm_folders, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--rank", 0)
+    facts = json.loads((run / "profiles.json").read_text())
+    likelihood, histories, space, _ = problem_of(run).open_likelihood(CPU)
+    z, nll, tokens = np.load(run / "profiles.npy"), 0.0, 0
     for block in infer.make_blocks(histories, 16, None, likelihood.prompt_length):
         ids, lengths = infer.pad(histories, block, CPU)
         nll += float(likelihood(space.theta(torch.tensor(z[block])), ids, lengths).sum())

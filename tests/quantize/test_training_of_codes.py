@@ -64,18 +64,26 @@ def sparse(lm_folders, tmp_path_factory):
     return run
 
 
-def all_nll(problem, books):
-    """(users with a history, (n, K_1 K_2) -log P(y | v_a, v_b) of every pair of codes, row by row)."""
-    likelihood, histories, space, _ = problem.open_likelihood(CPU)
+def all_nll(problem, theta):
+    """(users with a history, (n, K_1 K_2) -log P(y | a, b) of every pair of codes, row by row).
+
+    theta: per profile its codes' soft tokens (K_m, d).
+    """
+    likelihood, histories, _, _ = problem.open_likelihood(CPU)
     users = [user for user, ids in enumerate(histories) if len(ids)]
     ids, lengths = infer.pad(histories, users, CPU)
     columns = []
     for a, b in itertools.product(range(4), range(3)):
-        z = torch.stack([torch.as_tensor(books[0][a]), torch.as_tensor(books[1][b])])
+        pair = torch.stack([theta[0][a], theta[1][b]]).expand(len(users), -1, -1)
         with torch.no_grad():
-            theta = space.theta(z.expand(len(users), -1, -1))
-            columns.append(likelihood(theta, ids, lengths).double().numpy())
+            columns.append(likelihood(pair, ids, lengths).double().numpy())
     return users, np.stack(columns, axis=1)
+
+
+def theta_of(problem, books):
+    """The soft tokens of codes, per profile (K_m, d)."""
+    space = problem.space
+    return [space.origin[m] + torch.as_tensor(book) @ space.basis[m] for m, book in enumerate(books)]
 
 
 # ---------------------------------------------------------------- the start
@@ -205,7 +213,7 @@ def test_em_s_weights_follow_the_expected_counts(sparse):
     """A step size near 0 leaves the codes alone: what remains is EM for the weights, by enumeration."""
     problem = problem_of(sparse)
     found = fit("em", problem, epochs=2, lr=1e-12)
-    _, nll = all_nll(problem, found.books)
+    _, nll = all_nll(problem, theta_of(problem, found.books))
     pairs = np.array(list(itertools.product(range(4), range(3))))
     weights, evidence, history = [np.full(4, 1 / 4), np.full(3, 1 / 3)], [], []
     for _ in range(3):
@@ -234,7 +242,7 @@ def test_em_keeps_the_likeliest_round(sparse, monkeypatch):
     found = fit("em", problem, epochs=1, lr=5.0)
     evidence = [entry["log_likelihood"] for entry in found.log]
     assert max(evidence) - evidence[-1] > 0.05
-    users, nll = all_nll(problem, found.books)
+    users, nll = all_nll(problem, theta_of(problem, found.books))
     pairs = np.array(list(itertools.product(range(4), range(3))))
     prior = sum(weight.numpy()[pairs[:, m]] for m, weight in enumerate(found.log_weights))
     joint = prior - nll
@@ -265,9 +273,10 @@ def test_words_are_the_profile_s_own_and_weigh_minus_what_they_give_everybody(sp
         texts = [f" {word}" for word in list(profile["words"])[:len(found.books[m])]]
         vectors = torch.stack([model.get_input_embeddings().weight[ids].mean(0)
                                for ids in common.pieces_of(tokenizer, texts)])
-        theta = problem.space.origin[m] + torch.tensor(found.books[m]) @ problem.space.basis[m]
-        assert torch.allclose(theta, vectors, atol=1e-4)
-    users, nll = all_nll(problem, found.books)
+        assert torch.allclose(problem.space.vectors[m][:len(vectors)], vectors, atol=1e-4)
+        nearest = problem.space.nearest(vectors, m)
+        assert torch.allclose(torch.as_tensor(found.books[m]), nearest, atol=1e-4)
+    users, nll = all_nll(problem, problem.space.vectors)
     mean = -nll.mean(0).reshape(4, 3)
     assert found.log_weights[0].tolist() == pytest.approx(-mean.mean(1), abs=1e-3)
     assert found.log_weights[1].tolist() == pytest.approx(-mean.mean(0), abs=1e-3)
@@ -354,9 +363,9 @@ def test_a_cold_user_s_code_is_that_of_his_support_rows(lm_folders, tmp_path):
     for user in liked:
         ids, scores = torch.tensor([tokenizer.encode(texts[user])]), {}
         for a, b in itertools.product(range(4), range(3)):
-            z = torch.stack([saved["codebooks"][0][a], saved["codebooks"][1][b]])[None]
+            theta = torch.stack([space.vectors[0][a], space.vectors[1][b]])[None]
             with torch.no_grad():
-                nll = float(likelihood(space.theta(z), ids, torch.tensor([ids.shape[1]])))
+                nll = float(likelihood(theta, ids, torch.tensor([ids.shape[1]])))
             scores[a, b] = float(saved["log_weights"][0][a] + saved["log_weights"][1][b]) - nll
         assert max(scores.values()) - scores[tuple(bank[user].tolist())] < 1e-2
 

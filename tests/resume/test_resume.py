@@ -82,11 +82,11 @@ def is_one_line(text):
     return text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n")
 
 
-def one_line(capsys, work):
+def one_line(capsys, work, *when_full):
     """The line in which work() ends, with exit 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        common.guarded(work)
+        common.guarded(work, *when_full)
     text = capsys.readouterr().err
     assert stop.value.code == 2 and is_one_line(text), text
     return text
@@ -749,8 +749,9 @@ def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(error, run, lm_
         raise error
 
     monkeypatch.setattr(infer, "descend", full)
-    text = one_line(capsys, stage(infer, run, "--lm", lm_folders["gpt2"], "--block-size", 8))
-    assert "out of memory" in text and "--block-size" in text
+    work = stage(infer, run, "--lm", lm_folders["gpt2"], "--block-size", 8)
+    text = one_line(capsys, work, "lower --block-size")
+    assert text == "error: out of memory (this machine); lower --block-size\n"
 
 
 # ---------------------------------------------------------------- stage 04

@@ -316,6 +316,7 @@ def studies(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "PAGE", tmp_path / "docs" / "RESULTS.md")
     monkeypatch.setattr(tables, "call", pretender)
     (tmp_path / "docs").mkdir()
+    (tmp_path / "tools").mkdir()
     for name in tables.CODE:
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(tables, "STUDIES", {

@@ -179,11 +179,12 @@ STUDY = {"base": ("--dataset ml-100k", "--lm tiny", "--epochs 1", "--ids none,us
 def study_of(tables, monkeypatch, name="own"):
     """Put STUDY into tools/tables.py; its stages note how they are called and leave their files."""
     started, wrote = [], {"01": "interactions.npy", "02": "profiles.npy", "03": "feature_bank.npy",
-                          "docs": "feature_bank_metadata.npy", "04": "results.json"}
+                          "tools": "feature_bank_metadata.npy", "04": "results.json"}
 
     def call(script, run, flags, log, threads):
-        started.append((run.parent.name, int(run.name), script[:4].split("_")[0], flags.split()))
-        (run / wrote[script[:4].split("_")[0]]).write_text(f"{run.parent.name} {run.name}")
+        stage = script.split("/")[0] if "/" in script else script[:2]
+        started.append((run.parent.name, int(run.name), stage, flags.split()))
+        (run / wrote[stage]).write_text(f"{run.parent.name} {run.name}")
         if script[:2] == "02" and run.parent.name == "base":
             (run / "lm-tiny").mkdir()
             (run / "lm-tiny" / "tiny.json").write_text(run.name)
@@ -205,8 +206,8 @@ def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables
     stages = {}
     for name, seed, script, _ in started:
         stages.setdefault(name, []).extend([script] * seed)
-    assert stages == {"base": ["01", "02", "03", "docs", "04"], "same-theta": ["03", "04"],
-                      "other-theta": ["02", "03", "04"], "other-data": ["01", "02", "03", "docs", "04"]}
+    assert stages == {"base": ["01", "02", "03", "tools", "04"], "same-theta": ["03", "04"],
+                      "other-theta": ["02", "03", "04"], "other-data": ["01", "02", "03", "tools", "04"]}
     for name in ("same-theta", "other-theta"):
         for seed in ("0", "1"):
             assert (folder / name / seed / "interactions.npy").read_text() == f"base {seed}"
@@ -217,8 +218,8 @@ def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables
     assert not (folder / "same-theta/1/feature_bank_metadata.npy").exists()
     assert flags["same-theta", "03"] == ["--beta", "1", "--seed", "1"]
     assert flags["other-theta", "02"] == ["--steps", "3", "--seed", "1"]
-    assert flags["base", "docs"] == ["metadata", "--seed", "1"]
-    assert flags["other-data", "docs"] == ["words", "--seed", "1"]
+    assert flags["base", "tools"] == ["metadata", "--seed", "1"]
+    assert flags["other-data", "tools"] == ["words", "--seed", "1"]
     for name in stages:
         assert flags[name, "04"][-4:] == ["--seed", "1", "--seeds", "1"]
     assert flags["base", "01"] == ["--dataset", "ml-100k", "--data-dir", "/data"]  # the same data for all
