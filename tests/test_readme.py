@@ -125,6 +125,16 @@ def test_ids_of_ones_own_enter_as_it_says(inferred, tmp_path):
     assert [row["ids"] for row in rows] == ["none", "random-mine", "mine", "userip"]
 
 
+def test_the_bank_joins_to_a_table_of_ones_own_as_it_says(inferred, tmp_path):
+    code = re.search(r"```python\n# join the bank: python mine\.py\n(.*?)```", TEXT, re.S)[1]
+    copy_run(inferred, tmp_path / "runs" / "demo")
+    known = json.loads((inferred / "users.json").read_text())[0]
+    (tmp_path / "mine.py").write_text(code.replace("u0000", known))
+    printed = ok(fork_stage(tmp_path / "mine.py", cwd=tmp_path)).stdout
+    assert f"'user_id': '{known}', 'clicks': 3, 'hobby': '" in printed
+    assert printed.count("unknown") == 2  # of somebody new
+
+
 def test_every_file_and_place_they_link_to_exists():
     for text, folder in ((TEXT, ROOT), (PAGE, ROOT / "docs")):
         for target in re.findall(r"\]\(([^)#\s]+)\)", text):

@@ -145,7 +145,7 @@ STUDIES = {  # name: {variant: flags}
         "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
         "Gemma, another world": real("--subsample-users 300 --seed 7", "--lm gemma3-270m")},
     "real-ml-100k": {
-        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2", "--quantizer kmeans",
+        "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
                            "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),
         "SmolLM2, joint VQ": own("--no-llm-loss", f"{COLD} userip"),
         "SmolLM2, theta itself": own("", f"{COLD} userip --profile-input embedding")},
