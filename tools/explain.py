@@ -13,11 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+from sklearn.linear_model import RidgeCV
+from sklearn.model_selection import KFold, cross_val_predict
 from torch.nn.functional import normalize
 from stages import common, infer, prepare, quantize
 
 SAMPLE = 500  # users of --all whose histories are scored under another user's theta
 SAID = 40     # tokens of a continuation
+COMMONEST = 12  # values of an attribute for which --all says how far z tells who likes them
 
 
 class Lexicon:
@@ -194,6 +197,34 @@ class Explainer:
         scores = ", ".join(f"under {name} {self.nll(user, under):.4f}" for name, under in whose.items())
         return [*lines, "  nats per token of this history: " + scores]
 
+    def tastes(self, m):
+        """How far z tells what users like: {value of profile m: (read from z, towards the word)}.
+
+        Both are correlations, over users who have a profile, with the value's share among their liked items:
+        of a ridge regression on all z, each fold of five predicted from the others; and of the move of theta
+        towards the value's own word, which nothing was fitted to.
+        """
+        dataset = self.problem.dataset
+        known = np.flatnonzero(self.problem.known)
+        rows = dataset.rows(common.SEEN)
+        liked = rows[rows[:, 2] == 1]
+        count = np.bincount(liked[:, 0], minlength=len(dataset.users))
+        z = self.problem.z[known].reshape(len(known), -1)
+        words = normalize(self.space.word_z(m), dim=1).numpy()
+        found = {}
+        for place, value in enumerate(self.space.words[m][:COMMONEST]):
+            name = dataset.profiles[m]["name"]
+            has = np.array([value in item["attributes"].get(name, []) for item in dataset.items], float)
+            hits = np.bincount(liked[:, 0], has[liked[:, 1]], minlength=len(dataset.users))
+            share = (hits / np.maximum(count, 1))[known]
+            if np.ptp(share) == 0 or len(known) < 10:
+                continue
+            folds = KFold(5, shuffle=True, random_state=0)
+            read = cross_val_predict(RidgeCV(np.logspace(-2, 4, 13)), z, share, cv=folds)
+            towards = self.problem.z[known, m] @ words[place]
+            found[value] = tuple(float(np.corrcoef(guess, share)[0, 1]) for guess in (read, towards))
+        return found
+
     def statistics(self, rng):
         """Figures over all users who have a profile: {name: value}. Those of words need a truth."""
         theta = self.theta
@@ -265,6 +296,12 @@ def main():
             for key, value in values.items():
                 texts.append(f"{key} {value}" if isinstance(value, int) else f"{key} {value:.3f}")
             print(f"{name}: " + ", ".join(texts))
+        for m, profile in enumerate(explainer.problem.dataset.profiles):
+            texts = [f"{value} {read:.2f} ({towards:.2f})"
+                     for value, (read, towards) in explainer.tastes(m).items()]
+            if texts:
+                print(f"correlation with what users like, read from z (towards the word): {profile['name']} "
+                      + ", ".join(texts))
 
 
 if __name__ == "__main__":

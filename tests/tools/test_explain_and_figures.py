@@ -106,6 +106,28 @@ def test_statistics_find_a_planted_word_that_is_there(inferred):
         assert found[name]["planted word nearest by chance"] < 0.6
 
 
+def test_tastes_are_what_z_and_its_move_towards_a_word_tell(inferred):
+    """z is planted: along one word's direction it is the share of that word, elsewhere noise."""
+    explainer = explain.Explainer(inferred, torch.device("cpu"))
+    dataset, known = explainer.problem.dataset, np.flatnonzero(explainer.problem.known)
+    rng = np.random.default_rng(0)
+    rows = dataset.rows(common.SEEN)
+    word = explainer.space.words[0][1]
+    shares = np.zeros(len(dataset.users))
+    for user in known:
+        items = rows[(rows[:, 0] == user) & (rows[:, 2] == 1), 1]
+        shares[user] = np.mean([word in dataset.items[item]["attributes"]["hobby"] for item in items])
+    direction = explainer.space.word_z(0)[1].numpy()
+    z = rng.normal(0, 0.05, explainer.problem.z.shape)
+    z[:, 0] += shares[:, None] * direction / np.linalg.norm(direction)
+    explainer.problem.z = z.astype(np.float32)
+    read, towards = explainer.tastes(0)[word]
+    assert read > 0.9 and towards > 0.9
+    explainer.problem.z = rng.normal(size=z.shape).astype(np.float32)
+    read, towards = explainer.tastes(0)[word]
+    assert abs(towards) < 0.4 and read < 0.4
+
+
 def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
     refused = fork_stage("tools/figures.py", "--run", run)
