@@ -569,9 +569,10 @@ def first_blocks(blocks):
 
 
 def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
-    """Infer what has no file yet in `work`; processes share the blocks. (Space, the Space of the descent).
+    """Infer what has no file yet in `work`; processes share the blocks.
 
-    Some blocks come first: their users tell the directions of the space to which all are squeezed.
+    Some blocks come first: their users tell the directions of the space to which all are squeezed. Returns
+    (the Space; the Space of the descent; the numbers of these blocks, whose z is still in the second one).
     """
     def make_start():
         if (work / "space.pt").exists():  # --users: new users live in the space of the first run
@@ -620,7 +621,7 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     space = open_space(work, likelihood.device)
     others = [number for number in range(len(blocks)) if number not in first]
     infer_blocks(others, space if squeezed else None, "inferring")
-    return space, start
+    return space, start, first
 
 
 # -------- variants of the space
@@ -927,12 +928,12 @@ def say_who_is_missing(run, strangers, path):
               "not in the data set; run 01 with their rows")
 
 
-def gather(work, blocks, old, rows, spaces, n_users, before):
+def gather(work, blocks, old, rows, solved, n_users, before):
     """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
 
-    spaces: of solve. Who has no history holds 0, the mean user.
+    solved: what solve returned. Who has no history holds 0, the mean user.
     """
-    space, start = spaces
+    space, start, first = solved
     z = np.zeros((n_users, *space.basis.shape[:2]), np.float32)
     for user, row in rows.items():
         z[user] = old[row]
@@ -941,7 +942,7 @@ def gather(work, blocks, old, rows, spaces, n_users, before):
     for number, users in enumerate(blocks):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
-        if found.shape[2] != z.shape[2]:  # the first users, who were solved before there were directions
+        if number in first:
             found = space.z(start.theta(found.to(start.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
@@ -989,15 +990,15 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         return
     if args.users and RANK == 0:
         once(work / "space.pt", lambda: saved_space(open_space(args.run, "cpu")))
-    spaces = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
+    solved = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first process would publish while another still writes
     if RANK > 0:
         return
-    space, _ = spaces
-    z, known, sums = gather(work, blocks, old_z, old_rows, spaces, len(histories), before)
+    space = solved[0]
+    z, known, sums = gather(work, blocks, old_z, old_rows, solved, len(histories), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
-    solved = sorted(chain(*blocks))
-    heldout = heldout_nll(likelihood, space, z, validation, solved, dataset.profiles, seeded(args.seed, 3))
+    users = sorted(chain(*blocks))
+    heldout = heldout_nll(likelihood, space, z, validation, users, dataset.profiles, seeded(args.seed, 3))
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
     owners = {"users": dataset.users, "inferred": known}
