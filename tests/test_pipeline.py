@@ -392,7 +392,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, ["--codes", "4"], None, ["does not give 2 codebook sizes", "hobby, background"]),
     (quantize, ["--codes", "4,x"], None, ["does not give 2 codebook sizes"]),
     (quantize, ["--codes", "4,1"], None, ["2 to 32766"]),
-    (quantize, ["--codes", "500,3"], None, ["500 codes for", "choose fewer"]),
+    (quantize, ["--codes", "500,3"], None, ["500 codes are more than", "choose fewer"]),
     (quantize, ["--alpha", -1], None, ["--alpha", "out of range"]),
     (ctr, [], put("quantize.json", "[]"), ["quantize.json lacks", "03_quantize.py"]),
     (ctr, [], put("profiles.json", "[]"), ["profiles.json lacks rows_kept", "02_infer_profiles.py"]),

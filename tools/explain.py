@@ -160,7 +160,7 @@ class Explainer:
         sharing = int((self.bank[:, m] == code).sum())
         share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
         near = self.words_of(z, m)[0][:4]
-        moved = f"{near[0]}, by {np.linalg.norm(z):.2f} sd of the prior; then {' | '.join(near[1:])}"
+        moved = f"{near[0]}, by {np.linalg.norm(z):.2f} of the words' spread; then {' | '.join(near[1:])}"
         return [*lines, f"    theta moved towards {moved}",
                 "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),
                 f"    {'code ' + str(code):19s} {self.names[m][code]}, {share}",
