@@ -15,7 +15,7 @@ Writes to --run (U users, I items, N interactions, M profiles):
     interactions.npy    int32 (N, 4): user, item, label, split (SPLITS); in time order if known
     users.json          (U) raw user ids;  items.json (I) {id, title, attributes}
     dropped_users.json  raw ids of those whom the filter dropped
-    truth.npy           int16 (U, M) the demo's planted profiles, for evaluation
+    truth.npy           int16 (U, 2) the demo's planted hobby and background, for evaluation
 
 Run:
     python 01_prepare_data.py  # the demo, 1 s
@@ -50,6 +50,9 @@ from common import (
 
 # -------- settings
 
+# Every data set fills the paper's two profiles, "hobby" and "background", with what it has: genre and era,
+# brand and price. theta_m is the vector that stage 02 infers in the place of a word, K_m how many codes stage
+# 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
 # Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
 # interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
 # sentence, for an LLM that has never seen the data. codes: stage 03's K_m. likes: the share of titles that
@@ -109,7 +112,7 @@ BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each backgro
 
 
 def load_demo(args):
-    """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, 14 ratings each.
+    """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, some 14 ratings a user.
 
     Items whose category fits a user's hobby, or tier the background, are met and liked more.
     """
@@ -160,7 +163,8 @@ def load_demo(args):
 # -------- filter and split
 
 def thin_out(source, args):
-    """Indices of the rows kept: random ones by flags; then users and items with too few go until none has."""
+    """Indices of the rows kept: random ones by flags; then users and items with too few rows are dropped,
+    again and again, until none is left."""
     users = source.users
     items = source.items
     kept = np.arange(len(users))
@@ -172,12 +176,12 @@ def thin_out(source, args):
     if args.subsample_users:
         shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
         kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
-    enough = np.zeros(1)
-    while not enough.all():
+    while True:
         enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
         enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
+        if enough.all():
+            return kept
         kept = kept[enough]
-    return kept
 
 
 def say_what_is_left(source, kept, args):
@@ -306,7 +310,7 @@ def check_ratings(ratings, positive_above):
         print(f"WARNING: ratings go from {low:g} to {high:g}, and above {positive_above:g} is liked: "
               f"{liked:.0%} of the rows. Is --positive-above right for this scale?")
     for value, count, others in ((low, counts[0], values[1:]), (high, counts[-1], values[:-1])):
-        apart = len(others) > 1 and np.abs(others - value).min() > 2 * np.diff(others).max()
+        apart = len(others) > 1 and np.abs(others - value).min() >= 2 * np.diff(others).max()
         unrated = value <= 0 and len(others) > 1 and others.min() >= 1 and count == counts.max()
         if apart or unrated:
             print(f"WARNING: {count:,d} of {len(ratings):,d} ratings are {value:g}, all others from "
@@ -317,7 +321,7 @@ def show(dataset, facts):
     """The paper's Table 1; splits; each profile's words; what the LLM reads of three users."""
     print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
           "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
-    for split, name in enumerate(SPLITS[:5] if "cold_users" in facts else SPLITS[:3]):
+    for split, name in enumerate(SPLITS if "cold_users" in facts else SPLITS[:3]):
         labels = dataset.rows(split)[:, 2]
         print(f"{name}: {len(labels):,d} rows, {labels.sum():,d} liked")
         if len(np.unique(labels)) < 2:
@@ -382,7 +386,7 @@ def parse_arguments():
     add("--dataset", choices=LOADERS, default="demo", help="what to read")
     add("--data-dir", type=Path, help="its files; else data/<dataset>, MovieLens downloaded")
     add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
-    add("--positive-above", type=at_least(0, float), default=3.0, help="higher is liked (paper: 3)")
+    add("--positive-above", type=at_least(-1e9, float), default=3.0, help="higher is liked (paper: 3)")
     add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
     add("--subsample-users", type=at_least(1), help="keep so many random users")
     add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
@@ -405,8 +409,11 @@ def parse_arguments():
     args = parser.parse_args()
     if args.dataset == "csv" and not args.ratings_file:
         parser.error("--dataset csv needs --ratings-file")
-    if args.ratings_file and args.dataset != "csv":
-        parser.error("--ratings-file needs --dataset csv")
+    if args.dataset == "csv" and args.data_dir:
+        parser.error("--data-dir does not go with --dataset csv: give --ratings-file and --items-file")
+    for flag in ("ratings_file", "items_file", "time_col", "title_col", "hobby_col", "background_col"):
+        if getattr(args, flag) and args.dataset != "csv":
+            parser.error(f"--{flag.replace('_', '-')} needs --dataset csv")
     if args.items_file and not (args.title_col or args.hobby_col or args.background_col):
         parser.error("--items-file needs --title-col, --hobby-col or --background-col")
     if not args.value_sep:
@@ -443,6 +450,9 @@ def film_rating(*cells):
 
 def csv_rating(user, item, value, time=""):
     """rating() on any scale. The number may have a decimal comma; the time is seconds or an ISO date."""
+    number = r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?"
+    if not re.fullmatch(number, value) or re.search(r",\d{3}$", value):  # 1,234 may be a thousand or one
+        raise ValueError(f"{value!r:.40} is no rating")
     time = time.strip()
     try:
         seconds = float(time or 0)
@@ -530,6 +540,8 @@ def read_items(source, rows, names, separator):
     for raw, texts in rows:
         found = dict(zip(names, texts))
         title = clean_text(found.pop("title", ""))
+        if title.lower() in NO_TITLE:
+            title = ""
         source.titles[raw] = source.titles.get(raw) or title
         attributes = source.attributes.setdefault(raw, {name: [] for name in found})
         for name, text in found.items():
@@ -545,12 +557,14 @@ def read_items(source, rows, names, separator):
 
 # -------- files that may be broken
 
-MAX_LINE = 2**22  # bytes; a longer line is no record
-MAX_BAD = 0.01  # share of bad lines to skip
+MAX_LINE = 2**22  # bytes, or characters of a decoded file; a longer line is no record
+MAX_BAD = 0.01  # share of bad records to skip; one is always skipped
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)"}  # what exports write where there is nothing
+QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")  # what stands between two equal quotation marks
+NO_TITLE = {"-", "n/a", "nan", "null", "undefined"}  # of these alone no film or product has the name
 
 
 def opened(path):
@@ -639,7 +653,8 @@ def encoding_of(path):
 def csv_records(texts, separator):
     """Yield a list of cells for each record, or the csv.Error where there is none.
 
-    A quoted cell may hold line breaks. A quote that is never closed costs its own line, not those after it.
+    A quoted cell may hold line breaks. A quote that is never closed costs its own line, not those after it,
+    unless one of the next MAX_BREAKS lines happens to close it.
     """
     texts = iter(texts)
     again = []  # lines to be read once more, the next one last
@@ -651,7 +666,7 @@ def csv_records(texts, separator):
         found = None
         while found is None:
             try:
-                found = next(csv.reader(record, delimiter=separator, strict=True))
+                found = next(csv.reader(record, delimiter=separator, strict=True, skipinitialspace=True))
             except csv.Error as error:
                 goes_on = "unexpected end" in str(error) and len(record) < MAX_BREAKS
                 line = None
@@ -669,7 +684,11 @@ def table(path, columns, parse=lambda *cells: cells):
     """parse(*cells of these columns) of every record of a csv file; its header tells the separator."""
     texts = lines(path, encoding_of(path))
     header = next(texts, "").rstrip("\r\n")
-    separator = max(",;|\t", key=header.count)
+    if not header or "\0" in header:
+        raise UserError(f"{path.name} is empty or no text", path, "give a csv file in UTF-8 with a header")
+    # The separator under which most of the wanted columns are found, among equals the commonest.
+    separator = max(",;|\t", key=lambda mark: (
+        len({name.strip(' "') for name in header.split(mark)} & set(columns)), header.count(mark)))
     records = csv_records(itertools.chain([header], texts), separator)
     names = next(records, [])
     if isinstance(names, csv.Error):
@@ -684,6 +703,9 @@ def table(path, columns, parse=lambda *cells: cells):
         elif missing == ["rating"]:
             todo += "; without ratings add a column: 1 for what a user took, 0 for what they saw and left"
         raise UserError(what, path, todo)
+    twice = [column for column in columns if names.count(column) > 1]
+    if twice:
+        raise UserError(f"{path.name} has the column {twice[0]} twice", path, "rename one of them")
     places = [names.index(column) for column in columns]
 
     def parse_record(record):
@@ -704,22 +726,23 @@ def raw_id(value):
 
 
 def check_joined(source, raw_ids):
-    """UserError where the ids of rows and of items differ by what a spreadsheet adds or drops."""
+    """UserError where most ids of rows and items differ by what a spreadsheet adds or drops, else WARNING."""
     def plain(raw):
         return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
 
     described = source.titles.keys() | source.attributes.keys()
-    if not described or 2 * sum(raw in described for raw in raw_ids) > len(raw_ids):
-        return
     by_plain = {plain(raw): raw for raw in described}
     strangers = [raw for raw in raw_ids if raw not in described]
     pairs = [(raw, by_plain[plain(raw)]) for raw in strangers if plain(raw) in by_plain]
+    if not pairs:
+        return
+    rated, listed = pairs[0]
+    what = (f"{len(pairs):,d} of {len(raw_ids):,d} rated items have no description, but '{rated}' looks like "
+            f"'{listed}', which has")
+    todo = "write the ids alike in both files: leading zeros, a final .0 and capitals count"
     if 2 * len(pairs) > len(raw_ids):
-        rated, listed = pairs[0]
-        raise UserError(
-            f"{len(pairs):,d} of {len(raw_ids):,d} rated items have no description, but '{rated}' looks like "
-            f"'{listed}', which has", "the two files' item ids",
-            "write them alike: leading zeros, a final .0 and capitals count")
+        raise UserError(what, "the two files' item ids", todo)
+    print(f"WARNING: {what}; {todo}")
 
 
 def clean_text(text):
@@ -731,20 +754,16 @@ def clean_text(text):
 
 
 def values_of(cell, separator):
-    """The values in a cell, each once: between separators, or a list as JSON or Python writes it."""
+    """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
     parts = text.split(separator)
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            parts = json.loads(text)
-        except ValueError:
-            try:
-                parts = ast.literal_eval(text)
-            except (ValueError, SyntaxError):  # a text in brackets
-                pass
+    if text.startswith("[{"):  # records, [{'id': 18, 'name': 'Drama'}]: their names
+        parts = re.findall(r"""['"]name['"]\s*:\s*['"]([^'"]*)['"]""", text)
+    elif text.startswith("[") and text.endswith("]"):
+        parts = [found[1] for found in QUOTED.findall(text)] or text[1:-1].split(",")
     values = {}
     for part in parts:
-        value = clean_text(part).lower()
+        value = clean_text(str(part).replace("\\'", "'")).lower()
         if value not in MISSING:
             values[value] = True
     return list(values)
@@ -761,7 +780,7 @@ def clean_title(text):
 
 
 def era_of(year):
-    """The decade as one word, to stand in the profile's slot."""
+    """The decade as one word, to stand in the profile's slot; before 1930 and from 2030 on "twenties"."""
     words = ("thirties forties fifties sixties seventies eighties nineties noughties "
              "twenty-tens twenty-twenties").split()  # from 1930 on
     return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
@@ -905,14 +924,17 @@ def price_of(value):
     if not found:
         return None
     number = found["number"]
-    if re.fullmatch(r"\d+,\d\d", number):  # a decimal comma
+    if re.fullmatch(r"\d+,\d{1,2}", number):  # a decimal comma
         return float(number.replace(",", "."))
     return float(number.replace(",", ""))
 
 
 
 def describe_products(facts):
-    """(titles, attributes) of {id: product}: brand, else categories; the third of their prices, if any."""
+    """(titles, attributes) of {id: product}: brand, else categories; cheap, ordinary or luxurious.
+
+    The last is the third of its category's prices in which a product lies.
+    """
     prices_of = {}  # of each category
     everything = []
     for fact in facts.values():
@@ -945,13 +967,14 @@ LOADERS = {"demo": load_demo, "ml-100k": load_movielens, "ml-1m": load_movielens
 
 def main():
     args = parse_arguments()
-    announce("01 prepare data", args, args.ratings_file or args.data_dir or f"{args.dataset}'s own files")
+    reads = args.ratings_file or args.data_dir or f"data/{args.dataset}"
+    announce("01 prepare data", args, "nothing: the demo is made up" if args.dataset == "demo" else reads)
     source = LOADERS[args.dataset](args)
     check_ratings(source.ratings, args.positive_above)
     dataset, truth = build(source, args)
     dropped = sorted(set(source.user_ids) - set(dataset.users))
     show(dataset, save(args.run, dataset, truth, args, dropped))
-    print(f"\nwrote dataset.json interactions.npy users.json items.json to {args.run}\n"
+    print(f"\nwrote dataset.json interactions.npy users.json items.json dropped_users.json to {args.run}\n"
           f"next: python 02_infer_profiles.py --run {args.run}")
 
 

@@ -1,34 +1,34 @@
 """Stage 02: infer latent profiles of users as soft tokens of a frozen LLM. Paper: section 2.3, Eq. (2)-(4).
 
-A user's prompt is an ordered list of segments (Eq. 3), followed by the text that is to be made likely:
+A user's prompt is an ordered list of segments (Eq. 3), followed by y, the titles that the user liked:
 
-    x^1 theta^1  x^2 theta^2 ... D_task  y = titles of the user's history
+    x^1                  theta^1    x^2 ...    theta^2    D_task                           y
+    This user's hobby is <theta^1>. This user ... <theta^2>. Products that this user bought: Gold Guitar; ...
 
-Behind the strict mask (Fig. 4) a profile sees its own name only; task and history see all before them.
-theta minimises  l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4). Four steps:
+theta^m, one vector for each user and profile, stands in the place of a word and minimises
+l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
+only; the task and y see all before them. Four steps, put together by solve():
 
-    fit_space  theta begins at the mean of the words that could name the profile: music, fishing, cooking ...
-    fit_task   what all users share, the format of the text, is learned once, as soft tokens of D_task
-    descend    each user's theta is found by gradient descent, a block of users at a time
-    squeeze    what is kept of theta are its coordinates z along the few directions in which users differ
+    start = fit_space            theta begins at the mean of the words that could name it: music, fishing ...
+    start.task = fit_task        what all users share, the format of the text, is learned once as soft tokens
+    z = descend(start, some)     each user's theta is found by gradient descent in all d directions
+    space = squeeze(start, z)    where these users differ; of all users the z along these directions are kept
 
-DEVIATION(k) in a comment: row k of README's differences from the paper.
+Sizes: U users, M profiles, d the LLM's width, r directions kept, T tokens of D_task; B users of a block, H
+tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences.
 
 What stands where; each part begins with a line of dashes:
-    data, model, train  the method, complete: prompt, mask, likelihood, words' space, descent. Read it first.
+    data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first.
     evaluate            does theta hold for titles that it has not seen?
-    running it          flags, blocks of users, low memory and low precision, opening an LLM, files that
-                        survive a kill, main. Skip it until you need it.
+    running it          flags, blocks of users, solve(), precision, opening an LLM, files that survive a kill
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
 Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
         profiles.json, settings and likelihoods; profiles_users.json, who was inferred; lm-tiny/;
         until all is done blocks-*/, one file for each block of users
-
-Run:
-    python 02_infer_profiles.py                   # the demo, with its tiny LM: 1 min
-    python 02_infer_profiles.py --lm smollm2      # a real LLM from the package index
-    torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
+Run:    python 02_infer_profiles.py                   # the demo, with its tiny LM: 1 min
+        python 02_infer_profiles.py --lm smollm2      # a real LLM from the package index
+        torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
 import functools
@@ -52,7 +52,6 @@ from common import (
 
 # -------- settings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_HELD_OUT = 32  # users, at most, whose histories decide when the task prompt is learned
 TASK_RATE = 0.6  # Adam's first step size for the task prompt, in units of its tokens' spread; it shrinks to 0
@@ -116,8 +115,8 @@ def build_positions(segments, mask):
 def build_visibility(segments, mask):
     """bool (S, S): may row i attend to column j? Fig. 4.
 
-    Paper: "can only attend to their respective profile names and interactions". Note: theta stands
-    before the interactions, so causality leaves the names; the interactions attend to theta.
+    Paper: "can only attend to their respective profile names and interactions". Note: theta stands before
+    the interactions and attention is causal, so of the two theta sees its name; the interactions see theta.
     DEVIATION(2): x^m is cut off from other profiles too, else theta^1 reaches theta^2 through x^2.
     """
     tokens = segment_of_each_token(segments)
@@ -137,10 +136,11 @@ def additive_mask(visible, dtype):
 # -------- data: the histories
 
 def history_texts(dataset, splits, settings):
-    """Per user: texts of his latest rows of these splits, oldest first; ' A Title;' or, rated, ' A Title +;'.
+    """For each user the latest --max-history titles of these splits, oldest first, each as ' A Title;'.
 
+    With --history rated ' A Title +;' if it was liked, else ' A Title -;'. Rows come in time order.
     DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
-    here it is a user, with what he liked as y.
+    here it is a user, with the titles that the user liked as y.
     """
     rated = settings.history == "rated"
     titles = [item["title"] for item in dataset.items]
@@ -176,7 +176,8 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        limits = "max_position_embeddings", "sliding_window", "window_size"  # which a 4-D mask would lift
+        # A mask of our own switches an LLM's sliding window off, so that all must fit into the window.
+        limits = "max_position_embeddings", "sliding_window", "window_size"
         config = model.config.get_text_config()  # of the language part, where the model has others
         window = min(getattr(config, key, None) or 4096 for key in limits)
         self.room = window - self.prompt_length  # tokens of the longest history
@@ -197,7 +198,7 @@ class ProfileLikelihood:
     def embeddings(self, theta, history_ids, task=None):
         """theta (B, M, d) fp32, history_ids (B, H), task (T, d) -> (B, S, d) in the LLM's dtype."""
         parts = []
-        task = self.task if task is None else task  # each task segment takes its tokens from the front
+        task = self.task if task is None else task  # Note: where there are several, each takes its tokens
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
@@ -242,11 +243,12 @@ class ProfileLikelihood:
 
 @dataclass
 class Space:
-    """theta^m = origin^m + z^m basis^m: a user is z (M, r), and z = 0 is what all users share.
+    """theta^m = origin^m + z^m basis^m: a user is z (M, r).
 
-    origin (M, d); basis (M, r, d), all directions of a profile as long as its words' spread; start (M, d):
-    the words' mean, where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
-    its words, vectors: per profile their embeddings (words, d).
+    origin (M, d): the mean user after squeeze(), before it the words' mean; basis (M, r, d): orthogonal
+    directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
+    start (M, d): the words' mean, where every descent begins; task (T, d): the soft tokens of D_task; words:
+    per profile its words, vectors: per profile their embeddings (words, d).
     """
 
     origin: torch.Tensor
@@ -279,7 +281,7 @@ def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
     A word of several tokens is the mean of its tokens; its weight is the root of its count. The words' mean
-    is the origin, their mean deviation the unit of every direction.
+    is the origin; their spread, the root mean square deviation, is the unit of every direction.
     """
     origins = []
     bases = []
@@ -294,13 +296,15 @@ def fit_space(likelihood, tokenizer, profiles):
         weights = torch.tensor(list(counts.values()), device=likelihood.device).float().sqrt()
         weights = weights / weights.sum()
         origin = weights @ vectors
-        spread = (weights @ (vectors - origin) ** 2).mean().sqrt()
+        variance = weights @ (vectors - origin).pow(2)  # Shape: (d,)
+        spread = variance.mean().sqrt()
         origins.append(origin)
         bases.append(spread * torch.eye(likelihood.width, device=likelihood.device))
         words.append(list(counts))
         word_vectors.append(vectors)
     origin = torch.stack(origins)
-    return Space(origin, torch.stack(bases), origin, likelihood.task, words, word_vectors)
+    return Space(origin=origin, basis=torch.stack(bases), start=origin, task=likelihood.task, words=words,
+                 vectors=word_vectors)
 
 
 def squeeze(space, z, rank):
@@ -313,8 +317,10 @@ def squeeze(space, z, rank):
     mean = z.mean(0)  # Shape: (M, d)
     _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     origin = space.theta(mean[None])[0]
-    basis = directions[:, :rank] @ space.basis  # Shape: (M, r, d)
-    return Space(origin, basis, space.start, space.task, space.words, space.vectors)
+    kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
+    basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
+    return Space(origin=origin, basis=basis, start=space.start, task=space.task, words=space.words,
+                 vectors=space.vectors)
 
 
 # -------- train
@@ -331,7 +337,8 @@ def fit_task(likelihood, space, histories, args):
     """Learn what all users share: soft tokens (T, d) of D_task, with theta at the origin. DEVIATION(11).
 
     Adam on -log P(y | x, origin, D_task). Some users are held out: the tokens kept are those under which
-    their histories are likeliest. Note: these are training rows, for no validation row may move theta.
+    their histories are likeliest. Note: these are training and support rows; validation rows must not
+    influence theta.
     """
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
@@ -384,13 +391,13 @@ def descend(likelihood, space, ids, lengths, args):
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
-        # Where low precision overflowed, a point is as bad as one of an infinite loss.
+        # A point at which low precision overflowed is NaN: it never counts as improved.
         overflowed = ~gradient.isfinite().flatten(1).all(1)
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
 
     def longest_step(gradient):
-        """The step size (B,) that moves no coordinate by more than --lr or than the prior alone would."""
+        """The largest step size (B,): no coordinate moves by more than --lr; with a prior, 1 / prior."""
         by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
@@ -424,7 +431,8 @@ def descend(likelihood, space, ids, lengths, args):
 def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
     """Nats per token of validation titles, {} without any:
 
-    own: under the user's z; population: under 0, the mean user; shuffled: under another user's z;
+    own: under the user's z; population: under 0, the mean user (--rank 0, --space words: the words' mean);
+    shuffled: under another user's z;
     and for each profile, by its name: under the user's own z, but this one profile of another user.
     """
     ring = rng.permutation(solved)
@@ -452,6 +460,9 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
 
 
 # -------- running it: the flags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def parse_arguments():
     parser = Parser(__doc__)
@@ -485,6 +496,7 @@ def parse_arguments():
 
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
+CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
 
 
@@ -526,8 +538,8 @@ def token_budget_of(likelihood):
     width = likelihood.width
     size = likelihood.dtype.itemsize
     if likelihood.device.type == "cpu":
-        return max(768, 2_400_000 // (width * size))
-    # Note: not of the free memory: a run that goes on must cut the same blocks.
+        return max(768, CACHE_BYTES // (width * size))
+    # Note: total memory, not what is free now: a run that goes on must cut the same blocks.
     room = torch.cuda.get_device_properties(likelihood.device).total_memory
     room -= size * count_parameters(likelihood.model)
     layers = likelihood.model.config.get_text_config().num_hidden_layers
@@ -581,7 +593,7 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
                 start = whole_space(start)
         else:
             start = fit_space(likelihood, tokenizer, dataset.profiles)
-            if args.space == "words" and args.rank:
+            if args.space == "words":
                 start = words_space(start, dataset.profiles, args.rank)
             start.task = fit_task(likelihood, start, histories, args)
         return saved_space(start)
@@ -629,16 +641,21 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
 def words_space(start, profiles, rank):
     """--space words: theta moves among the words alone, along the principal directions of their Gaussian.
 
-    A direction is as long as the words' standard deviation along it; n words have at most n - 1.
+    A direction is as long as the words' standard deviation along it; n words have at most n - 1, all of which
+    rank 0 keeps. Words of the LLM's own weigh all the same.
     """
+    origins = []
     bases = []
     for m, profile in enumerate(profiles):
         counts = [profile.get("words", {}).get(word, 1.0) for word in start.words[m]]
-        _, basis = gaussian_of(start.vectors[m], torch.tensor(counts).float(), rank)
+        origin, basis = gaussian_of(start.vectors[m], torch.tensor(counts).float(), rank or len(counts))
+        origins.append(origin)
         bases.append(basis)
     # Profiles of fewer words than others have directions of length 0 at the end.
     size = max(len(basis) for basis in bases)
     start.basis = torch.stack([nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases])
+    start.origin = torch.stack(origins)
+    start.start = start.origin
     return start
 
 
@@ -659,8 +676,8 @@ def whole_space(space):
     """The space of all directions in which the users of a squeezed space descended."""
     spread = space.basis.norm(dim=2).amax(1)  # Shape: (M,)
     everywhere = torch.eye(space.basis.shape[2], device=space.basis.device)
-    return Space(space.start, spread[:, None, None] * everywhere, space.start, space.task, space.words,
-                 space.vectors)
+    return Space(origin=space.start, basis=spread[:, None, None] * everywhere, start=space.start,
+                 task=space.task, words=space.words, vectors=space.vectors)
 
 
 # -------- low memory and low precision
@@ -788,9 +805,12 @@ def open_model(dataset, args, device, length):
         print(f"loading {name}: unless cached, a download (gpt2 0.5 GB, llama2-7b 13.5 GB)")
     model, tokenizer = load_language_model(name, DTYPES[args.dtype], device)
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask)
-    likelihood.layout(4)  # a bug in your mask or positions shows here
+    # Outside the try below, which would blame the LLM for a bug in build_visibility or build_positions.
+    likelihood.layout(4)
     try:
         flaw = find_flaw(likelihood) if likelihood.room > 4 else "no title fits into the LLM's window"
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # it takes no embeddings, mask or positions
         flaw = f"this LLM cannot read the prompt: {error!r:.150}"
     if flaw:
@@ -890,11 +910,11 @@ def read_profiles(run):
 
 
 def rows_that_stay(run, dataset, settings, path):
-    """--users: (old facts, old z (n, M, r), {user: his row in it}, users of the file who have none)."""
+    """--users: (old facts, old z (n, M, r), {user: the row in it}, users of the file who have none)."""
     facts, old, owners = read_profiles(run)
     changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
     if changed:
-        raise UserError(f"profiles.npy has other settings ({', '.join(changed)})", run, "use the first run's")
+        raise UserError(f"the first run had other settings ({', '.join(changed)})", run, "repeat its flags")
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}
     served = asked & index.keys()
@@ -942,7 +962,7 @@ def gather(work, blocks, old, rows, solved, n_users, before):
     for number, users in enumerate(blocks):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
-        if number in first:
+        if number in first:  # solved before there were directions, so in the space of the descent
             found = space.z(start.theta(found.to(start.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
@@ -1029,7 +1049,7 @@ def warnings_of(steps, heldout):
     found = []
     if not steps[-1] < steps[0]:
         found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
-                     "nothing was inferred")
+                     "theta says nothing of its user")
     for name, value in heldout.items():
         if name != "own" and heldout["own"] >= value:
             other = {"population": "what all users share", "shuffled": "the theta of another user"}
@@ -1041,7 +1061,8 @@ def warnings_of(steps, heldout):
 
 def report(steps, heldout, sensitivity, speed):
     """Print the likelihoods and what failed."""
-    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}; {speed:,d} tokens x steps/s")
+    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} (of theta in all its directions); "
+          f"{speed:,d} tokens x steps/s")
     for what, values in (("validation NLL per token", heldout),
                          ("tiny LM, loss under a wrong word", sensitivity)):
         if values:

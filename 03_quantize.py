@@ -5,13 +5,17 @@
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-theta and the codes v are held by their coordinates z in the words' space of stage 02, where the prior is
-N(0, I): theta = origin + z basis. DEVIATION(5).
+theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code of that profile, y
+whether the user liked item i, E_obs the user's and the item's id, Rec^s a surrogate recommender, sg a value
+through which no gradient flows. theta and v are held by their coordinates z in the space of stage 02, whose
+unit is the words' spread: theta = origin + z basis. DEVIATION(k): row k of README's differences; here (5).
 
-vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is warmed up on
-these codes; then minibatches of users update z, codebooks and surrogate. kmeans is the start alone. em learns
-codes that are soft tokens, words takes the K_m most frequent words: a user's code is then the likeliest given
-the history. A code is named after the word towards which it lies.
+--quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
+            warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
+            kmeans: that start alone.
+            em: codebooks fitted to the LLM's likelihood; words: the K_m most frequent words are the codes.
+            Both give a user the code under which the LLM finds the user's titles likeliest.
+A code is named after the word towards which it lies.
 
 What stands where; each part begins with a line of dashes:
     data, model, loss, train  what a quantizer may look at, Eq. (6), the VQ layer, Eq. (5), Algorithm 1.
@@ -20,7 +24,7 @@ What stands where; each part begins with a line of dashes:
     running it                flags, how codes are used and called, files, main. Skip it at first.
 
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt
-        lm-tiny/ (02)
+        lm-tiny/ (02); with --keep-codebooks codebooks.pt
 Writes: codebooks.pt, M tensors (K_m, r) and what assigns a new user;  quantize.json;
         feature_bank.npy int16 (U, M), feature_bank.csv with the codes' names
 
@@ -81,19 +85,6 @@ class Problem:
         """The users' soft tokens: float32 (U, M, d)."""
         return self.space.theta(torch.from_numpy(self.z)).numpy()
 
-    def made_with(self):
-        """What decides the meaning of z."""
-        return [str(self.facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "space_fingerprint")]
-
-
-def read_problem(run):
-    """(Problem, truth or None), checked to belong together."""
-    dataset = load_dataset(run)
-    facts, z, owners = infer.read_profiles(run)
-    check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
-    known = np.isin(np.arange(len(z)), owners["inferred"])
-    return Problem(run, dataset, np.array(z), known, facts, infer.open_space(run, "cpu")), load_truth(run)
-
 
 def rows_by_user(rows, n_users):
     """Rows (user, item, label) of each user: U arrays (n_u, 3)."""
@@ -106,6 +97,7 @@ def rows_by_user(rows, n_users):
 @torch.no_grad()
 def nearest(z, codebook):
     """Eq. (6): c = argmin_k ||z - v_k||^2. z (B, r), codebook (K, r) -> (B,)."""
+    # Note: torch's faster way, |z|^2 + |v|^2 - 2 z v, cancels where users lie close together.
     return torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
@@ -174,8 +166,8 @@ def vec_loss(z, rows, quantizers, surrogate, beta):
     codebook = 0.0
     commitment = 0.0
     for m, quantizer in enumerate(quantizers):
-        codes, codebook_term, commitment_term = quantizer(z[:, m])
-        quantized.append(codes)
+        quantized_m, codebook_term, commitment_term = quantizer(z[:, m])
+        quantized.append(quantized_m)
         codebook = codebook + codebook_term  # of each user
         commitment = commitment + commitment_term
     codebook = codebook.mean()
@@ -193,7 +185,7 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
     """Train the surrogate on rows (n, 3) with fixed quantized (U, M, r)."""
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
     rows = torch.from_numpy(rows).long().to(quantized.device)
-    size = min(1024, max(128, len(rows) // 160))
+    size = min(1024, max(128, len(rows) // 160))  # about 160 batches an epoch
     for _ in progress(range(epochs), "warming up the surrogate", "epoch"):
         for batch in torch.from_numpy(rng.permutation(len(rows))).split(size):
             logits = surrogate(rows[batch, :2], quantized[rows[batch, 0]])
@@ -220,7 +212,8 @@ def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args,
         for batch in progress(batches, f"joint epoch {epoch}", "batch"):
             own = z[batch].requires_grad_()  # Shape: (B, M, r)
             loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
-            # Eq. (7): the gradients of its terms add up. DEVIATION(7): alpha is a weight, no step size.
+            # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient;
+            # codebooks and surrogate have l_vec alone. DEVIATION(7): in Algorithm 1 alpha is a step size too.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(own, batch)
@@ -229,7 +222,8 @@ def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args,
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            # DEVIATION(7): Adagrad. Its step size depends on a user's own steps alone, Adam's on all steps.
+            # DEVIATION(7): Adagrad by hand. A user's step depends on the user's own past gradients (squares);
+            # Adam over all of z would also move users who are not in the batch.
             squares[batch] += own.grad ** 2
             z[batch] -= args.lr * own.grad / (squares[batch].sqrt() + 1e-10)
             for key, part in parts.items():
@@ -255,7 +249,7 @@ class KMeans:
 
     assigns = "nearest"  # what --assign is with this quantizer
     books = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # em, words: M tensors (K_m,), log of how common a code is
+    log_weights = None  # M tensors (K_m,): em: log of how common a code is; words: minus what all get by it
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem
@@ -289,14 +283,15 @@ class JointVQ(KMeans):
         problem = self.problem
         device = self.device
         dataset = self.problem.dataset
-        # DEVIATION(5): in units of the prior lr, alpha and beta mean the same for every LLM.
+        # DEVIATION(5): in units of the words' spread lr, alpha and beta mean the same for every LLM.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
             add_llm_gradient = self.open_llm_loss()
         rng = seeded(args.seed, 6)
         quantizers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
-        surrogate = Surrogate(len(z), len(dataset.items), *z.shape[1:]).to(device)
+        n_users, n_profiles, rank = z.shape
+        surrogate = Surrogate(n_users, len(dataset.items), n_profiles, rank).to(device)
         rows = rows_by_user(dataset.rows(TRAIN), len(z))
         print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(quantizers):,d}, "
               f"surrogate {count_parameters(surrogate):,d}; LLM frozen")
@@ -344,6 +339,7 @@ COMBINATIONS = 100  # most that EM tries a user
 class SoftCodeEM(KMeans):
     """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
+    y is here the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label.
     Codebooks start as --start says; the users' z is not used after that. A round: an E-step over all users,
     then an M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the
     responsibilities. The likeliest round is kept.
@@ -355,7 +351,7 @@ class SoftCodeEM(KMeans):
         """Open the LLM; list combinations of codes (C, M) and blocks of users."""
         count = math.prod(self.sizes)
         if count > COMBINATIONS:
-            raise UserError(f"{count} combinations are too many for EM", "--codes",
+            raise UserError(f"{count} combinations of codes are too many to try", "--codes",
                             f"choose a product of at most {COMBINATIONS}, or --quantizer vq")
         self.likelihood, self.histories, self.space, _ = self.problem.open_likelihood(self.device)
         self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
@@ -419,7 +415,7 @@ class SoftCodeEM(KMeans):
             rounds.append((evidence, codes, [book.detach().clone() for book in self.books], self.log_weights))
             if number == args.epochs:
                 break
-            # The M-step: pi in closed form, a gradient step a block
+            # The M-step: pi in closed form, smoothed by one user a code; then a gradient step for each block.
             self.log_weights = [((count + 1) / (count + 1).sum()).log() for count in usage]
             order = np.random.default_rng((args.seed, number)).permutation(len(self.blocks))
             for users in progress([self.blocks[index] for index in order], "M-step", "block"):
@@ -441,7 +437,8 @@ class Words(SoftCodeEM):
     """No descent: asking. A code is one of the K_m most frequent words of its profile, in theta's place.
 
     c = argmax_c [log P_LLM(y | words c) + sum_m w^m_c].  An LLM may like a word whatever the history is, and
-    would give it to everybody: w^m_c is minus the mean of log P over all users under this word.
+    would give it to everybody: w^m_c is minus the mean of log P over all users under this word. The log's
+    "log_likelihood" is that of these weighed scores.
     """
 
     def theta(self, codes):
@@ -497,11 +494,11 @@ def parse_arguments():
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
     if args.keep_codebooks and (args.codes or args.quantizer):
-        parser.error("--keep-codebooks keeps K_m and quantizer")
-    if args.quantizer is None:  # the first that assigns so: vq, or em by likelihood
-        wanted = args.assign or "nearest"
-        fitting = [name for name, kind in QUANTIZERS.items() if kind.assigns == wanted]
-        args.quantizer = "vq" if wanted == "nearest" else fitting[0]
+        parser.error("--keep-codebooks goes without --codes and --quantizer: both stay as they were")
+    if args.keep_codebooks and args.assign:
+        parser.error("--keep-codebooks goes without --assign: it assigns as before")
+    if args.quantizer is None:
+        args.quantizer = {"nearest": "vq", "likelihood": "em"}[args.assign or "nearest"]
     assigns = QUANTIZERS[args.quantizer].assigns
     if args.assign not in (None, assigns):
         parser.error(f"--quantizer {args.quantizer} goes with --assign {assigns} alone")
@@ -516,7 +513,7 @@ def parse_codes(text, profiles):
     parts = [part.strip() for part in text.split(",")]
     sizes = [int(part) for part in parts if part.isascii() and part.isdecimal()]
     fits = len(parts) == len(sizes) == len(profiles)
-    if not fits or min(sizes) < 2 or max(sizes) > 32766:
+    if not fits or min(sizes) < 2 or max(sizes) > 32766:  # the unknown code K_m must fit into int16
         raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
                         "give one each for " + ", ".join(profile["name"] for profile in profiles))
     return sizes
@@ -525,9 +522,10 @@ def parse_codes(text, profiles):
 # -------- how codes are called and used
 
 def name_codes(books, coordinates, words, centre):
-    """M lists of K_m names: the word towards which a code lies from the users' mean (centre (M, r)).
+    """M lists of K_m names: the word whose direction is most that of the code, seen from the users' mean.
 
-    A second code of the same word is called "word 2".
+    centre (M, r): that mean. A word's direction is its z, from the space's origin. A second code of the same
+    word is called "word 2".
     """
     names = []
     for book, vectors, texts, mean in zip(books, coordinates, words, centre):
@@ -590,7 +588,21 @@ def show(report, agreed):
               f"NMI across profiles {listed('nmi_across')}")
 
 
-# -------- save
+# -------- files
+
+def read_problem(run):
+    """(Problem, truth or None), checked to belong together."""
+    dataset = load_dataset(run)
+    facts, z, owners = infer.read_profiles(run)
+    check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
+    known = np.isin(np.arange(len(z)), owners["inferred"])
+    return Problem(run, dataset, np.array(z), known, facts, infer.open_space(run, "cpu")), load_truth(run)
+
+
+def meaning_of_z(facts):
+    """The settings that decide what a coordinate means."""
+    return [str(facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "space_fingerprint")]
+
 
 def save(run, problem, bank, quantizer, named, facts):
     """Write codebooks, bank and the facts. named: M lists of the codes' names."""
@@ -600,7 +612,7 @@ def save(run, problem, bank, quantizer, named, facts):
         save_torch(aside / "codebooks.pt", {
             "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": named,
             "profiles": names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
-            "made_with": problem.made_with()})
+            "made_with": meaning_of_z(problem.facts)})
         save_npy(aside / "feature_bank.npy", bank)
         with open(aside / "feature_bank.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -619,13 +631,15 @@ def saved_quantizer(problem, args, device):
     """--keep-codebooks: (the last quantizer, its codes' names, its settings, {raw user id: codes then})."""
     saved = load(args.run, "codebooks.pt", (
         "codebooks", "log_weights", "words", "users", "bank", "facts", "made_with"))
-    if saved["made_with"] != problem.made_with():
-        raise UserError("codebooks.pt was made with another LLM or 02 flags", args.run, "run 03_quantize.py")
+    if saved["made_with"] != meaning_of_z(problem.facts):
+        raise UserError("codebooks.pt was made with another LLM or other flags of stage 02", args.run,
+                        "run 03 without --keep-codebooks")
     books = saved["codebooks"]
     facts = saved["facts"]
     name = facts["quantizer"]
     if name not in QUANTIZERS or len(books) != problem.z.shape[1]:
-        raise UserError(f"codebooks.pt has {len(books)} books of {name}", args.run, "drop --keep-codebooks")
+        raise UserError(f"codebooks.pt has {len(books)} books of {name}, which do not fit here", args.run,
+                        "run 03 without --keep-codebooks")
     quantizer = QUANTIZERS[name](problem, list(map(len, books)), args, device)
     quantizer.books = books
     quantizer.log_weights = saved["log_weights"]
@@ -640,8 +654,10 @@ def main():
     problem, truth = read_problem(args.run)
     dataset = problem.dataset
     known = problem.known
-    announce("03 quantize", args, "stage 01's files, profiles.npy .json, space.pt")
+    reads = "stage 01's files, profiles.npy .json, space.pt"
     if args.keep_codebooks:
+        kept = argparse.Namespace(run=args.run, keep_codebooks=True)
+        announce("03 quantize", kept, f"{reads}, codebooks.pt")
         quantizer, named, facts, then = saved_quantizer(problem, args, device)
         sizes = quantizer.sizes
         codes = quantizer.assign()
@@ -650,11 +666,12 @@ def main():
                 codes[user] = then[raw]
         facts["keep_codebooks"] = True
     else:
+        announce("03 quantize", args, reads)
         sizes = parse_codes(args.codes, dataset.profiles)
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
         if not torch.cat(list(quantizer.books)).isfinite().all():
-            raise UserError("a code is not finite", args.quantizer, "lower --lr or mend fit()")
+            raise UserError("a code is not a finite number", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
         centre = torch.tensor(problem.z[known].mean(0))

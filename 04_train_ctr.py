@@ -3,9 +3,11 @@
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
     loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), completed
 
-No LLM is loaded: a profile is M small integers. Controls: `none` (no ids), `random` (uniform codes),
-`shuffled` (real codes on other users). The row NAME is your own feature_bank_NAME.npy, int (U, M'), with
-its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its controls: random-NAME, shuffled-NAME.
+No LLM is loaded: a user's profiles are M small integers, their codes. --ids names the banks of codes to be
+compared, each a row of the table: `userip` (ours), `none` (no codes), `random` (uniform codes), `shuffled`
+(our codes on other users), `planted` (the demo's truth) or NAME: your own feature_bank_NAME.npy, int (U, M'),
+with its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its controls: random-NAME, shuffled-NAME.
+DEVIATION(k): row k of README's differences from the paper.
 
 What stands where; each part begins with a line of dashes:
     data, models, loss and train  fields and ids; LR, DCNv2 (DCN is in common.py); Eq. (9). Read them first.
@@ -14,8 +16,9 @@ What stands where; each part begins with a line of dashes:
 
 Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.npy (02) for --profile-input embedding
-Writes: results.json (a row per model x ids x seed, a summary), ctr_<model>.pt .json (best epoch, sources),
-        predictions/ (of test and cold rows); until done rows-*/, a file a row
+Writes: results.json (a row per model x ids x repetition, a summary); ctr_<model>.pt, weights of the best
+        epoch of repetition 0 with userip (else the first of --ids), .json what they were made from;
+        predictions/ (of test and cold rows); until done rows-*/, a file for each row
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -28,6 +31,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import sklearn
@@ -58,10 +62,10 @@ def attribute_table(dataset, name):
 
 
 def build_features(dataset, kind, codes, sizes, theta=None):
-    """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns); U and I are unseen ones.
+    """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns).
 
-    kind: of FIELDS. codes: None or int (U, M). sizes: K_m. theta: None or, for codes, its coordinates z,
-    float (U, M, r).
+    The numbers U and I stand for an unseen user and item. kind: of FIELDS. codes: None or int (U, M). sizes:
+    K_m. theta: None, or its coordinates z, float (U, M, r), in the place of codes.
     """
     user_numbers = np.arange(len(dataset.users) + 1)[:, None]
     item_numbers = np.arange(len(dataset.items) + 1)[:, None]
@@ -74,14 +78,15 @@ def build_features(dataset, kind, codes, sizes, theta=None):
         for m, vectors in enumerate(torch.tensor(np.vstack([theta, nobody])).unbind(1)):
             user_tables.append((Field(f"profile_{m}", len(user_numbers), vectors=vectors), user_numbers))
     elif codes is not None:
-        table = np.vstack([codes, sizes]).astype(np.int64)  # an unseen user has the unknown code K_m
+        # An unseen user has the unknown code K_m, an id like others: users without a history train it.
+        table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
     item_tables.append((Field("item", len(dataset.items)), item_numbers))
     if kind != "ids":
         for profile in dataset.profiles:
             table, size = attribute_table(dataset, profile["name"])
-            if size:  # the critic is no attribute of items
+            if size:  # some profiles, as 01's critic, are no attribute of items
                 item_tables.append((Field(f"item_{profile['name']}", size, table.shape[1]), table))
 
     def lookup(users, items):
@@ -93,7 +98,7 @@ def build_features(dataset, kind, codes, sizes, theta=None):
 
 
 def rows_of(dataset, split, lookup, device, stranger=None):
-    """A split's ids (n, columns), labels (n,). stranger: an id in each user's place."""
+    """A split's ids (n, columns), labels (n,). stranger: None, or the id that replaces every user's."""
     users, items, labels = dataset.rows(split).T
     ids = lookup(users, items)
     if stranger is not None:
@@ -201,7 +206,7 @@ def train(model, train_rows, validation_rows, stranger, args):
         shuffled = ids[order]
         targets = labels[order]
         if stranger is not None and args.user_dropout:
-            # DEVIATION(10): user dropout. What ids say must not hide behind the user id's memory.
+            # DEVIATION(10): user dropout. Else the model memorizes users by their id and ignores the codes.
             shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
         for at in range(0, len(ids) - 1, args.batch_size):  # BatchNorm needs two rows
             rows = slice(at, at + args.batch_size)
@@ -216,7 +221,7 @@ def train(model, train_rows, validation_rows, stranger, args):
             name = type(model).__name__
             raise UserError(f"{name}: a score is not finite", f"epoch {epoch}, --lr {args.lr}", "lower --lr")
         found = {"val_auc": auc(validation_labels, scores), "val_logloss": logloss(validation_labels, scores)}
-        score = found["val_auc"] - found["val_logloss"]  # AUC alone keeps absurd probabilities
+        score = found["val_auc"] - found["val_logloss"]  # AUC alone may keep badly calibrated probabilities
         if score > best_score:
             best = {**found, "best_epoch": epoch}
             best_score = score
@@ -232,7 +237,9 @@ def run_one(dataset, model_name, ids, seed, inputs, args, device):
     codes, sizes, theta = inputs.of(ids, (args.seed, seed, 4))
     fields, lookup = build_features(dataset, args.fields, codes, sizes, theta)
     stranger = len(dataset.users) if args.fields != "attributes" else None
-    has_cold = len(dataset.rows(COLD)) > 0  # then the epoch, too, is for unknown users
+    # With cold users the user is hidden in validation rows too, so that the epoch suits unknown users; val_*
+    # is then not comparable with test_*.
+    has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
@@ -410,8 +417,8 @@ class DIFM(Recommender):
 class FiBiNET(Recommender):
     """first order + MLP on bilinear pairs (e_i W_ij) * e_j of embeddings before and after SENET.
 
-    Huang et al. 2019, Eq. (3)-(9). Note: from .05 and W near 1 L2 shrinks the products to 0, all that the
-    MLP sees; from .005 and 5 they grow after the first order.
+    Huang et al. 2019, Eq. (3)-(9). Note: embeddings start at .005 and W near 5 times the identity. With .05
+    and 1 the L2 penalty shrinks the products, all that the MLP sees, to 0.
     """
 
     def __init__(self, fields):
@@ -440,7 +447,7 @@ MODELS = {"lr": LR, "ffm": FFM, "afm": AFM, "fibinet": FiBiNET, "difm": DIFM, "a
 
 IDS = ("none", "random", "shuffled", "userip", "planted")
 FIELDS = ("ids", "ids+attributes", "attributes")
-SPARSE = 30  # training rows a user; below, the user id is a trap
+SPARSE = 30  # training rows a user; with fewer a model overfits the user id
 
 
 def nonempty_names(text):
@@ -456,15 +463,17 @@ def parse_arguments():
     parser = Parser(__doc__, "cpu")  # a GPU is slower here
     add = parser.add_argument
     add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
-    add("--ids", type=nonempty_names, help=f"of {','.join(IDS)} (default: all there are), your banks")
+    add("--ids", type=nonempty_names,
+        help=f"banks of codes: {','.join(IDS)} (default: those that there are), or the NAME of your own")
     add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
-    add("--fields", choices=FIELDS, default="ids", help="paper: ids, of user and item; attributes: no user")
+    add("--fields", choices=FIELDS, default="ids",
+        help="ids: of user and item (paper); attributes: of the item and its attributes, without the user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
-        help="of userip and its controls: codes, or theta (its coordinates), projected (Table 3, no VQ)")
+        help="what userip and its controls feed: codes, or theta's own coordinates, projected (Table 3)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
-    add("--patience", type=at_least(1), default=10, help="epochs without a better one")
+    add("--patience", type=at_least(1), default=10, help="stop after so many epochs without a better one")
     add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024")
     add("--lr", type=at_least(1e-12, float), default=3e-3, help="Adam step size (paper: 0.001)")
     add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 of embeddings (paper: none)")
@@ -486,7 +495,7 @@ def bank_name(ids):
 
 
 def codes_of(ids, banks, rng):
-    """A row's (codes int (U, M), sizes K_m), twice None for `none`. banks: {name: (codes, sizes)}."""
+    """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
     codes, sizes = banks.get(bank_name(ids), (None, None))
     if bank_name(ids) == ids:
         return codes, sizes
@@ -503,8 +512,11 @@ class Inputs:
     theta: np.ndarray | None = None
 
     def of(self, ids, seeds):
-        """A row's (codes, sizes, theta). With theta, random is noise, shuffled another user's: codes are no
-        control, as r numbers a user tell users apart."""
+        """A row's (codes, sizes, theta).
+
+        With theta, random is Gaussian noise of its shape, shuffled another user's theta. Random codes would
+        be too weak a control: r real numbers tell users apart.
+        """
         rng = np.random.default_rng(seeds)
         codes = codes_of(ids, self.banks, rng)
         theta = self.theta if bank_name(ids) == "userip" else None
@@ -526,7 +538,7 @@ def read_bank(run, name, dataset):
     if name == "planted":
         truth = load_truth(run)
         if truth is None:
-            raise UserError("no planted truth", run, "leave planted out of --ids")
+            raise UserError("this run has no planted truth", run, "leave planted out of --ids")
         return truth, (truth.max(axis=0) + 1).tolist()
     bank = f"feature_bank_{name}.npy"
     card = f"feature_bank_{name}.json"
@@ -534,7 +546,8 @@ def read_bank(run, name, dataset):
         bank = "feature_bank.npy"
         card = "quantize.json"
     elif not (run / bank).exists():
-        raise UserError(f"unknown ids {name}", run, f"known: {','.join(IDS)}; or write {bank}, {card}")
+        raise UserError(f"there are no ids called {name}", run,
+                        f"known: {','.join(IDS)}; or write {bank}, {card}")
     facts = load(run, card, ("codes", "dataset_fingerprint"))
     codes = np.array(load(run, bank))
     sizes = np.atleast_1d(facts["codes"])
@@ -542,9 +555,9 @@ def read_bank(run, name, dataset):
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
     shape = (len(dataset.users), len(sizes))
-    kinds = {codes.dtype.kind, sizes.dtype.kind} - {"i", "u"}
-    if kinds or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
-        raise UserError(f"{bank}, {codes.dtype} {codes.shape}, is no int {shape} of codes 0 to "
+    are_integers = codes.dtype.kind in "iu" and sizes.dtype.kind in "iu"
+    if not are_integers or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
+        raise UserError(f"{bank} holds {codes.dtype} {codes.shape}; wanted are integers {shape} from 0 to "
                         f"{facts['codes']}", run, f"write it anew; K (in {card}) means unknown")
     return codes, sizes.tolist()
 
@@ -570,13 +583,19 @@ def read_inputs(args):
         theta = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
-        theta -= theta.mean(axis=0)  # then on the scale of the noise of random
-        varies = theta.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
-        power = (theta ** 2).sum((0, 2)) / np.maximum(1, len(theta) * varies.sum(1))
-        theta /= np.maximum(power ** 0.5, 1e-12)[:, None]
+        theta = standardized(theta)
     if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
-        print("WARNING: 02 ran with --users: old users' theta has seen the earlier split")
+        print("WARNING: stage 02 ran with --users: the first users' theta is of another split and may have "
+              "seen what are test rows now. Serve this bank, but measure with one that is inferred afresh")
     return dataset, Inputs(banks, theta)
+
+
+def standardized(theta):
+    """theta (U, M, r) centred, each profile's mean square 1: the scale of the noise that is its control."""
+    theta = theta - theta.mean(axis=0)
+    varies = theta.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
+    mean_square = (theta ** 2).sum((0, 2)) / np.maximum(1, len(theta) * varies.sum(1))
+    return theta / np.maximum(mean_square ** 0.5, 1e-12)[:, None]
 
 
 def default_user_dropout(dataset):
@@ -608,8 +627,9 @@ def summarize(rows):
             entry[metric] = mean_sd([row[metric] for row in by_seed.values()])
         for control in ("none", "random"):
             # A bank of your own may have a control with as many codes as it has: random-NAME.
-            reference = cells.get((model, f"{control}-{ids}")) or cells.get((model, control))
-            if reference is None or ids == control:
+            of_its_own = cells.get((model, f"random-{bank_name(ids)}")) if control == "random" else None
+            reference = of_its_own or cells.get((model, control))
+            if reference is None or ids == control or reference is by_seed:
                 continue
             for metric in metrics:
                 differences = [row[metric] - reference[seed][metric] for seed, row in by_seed.items()]
@@ -683,16 +703,17 @@ def main():
     if args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
     announce("04 train CTR", args, "stage 01's files and the banks")
-    varied = ("run", "models", "ids", "seeds")  # no settings of a cell
+    varied = ("run", "models", "ids", "seeds")  # they choose rows, they do not change one
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
-    work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings)[:12]}"
+    code = Path(__file__).read_text("utf-8")  # an edited model gets rows of its own
+    work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, code)[:12]}"
     cells = {}
     for model, seed, ids in itertools.product(args.models, range(args.seeds), args.ids):
         cells[model, ids, seed] = work / f"{model}-{ids}-{seed}.pt"
     pieces = [(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()]
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, cells))
-    shutil.rmtree(work)  # an edited model must not get old rows
+    shutil.rmtree(work)
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt to {args.run}")
 
 

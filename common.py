@@ -1,4 +1,4 @@
-"""What the stages share, beside the method: errors, artifacts, devices, metrics, loading an LLM.
+"""What several stages share: the DCN recommender, a part of the method, and tools that are none.
 
 What stands where; each part begins with a line of dashes:
     fields and the DCN           the one model that two stages use: Rec^s of Eq. (5) in stage 03, Rec of
@@ -6,7 +6,7 @@ What stands where; each part begins with a line of dashes:
     errors, artifacts, long work one line for bad input; files that are whole or absent; work that goes on
     seeds, devices, metrics      AUC, AUC within a user, logloss
     the frozen LLM               opening a checkpoint, a package or a GGUF file
-    the tiny LM                  no part of the method: a small GPT-2 for the demo. Skip it first.
+    the tiny LM                  no part of the method: a small GPT-2 for the demo. Skip it at first.
 
 Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
 """
@@ -52,7 +52,7 @@ SMALL = 20_000_000  # parameters; below, a second thread gains nothing
 class Field:
     """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
 
-    vectors: optional float (size, d); an id then stands for its row, projected.
+    vectors: optional float (size, d); the one column's id then stands for its row, projected.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Field:
 class FieldEmbedding(nn.Module):
     """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
 
-    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 it stays
-    at the saddle at 0.
+    Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 the
+    gradients are too small for it to start learning.
     """
 
     def __init__(self, fields, dim, std=0.05):
@@ -80,7 +80,8 @@ class FieldEmbedding(nn.Module):
             self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row starts at 0, for unknown ids; padding, which never counts, and AFN leave it so.
+        # A field's last row starts at 0, for unknown ids. Padding, which never counts, leaves it so, and so
+        # does the AFN model of stage 04.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
@@ -120,12 +121,12 @@ class CrossNetwork(nn.Module):
     def forward(self, x0):
         x = x0
         for w, b in zip(self.weight, self.bias):
-            x = x0 * (x @ w).unsqueeze(1) + b + x  # Eq. (3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l
+            x = x0 * (x @ w).unsqueeze(1) + b + x  # Wang's Eq. (3): x_{l+1} = x_0 (x_l . w_l) + b_l + x_l
         return x
 
 
 def linear(width, size):
-    """Xavier weights, bias 0: small inputs then meet the kink of ReLU, where interactions begin."""
+    """Xavier weights and bias 0: small inputs then lie on both sides of ReLU's bend and features mix."""
     layer = nn.Linear(width, size)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -133,13 +134,13 @@ def linear(width, size):
 
 
 def mlp(width):
-    """16-16 with ReLU and dropout .2, section 3.4."""
+    """16-16 with ReLU and dropout .2 (paper, section 3.4)."""
     return nn.Sequential(
         linear(width, 16), nn.ReLU(), nn.Dropout(0.2), linear(16, 16), nn.ReLU(), nn.Dropout(0.2))
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017), sizes of section 3.4. ids (B, columns) -> logits (B,).
+    """Deep & Cross Network (Wang et al. 2017), sizes of the paper's section 3.4. ids (B, columns) -> (B,).
 
     logit: embeddings (B, F, D) -> logits; stage 03 appends `extra_fields` of its own.
     """
@@ -163,7 +164,7 @@ class DCN(nn.Module):
 # -------- here the method ends; errors and the command line
 
 class UserError(Exception):
-    """Bad input. Its text is the one line the user sees: what, (where); what to do."""
+    """Bad input. Its text is the one line the user sees: what (where); what to do."""
 
     def __init__(self, what, where, todo):
         super().__init__(f"{what} ({where}); {todo}")
@@ -204,7 +205,7 @@ def fail(message, status=2):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with every stage's flags, and errors in one line."""
+    """argparse with the flags that every stage has, and errors in one line."""
 
     def __init__(self, doc, device="auto"):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
@@ -234,7 +235,9 @@ def at_least(low, kind=int, below=float("inf")):
     def parse(text):
         value = kind(text)
         if not low <= value < below:
-            limits = f"{low} or more" if below == float("inf") else f"from {low} to below {below}"
+            limits = f"a number from {low} to below {below}"
+            if below == float("inf"):
+                limits = f"{low} or more, but no infinite number" if kind is float else f"{low} or more"
             raise argparse.ArgumentTypeError(f"{text} is out of range: give {limits}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
@@ -249,7 +252,8 @@ def announce(stage, args, reads):
 
 def progress(items, what, unit):
     """A tqdm bar over items; none where stderr is no terminal: a log stays a log."""
-    return tqdm(items, desc=what, unit=unit, leave=False, disable=RANK > 0 or None)
+    disable = True if RANK > 0 else None  # None: tqdm looks whether stderr is a terminal
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=disable)
 
 
 # -------- artifacts
@@ -305,21 +309,26 @@ def save_json(path, value):
         temporary.write_text(text + "\n", "utf-8")
 
 
-def save_npy(path, array, save=np.save):
-    buffer = io.BytesIO()  # Note: on a full disk these raise what looks like a bug
-    save(buffer, array)
-    with atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+def save_npy(path, array):
+    save_bytes(path, lambda buffer: np.save(buffer, array))
 
 
 def save_torch(path, value):
-    save_npy(path, value, lambda buffer, value: torch.save(value, buffer))
+    save_bytes(path, lambda buffer: torch.save(value, buffer))
+
+
+def save_bytes(path, write):
+    """Note: first to memory, for on a full disk np.save and torch.save raise what looks like a bug."""
+    buffer = io.BytesIO()
+    write(buffer)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
-MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth"),
+MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth", "dropped_users"),
            "02_infer_profiles.py": ("profiles", "space", "lm-tiny"),
            "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
            "tools/controls.py": ("feature_bank_",), "04_train_ctr.py": ("results", "ctr_", "predictions")}
@@ -334,7 +343,10 @@ def remedy(run, name):
 
 
 def load(run, name, keys=()):
-    """An artifact: .json, .npy (memory-mapped) or .pt. UserError if missing, broken or without these keys."""
+    """An artifact: .json, .npy (memory-mapped) or .pt. UserError if missing, broken or without these keys.
+
+    A broken piece of unfinished work (in blocks-* of stage 02, rows-* of 04) is deleted, to be made again.
+    """
     path = Path(run) / name
     finish(path.parent)
     if not path.exists():
@@ -388,7 +400,7 @@ class Dataset:
         return fingerprint(self.interactions, self.users, self.items, self.profiles, order, self.task_prompt)
 
     def rows(self, splits):
-        """int32 (n, 3) user, item, label of one split or several, in stored (time) order."""
+        """int32 (n, 3) user, item, label of one split or several, in stored order: by time, if known."""
         return self.interactions[np.isin(self.interactions[:, 3], splits)][:, :3]
 
 
@@ -452,7 +464,7 @@ def do_all(pieces, what, unit, device):
     walk(0)
     for helper in helpers:
         helper.join()
-    for piece in reversed(pieces):  # another process of torchrun goes on from its own end
+    for piece in reversed(pieces):  # what is missing; backwards, where processes before this one are not yet
         once(*piece)
 
 
@@ -492,7 +504,7 @@ def auc(labels, scores):
 def gauc(users, labels, scores):
     """Mean AUC within users of both labels, weighted by their rows; None without such. Inputs (n,).
 
-    A user's AUC = (rank sum of his positives - the least possible) / (positives x negatives).
+    A user's AUC = (rank sum of the positives - the least possible) / (positives x negatives).
     """
     users = np.unique(users, return_inverse=True)[1]
     level = np.unique(scores, return_inverse=True)[1]
@@ -577,7 +589,7 @@ def check_checkpoint(name, model, tokenizer, loading):
 def is_small(name):
     """Is this folder of an LLM so small that half precision gains nothing?"""
     files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
-    return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL
+    return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL  # bytes a number, fp32
 
 
 def has_fast_bf16():
@@ -720,8 +732,8 @@ def pieces_of(tokenizer, texts, anchors=ANCHORS):
 # This small GPT-2 learns from sentences about invented people what LLMs know from the web: which titles go
 # with which word in a profile's slot.
 
-TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told of him
-LIKING = 1.4  # rated: log odds of liking a title that fits all his tastes; less this where none fits
+TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told
+LIKING = 1.4  # rated: log odds of liking a title that fits all tastes; minus this where none fits
 
 
 def tiny_sizes(n_items):
@@ -735,7 +747,7 @@ class Trait:
     def __init__(self, profile, items):
         self.name = profile["name"]
         self.prompt = profile["prompt"]
-        self.likes = profile.get("likes", {})  # a critic's word tells his share of likes
+        self.likes = profile.get("likes", {})  # a critic's word tells the share of likes
         values = [item["attributes"].get(self.name, []) for item in items]
         self.words = sorted(self.likes or set().union(*values))
         row_of = {word: row for row, word in enumerate(self.words)}
@@ -832,7 +844,7 @@ def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
 
 @torch.no_grad()
 def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
-    """{profile: nats per history token that these sentences lose under a wrong word for it}."""
+    """{profile: by how much a wrong word for it raises the loss, in nats per history token}."""
     def loss(variant):
         ids, _, history = encode_sentences(tokenizer, traits, task_prompt, variant)
         return float(next_token_loss(model, ids, history))
@@ -880,7 +892,8 @@ def train_tiny(dataset, folder, length, args):
         args.seed, args.history, TINY_FIT, LIKING, length, width, words, count])
     with contextlib.suppress(UserError):
         if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
-            return load_language_model(str(folder), torch.float32, torch.device("cpu"))
+            load_language_model(str(folder), torch.float32, torch.device("cpu"))  # it opens, so it is whole
+            return
     traits = [Trait(profile, items) for profile in dataset.profiles]
     if not any(trait.words for trait in traits):
         raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")

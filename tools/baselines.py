@@ -92,7 +92,8 @@ class World:
             if len(rows):
                 found.append((kind, rows))
         if min(len(set(rows[:, 2])) for _, rows in found) < 2:
-            raise common.UserError("rows of one label alone", f"--rows {self.args.rows}", "take more")
+            raise common.UserError("the scored rows have one label alone", f"--rows {self.args.rows}",
+                                   "take more")
         return found
 
 

@@ -111,7 +111,8 @@ def mf(problem, sizes, device, seed):
     rows = problem.dataset.rows(common.SEEN)
     shape = (len(problem.dataset.users), len(problem.dataset.items))
     if min(shape) < 2:
-        raise common.UserError("mf factorizes nothing", f"{shape[0]} users, {shape[1]} items", "leave it out")
+        raise common.UserError("there is nothing to factorize for mf",
+                               f"{shape[0]} users, {shape[1]} items", "leave it out")
     matrix = csr_matrix((rows[:, 2] - rows[:, 2].mean(), (rows[:, 0], rows[:, 1])), shape=shape)
     svd = sklearn.decomposition.TruncatedSVD(min(FACTORS, min(shape) - 1), random_state=seed)
     known = np.bincount(rows[:, 0], minlength=shape[0]) > 0

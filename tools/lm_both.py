@@ -65,7 +65,7 @@ def padded(rows, value):
 
 @torch.no_grad()
 def word_sensitivity(model, tokenizer, traits, people, rng):
-    """{profile: nats a token that his word loses behind the history of somebody with another word}."""
+    """{profile: nats a token that a word loses behind the history of somebody with another word}."""
     lost = {}
     for m, trait in enumerate(traits):
         told = [(words[m], titles) for words, titles in people if m in words]

@@ -141,9 +141,8 @@ STUDIES = {  # name: {variant: flags}
     "real-demo": {
         "SmolLM2": real("--subsample-users 600", "--lm smollm2"),
         "SmolLM2, joint VQ": own("--no-llm-loss"),
-        "SmolLM2, another world": real("--subsample-users 600 --seed 7", "--lm smollm2"),
-        "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
-        "Gemma, another world": real("--subsample-users 300 --seed 7", "--lm gemma3-270m")},
+        "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2"),
+        "Gemma": real("--subsample-users 300", "--lm gemma3-270m")},
     "real-ml-100k": {
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
                            "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),

@@ -205,7 +205,7 @@ def test_a_bank_by_name_is_a_row_with_controls_of_its_own(inferred, tmp_path, ca
     count = len(rows_of(run, "users.json"))
     write_bank(run, "one", np.arange(count) % 3, [2])
     message = refused(capsys, "--run", run, "--ids", "one")  # a vector is no table
-    assert f"feature_bank_one.npy, int64 ({count},), is no int ({count}, 1) of codes" in message
+    assert f"feature_bank_one.npy holds int64 ({count},); wanted are integers ({count}, 1) from 0" in message
     write_bank(run, "one", np.arange(len(rows_of(run, "users.json")))[:, None] % 3, [2])  # 2: unknown
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "one,none")
     grown, plain = (row["parameters"] for row in common.load(run, "results.json")["rows"])
@@ -221,8 +221,8 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: (run / "feature_bank_mine.json").write_text("{}"), "lacks codes, dataset_finger"),
     (lambda run, codes: (run / "feature_bank_mine.npy").write_bytes(b"x"), "bank_mine.npy cannot be read"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0"), "another dataset"),
-    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "is no int ("),
-    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "is no int ("),
+    (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "wanted are integers ("),
+    (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "wanted are integers ("),
     (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "float64 ("),
     (lambda run, codes: write_bank(run, "mine", codes - 1, [4, 3]), "codes 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes * 0 + 4, [4, 3]), "codes 0 to [4, 3]"),

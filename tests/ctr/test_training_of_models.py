@@ -495,7 +495,7 @@ def test_a_control_of_no_ids_or_of_a_truth_that_is_not_there_is_refused(inferred
     run = copy_run(inferred, tmp_path / "run")
     (run / "truth.npy").unlink()
     for ids in ("random-none", "shuffled-none", "random-planted", "planted", "random-nobody"):
-        with pytest.raises(common.UserError, match="planted|unknown ids"):
+        with pytest.raises(common.UserError, match="planted|no ids called"):
             call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", f"none,{ids}")
     assert not (run / "results.json").exists()
 

@@ -67,7 +67,8 @@ def test_ratings_and_the_commonest_words_are_shown_with_their_counts(make):
 
 @pytest.mark.parametrize("cell", [
     "\"['Fishing', 'Gear']\"", "\"[\"\"Fishing\"\", \"\"Gear\"\"]\"", "Fishing|Gear", " fishing | GEAR |",
-    "Fishing|nan|Gear|N/A|unknown|"])
+    "Fishing|nan|Gear|N/A|unknown|", "\"['Fishing' 'Gear']\"", "\"[Fishing, Gear]\"",
+    "\"[{'id': 18, 'name': 'Fishing'}, {'id': 3, 'name': 'Gear'}]\""])
 def test_a_cell_of_several_values_has_them_all(make, cell):
     text, dataset = make(csv_text(ratings()), items_text(lambda number: cell), "--hobby-col", "kinds")
     assert hobbies(dataset) == [["fishing", "gear"]] * ITEMS and "WARNING" not in text
@@ -142,6 +143,61 @@ def test_the_header_tells_the_separator(make, separator):
                          items_text(lambda number: "a", separator), "--hobby-col", "kinds")
     assert len(dataset.interactions) == 120 and dataset.items[3]["title"] == "Thing 4"
     assert hobbies(dataset) == [["a"]] * ITEMS and "WARNING" not in text
+
+
+def test_a_separator_in_a_column_s_name_is_none(make):
+    rows = [(*row, 1) for row in ratings()]
+    _, dataset = make(csv_text(rows, "user_id;item_id;rating;seen (1,2,3)".replace(";", ","), ";").replace(
+        "seen (1;2;3)", "seen (1,2,3)"))
+    assert len(dataset.interactions) == 120
+
+
+def test_a_column_that_is_there_twice_is_refused(make):
+    rows = [(*row, 1) for row in ratings()]
+    with pytest.raises(common.UserError, match="has the column rating twice"):
+        make(csv_text(rows, "user_id,item_id,rating,rating"))
+
+
+@pytest.mark.parametrize("content", [b"", "user_id,item_id".encode("utf-16-le")])
+def test_an_empty_file_and_one_that_is_no_text_are_said(make, content):
+    with pytest.raises(common.UserError, match="is empty or no text"):
+        make(content)
+
+
+def test_a_blank_after_a_comma_does_not_hide_a_quote(make):
+    rows = [(number, f' "Thing, {number}"') for number in range(1, ITEMS + 1)]
+    _, dataset = make(csv_text(ratings()), csv_text(rows, "item_id, title"))
+    assert dataset.items[0]["title"] == "Thing, 1"
+
+
+def test_titles_that_mean_missing_are_none(make):
+    rows = [(number, "nan" if number < 4 else f"Thing {number}") for number in range(1, ITEMS + 1)]
+    text, dataset = make(csv_text(ratings()), csv_text(rows, "item_id,title"))
+    assert "3 of 10 items have no title" in text and dataset.items[0]["title"] == "1"
+
+
+@pytest.mark.parametrize("value", ["1,234", "1_0", "four", "nan", "inf", ""])
+def test_what_is_no_number_is_no_rating(value):
+    with pytest.raises(ValueError):
+        prepare.csv_rating("u", "i", value)
+
+
+def test_some_ids_that_a_spreadsheet_changed_are_a_warning(make):
+    rows = [(f"{number:03d}" if number < 4 else number, f"Thing {number}") for number in range(1, ITEMS + 1)]
+    text, _ = make(csv_text(ratings()), csv_text(rows, "item_id,title"))
+    assert "WARNING: 3 of 10 rated items have no description, but '1' looks like '001'" in text
+
+
+@pytest.mark.parametrize("flags", [["--items-file", "i.csv"], ["--title-col", "x"], ["--time-col", "x"]])
+def test_flags_of_csv_files_are_refused_elsewhere(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_stage(prepare, "--run", tmp_path / "run", *flags)
+    assert stop.value.code == 2 and f"{flags[0]} needs --dataset csv" in capsys.readouterr().err
+
+
+def test_dislikes_may_have_negative_ratings(make):
+    _, dataset = make(csv_text(ratings(lambda place: place % 2 - 1)), None, "--positive-above", "-1")
+    assert dataset.interactions[:, 2].mean() == 0.5
 
 
 def test_blanks_around_names_and_cells_are_none_of_theirs(make):

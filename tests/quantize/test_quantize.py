@@ -338,7 +338,7 @@ def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp
     (["--codes", "4"], "2 codebook sizes"),
     (["--quantizer", "words", "--assign", "nearest"], "--quantizer words goes with --assign likelihood"),
     (["--assign", "likelihood", "--codes", "40,3"], "120 combinations"),
-    (["--keep-codebooks", "--codes", "4,3"], "--keep-codebooks keeps K_m and quantizer")])
+    (["--keep-codebooks", "--codes", "4,3"], "--keep-codebooks goes without --codes")])
 def test_flags_that_do_not_go_together_are_one_line(flags, words, inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
@@ -460,7 +460,7 @@ def test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays(inferred, t
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
     before = (run / "quantize.json").read_bytes()
     monkeypatch.setitem(quantize.QUANTIZERS, "fewer", Fewer)
-    with pytest.raises(common.UserError, match="a code is not finite .fewer.; lower --lr or mend"):
+    with pytest.raises(common.UserError, match="a code is not a finite number .--quantizer fewer."):
         call_stage(quantize, "--run", run, "--quantizer", "fewer")
     assert (run / "quantize.json").read_bytes() == before
 
