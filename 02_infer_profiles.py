@@ -1040,7 +1040,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete
     publish(work, args.run)
-    report(steps, heldout, lm["sensitivity"], facts["tokens_per_second"])
+    note = f", before it was squeezed to {args.rank} directions" if solved[2] else ""
+    report(steps, heldout, lm["sensitivity"], facts["tokens_per_second"], note)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 
 
@@ -1059,10 +1060,9 @@ def warnings_of(steps, heldout):
     return found
 
 
-def report(steps, heldout, sensitivity, speed):
+def report(steps, heldout, sensitivity, speed, note):
     """Print the likelihoods and what failed."""
-    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} (of theta in all its directions); "
-          f"{speed:,d} tokens x steps/s")
+    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}{note}; {speed:,d} tokens x steps/s")
     for what, values in (("validation NLL per token", heldout),
                          ("tiny LM, loss under a wrong word", sensitivity)):
         if values:
