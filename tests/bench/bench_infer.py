@@ -142,20 +142,19 @@ def useful_flops(model, histories, prompt_length):
 def ours(likelihood, histories, steps, size=None):
     """`steps` steps over all users, our way: descend() on stage 02's own blocks. How many steps that was."""
     blocks = infer.make_blocks(histories, size, infer.token_budget_of(likelihood), likelihood.prompt_length)
-    space = random_space(likelihood)
+    space = plain_space(likelihood)
     for users in blocks:
         settings = SimpleNamespace(steps=steps, lr=defaults().lr, prior=defaults().prior)
         infer.descend(likelihood, space, *infer.pad(histories, users, likelihood.device), settings)
     return steps + 0.5
 
 
-def random_space(likelihood, rank=16):
-    """Directions of the length that words have; what they mean does not matter to the clock."""
-    generator = torch.Generator().manual_seed(0)
-    basis = 0.02 * torch.randn(likelihood.n_profiles, rank, likelihood.width, generator=generator)
-    origin = torch.zeros(likelihood.n_profiles, likelihood.width)
-    origin = origin.to(likelihood.device)
-    return infer.Space(origin, basis.to(likelihood.device), origin, likelihood.task, [], [])
+def plain_space(likelihood):
+    """All directions, around 0, as long as words are wide; what they mean does not matter to the clock."""
+    basis = 0.02 * torch.eye(likelihood.width, device=likelihood.device)
+    origin = torch.zeros(likelihood.n_profiles, likelihood.width, device=likelihood.device)
+    return infer.Space(origin=origin, basis=basis.expand(likelihood.n_profiles, -1, -1), start=origin,
+                       task=likelihood.task, words=[], vectors=[])
 
 
 class Authors:
