@@ -248,6 +248,7 @@ class KMeans:
     """k-means over z, the start of vq and em: no recommender, no LLM."""
 
     assigns = "nearest"  # what --assign is with this quantizer
+    codes_are_words = False  # code k is the k-th word of its profile, and has its name
     books = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
     log_weights = None  # M tensors (K_m,): em: log of how common a code is; words: minus what all get by it
 
@@ -440,6 +441,8 @@ class Words(SoftCodeEM):
     would give it to everybody: w^m_c is minus the mean of log P over all users under this word. The log's
     "log_likelihood" is that of these weighed scores.
     """
+
+    codes_are_words = True
 
     def theta(self, codes):
         """codes (B, M) -> the words' own vectors (B, M, d), which need not lie in the space."""
@@ -637,10 +640,14 @@ def saved_quantizer(problem, args, device):
     books = saved["codebooks"]
     facts = saved["facts"]
     name = facts["quantizer"]
-    if name not in QUANTIZERS or len(books) != problem.z.shape[1]:
-        raise UserError(f"codebooks.pt has {len(books)} books of {name}, which do not fit here", args.run,
+    if name not in QUANTIZERS:
+        raise UserError(f"codebooks.pt is of --quantizer {name}, which there is no more", args.run,
                         "run 03 without --keep-codebooks")
-    quantizer = QUANTIZERS[name](problem, list(map(len, books)), args, device)
+    if len(books) != problem.z.shape[1]:
+        raise UserError(f"codebooks.pt has {len(books)} codebooks, not one for each profile", args.run,
+                        "run 03 without --keep-codebooks")
+    as_then = argparse.Namespace(**{**vars(args), **facts})
+    quantizer = QUANTIZERS[name](problem, [len(book) for book in books], as_then, device)
     quantizer.books = books
     quantizer.log_weights = saved["log_weights"]
     return quantizer, saved["words"], facts, dict(zip(saved["users"], saved["bank"].tolist()))
@@ -677,7 +684,7 @@ def main():
         centre = torch.tensor(problem.z[known].mean(0))
         words_z = [problem.space.word_z(m) for m in range(len(sizes))]
         named = name_codes(quantizer.books, words_z, problem.space.words, centre)
-        if isinstance(quantizer, Words):
+        if quantizer.codes_are_words:
             named = [words[:size] for size, words in zip(sizes, problem.space.words)]
     report = health(codes[known], sizes, dataset.profiles)
     for profile, words in zip(report, named):

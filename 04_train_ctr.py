@@ -595,7 +595,7 @@ def standardized(theta):
     theta = theta - theta.mean(axis=0)
     varies = theta.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
     mean_square = (theta ** 2).sum((0, 2)) / np.maximum(1, len(theta) * varies.sum(1))
-    return theta / np.maximum(mean_square ** 0.5, 1e-12)[:, None]
+    return (theta / np.maximum(mean_square ** 0.5, 1e-12)[:, None]).astype(np.float32)
 
 
 def default_user_dropout(dataset):
@@ -660,6 +660,11 @@ def show(summary, base_logloss):
 
 # -------- save
 
+def quantizer_of(run):
+    """By which quantizer stage 03 made the bank of userip."""
+    return load(run, "quantize.json", ("quantizer",))["quantizer"]
+
+
 def save(args, dataset, inputs, cells):
     """Write results.json, models and predictions from cells {(model, ids, seed): file}."""
     rows = []
@@ -687,6 +692,7 @@ def save(args, dataset, inputs, cells):
     save_json(args.run / "results.json", {
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
+        "quantizer": quantizer_of(args.run) if "userip" in args.ids else None,
         "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})

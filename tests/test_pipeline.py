@@ -374,7 +374,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["codebooks"].pop()),
      ["codebooks.pt has 1 books of vq", "without --keep-codebooks"]),
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["facts"].update(quantizer="ward")),
-     ["codebooks.pt has 2 books of ward", "without --keep-codebooks"]),
+     ["codebooks.pt is of --quantizer ward", "without --keep-codebooks"]),
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
     (quantize, ["--quantizer", "vq", "--assign", "likelihood"], None, ["--quantizer vq goes with"]),
     (quantize, ["--quantizer", "words", "--assign", "nearest"], None, ["--quantizer words goes with"]),
