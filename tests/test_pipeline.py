@@ -372,7 +372,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (prepare, ["--hobby-words", "music,,cooking"], None, ["two different words", "--hobby-words"]),
     (infer, ["--lm", "/nowhere/model.gguf"], None, ["no such file", "model.gguf", "--lm"]),
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["codebooks"].pop()),
-     ["codebooks.pt has 1 books of vq", "without --keep-codebooks"]),
+     ["codebooks.pt has 1 codebooks, not one for each profile", "without --keep-codebooks"]),
     (quantize, ["--keep-codebooks"], change_codebooks(lambda saved: saved["facts"].update(quantizer="ward")),
      ["codebooks.pt is of --quantizer ward", "without --keep-codebooks"]),
     (quantize, [], scale("truth.npy", 0), ["truth.npy was made from another dataset"]),
