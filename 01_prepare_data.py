@@ -407,6 +407,7 @@ def parse_arguments():
     add("--item-id-col", help="column of the item in --items-file (default: --item-col)")
     add("--value-sep", default="|", help="between values of one cell")
     args = parser.parse_args()
+    args.value_sep = args.value_sep.replace("\\t", "\t")
     if args.dataset == "csv" and not args.ratings_file:
         parser.error("--dataset csv needs --ratings-file")
     if args.dataset == "csv" and args.data_dir:
@@ -450,14 +451,19 @@ def film_rating(*cells):
 
 def csv_rating(user, item, value, time=""):
     """rating() on any scale. The number may have a decimal comma; the time is seconds or an ISO date."""
+    value = {"true": "1", "false": "0"}.get(value.lower(), value)
     number = r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?"
     if not re.fullmatch(number, value) or re.search(r",\d{3}$", value):  # 1,234 may be a thousand or one
         raise ValueError(f"{value!r:.40} is no rating")
-    time = time.strip()
+    time = "" if time.strip().lower() in MISSING else time.strip()
     try:
         seconds = float(time or 0)
     except ValueError:
-        date = datetime.datetime.fromisoformat(time.replace("Z", "+00:00"))
+        try:
+            date = datetime.datetime.fromisoformat(time.replace("Z", "+00:00"))
+        except ValueError:
+            raise ValueError(f"time {time!r:.40} is neither seconds nor an ISO date like 2020-12-31; convert "
+                             "it or leave --time-col out") from None
         seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp()
     return rating(user, item, value.replace(",", "."), seconds, -math.inf, math.inf)
 
@@ -549,7 +555,10 @@ def read_items(source, rows, names, separator):
                 distinct.add(value)
                 if value not in attributes[name]:
                     attributes[name].append(value)
-    joined = sorted(value for value in distinct if re.search(r"[,;|/]", value))
+    for name in names:
+        if name != "title" and not any(found[name] for found in source.attributes.values()):
+            print(f"WARNING: the column of the {name} holds no value; the LLM will choose its own words")
+    joined = sorted(value for value in distinct if re.search(r"[,;|/>]", value))
     if 5 * len(joined) > len(distinct):
         print(f"WARNING: {len(joined):,d} of {len(distinct):,d} values look like several in one, as "
               f"'{joined[0]}': give what stands between them as --value-sep (now '{separator}')")
@@ -562,9 +571,13 @@ MAX_BAD = 0.01  # share of bad records to skip; one is always skipped
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
-           "not available", "(no genres listed)"}  # what exports write where there is nothing
+           "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
+           "nat"}  # what exports write where there is nothing
+NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # of these no user has the name
+TAGS = (r"</?(?:a|b|i|u|p|br|em|strong|span|div|font|ul|ol|li|h[1-6]|img|table|tr|td|script|style)\b"
+        r"[^<>]{0,200}>")  # markup; of x<y then 2>z nothing is
 QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")  # what stands between two equal quotation marks
-NO_TITLE = {"-", "n/a", "nan", "null", "undefined"}  # of these alone no film or product has the name
+NO_TITLE = NO_ID - {"none", "nil"} | {"-", "n/a", "#ref!", "(null)"}  # nor is a film or a product called so
 
 
 def opened(path):
@@ -631,23 +644,38 @@ def cells(path, separator, count, parse=lambda *cells: cells):
 
 
 def encoding_of(path):
-    """UTF-16 by its mark, UTF-8 if all of the file is that, else Windows' Western European."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    """UTF-16 by its mark, UTF-8 if nearly all of the file is that, else Windows' Western European."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    wrong = 0  # sequences that are no UTF-8
+    right = 0  # characters beyond ASCII that are
+    sample = ""
     try:
         with opened(path) as file:
             part = file.read(2**20)
             if part.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 return "utf-16"
+            if part.startswith(b"PK\x03\x04"):
+                raise UserError(f"{path.name} is a spreadsheet", path, "save it as a csv file in UTF-8")
             while part:
-                decoder.decode(part)
+                text = decoder.decode(part)
+                unread = text.count("\ufffd")
+                if unread and not wrong:
+                    line = next(line for line in part.splitlines()
+                                if "\ufffd" in line.decode(errors="replace"))
+                    sample = line.decode("cp1252", "replace")[:60]
+                wrong += unread
+                right += len(text) - len(text.encode("ascii", "ignore")) - unread
                 part = file.read(2**20)
-            decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        print(f"{path.name} is not in UTF-8: read as Windows-1252")
-        return "cp1252"
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read {path.name}: {error}", path, "fetch it or mend the path") from None
-    return "utf-8-sig"
+    if not wrong:
+        return "utf-8-sig"
+    if 4 * wrong < right:
+        print(f"WARNING: {path.name} has {wrong:,d} bytes that are no UTF-8; they are read as \ufffd")
+        return "utf-8-sig"
+    print(f"WARNING: {path.name} is not in UTF-8 and read as Windows-1252: '{sample}'. Where this is wrong, "
+          "save it in UTF-8")
+    return "cp1252"
 
 
 def csv_records(texts, separator):
@@ -658,6 +686,7 @@ def csv_records(texts, separator):
     """
     texts = iter(texts)
     again = []  # lines to be read once more, the next one last
+    width = None  # cells of the header
     while True:
         line = again.pop() if again else next(texts, None)
         if line is None:
@@ -677,6 +706,13 @@ def csv_records(texts, separator):
                     again.extend(reversed(record[1:]))
                 else:
                     record.append(line)
+        full_lines = [line.count(separator) + 1 >= width for line in record[1:]] if width else []
+        # Lines that look like records are no part of a cell.
+        if isinstance(found, list) and full_lines and all(full_lines):
+            found = csv.Error("a quotation mark is never closed")
+            again.extend(reversed(record[1:]))
+        if width is None:
+            width = len(found) if isinstance(found, list) else 0
         yield found
 
 
@@ -684,6 +720,11 @@ def table(path, columns, parse=lambda *cells: cells):
     """parse(*cells of these columns) of every record of a csv file; its header tells the separator."""
     texts = lines(path, encoding_of(path))
     header = next(texts, "").rstrip("\r\n")
+    if header.lower().startswith("sep="):  # a hint for spreadsheets
+        header = next(texts, "").rstrip("\r\n")
+    if header.lstrip().startswith(("#", "--", "{", "[")):
+        raise UserError(f"{path.name} begins with '{header.strip()[:40]}', which is no header", path,
+                        "take comments out, or convert JSON to csv")
     if not header or "\0" in header:
         raise UserError(f"{path.name} is empty or no text", path, "give a csv file in UTF-8 with a header")
     # The separator under which most of the wanted columns are found, among equals the commonest.
@@ -691,6 +732,8 @@ def table(path, columns, parse=lambda *cells: cells):
         len({name.strip(' "') for name in header.split(mark)} & set(columns)), header.count(mark)))
     records = csv_records(itertools.chain([header], texts), separator)
     names = next(records, [])
+    # Spreadsheets leave rows of empty cells at the end.
+    records = (record for record in records if isinstance(record, csv.Error) or any(record))
     if isinstance(names, csv.Error):
         raise UserError(f"the header of {path.name} cannot be read: {names}", path, "give a header line")
     names = [name.strip() for name in names]
@@ -722,6 +765,10 @@ def raw_id(value):
     text = str(value).strip()
     if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
         raise ValueError(f"{value!r:.40} is no id")
+    if text.lower() in NO_ID:
+        raise ValueError(f"{text!r} is no id: it says that one is missing")
+    if re.fullmatch(r"\d[.,]\d+E\+?\d+", text, re.I):
+        raise ValueError(f"{text!r} is no id: a spreadsheet rounded it; export ids as text")
     return text
 
 
@@ -731,6 +778,12 @@ def check_joined(source, raw_ids):
         return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
 
     described = source.titles.keys() | source.attributes.keys()
+    if described and not any(raw in described for raw in raw_ids):
+        pairs = [(raw, other) for raw in raw_ids for other in described if plain(raw) == plain(other)][:1]
+        rated, listed = pairs[0] if pairs else (raw_ids[0], min(described))
+        raise UserError(f"no rated item has a description: '{rated}' is rated, '{listed}' is described",
+                        "the two files' item ids", "write the ids alike in both files, for leading zeros, a "
+                        "final .0 and capitals count; or name another --item-id-col")
     by_plain = {plain(raw): raw for raw in described}
     strangers = [raw for raw in raw_ids if raw not in described]
     pairs = [(raw, by_plain[plain(raw)]) for raw in strangers if plain(raw) in by_plain]
@@ -748,7 +801,7 @@ def check_joined(source, raw_ids):
 def clean_text(text):
     """One line of plain text, at most MAX_TITLE long: no entities, markup or control characters."""
     text = html.unescape(str(text)[:20 * MAX_TITLE])
-    text = re.sub(r"<[^<>]{0,200}>", " ", text)
+    text = re.sub(TAGS, " ", text, flags=re.I)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
 
@@ -756,17 +809,42 @@ def clean_text(text):
 def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
-    parts = text.split(separator)
-    if text.startswith("[{"):  # records, [{'id': 18, 'name': 'Drama'}]: their names
-        parts = re.findall(r"""['"]name['"]\s*:\s*['"]([^'"]*)['"]""", text)
-    elif text.startswith("[") and text.endswith("]"):
-        parts = [found[1] for found in QUOTED.findall(text)] or text[1:-1].split(",")
+    is_one = text.lower() in MISSING or re.fullmatch(r"[\d.,]+", text)  # N/A under the separator /; a number
+    parts = [text] if is_one else text.split(separator)
+    if text[:1] + text[-1:] in ("[]", "()", "{}"):
+        parts = listed_values(text)
     values = {}
     for part in parts:
-        value = clean_text(str(part).replace("\\'", "'")).lower()
+        value = clean_text(part).lower()
+        if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+            value = value[1:-1].strip()
         if value not in MISSING:
             values[value] = True
     return list(values)
+
+
+def listed_values(text):
+    """Texts in a list, tuple, set or array that a program wrote into a cell; of records their names."""
+    found = None
+    is_numpy = re.search(r"""['"]\s+['"]""", text)  # ['Action' 'Drama'], which Python would join
+    for parse in () if is_numpy else (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+            break
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+    if isinstance(found, set):
+        found = sorted(found, key=str)
+    if found is None:
+        return [match[1].replace("\\'", "'") for match in QUOTED.findall(text)] or text[1:-1].split(",")
+    texts = []
+    for part in [found] if isinstance(found, dict) else found:
+        if isinstance(part, dict):  # {'id': 18, 'name': 'Drama'}, or whatever text it holds first
+            by_key = {str(key).lower(): value for key, value in part.items()}
+            words = [value for value in by_key.values() if isinstance(value, str)]
+            part = by_key.get("name", words[0] if words else "")
+        texts.append(part)
+    return texts
 
 
 ARTICLES = "The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den"

@@ -68,10 +68,80 @@ def test_ratings_and_the_commonest_words_are_shown_with_their_counts(make):
 @pytest.mark.parametrize("cell", [
     "\"['Fishing', 'Gear']\"", "\"[\"\"Fishing\"\", \"\"Gear\"\"]\"", "Fishing|Gear", " fishing | GEAR |",
     "Fishing|nan|Gear|N/A|unknown|", "\"['Fishing' 'Gear']\"", "\"[Fishing, Gear]\"",
-    "\"[{'id': 18, 'name': 'Fishing'}, {'id': 3, 'name': 'Gear'}]\""])
+    "\"[{'id': 18, 'name': 'Fishing'}, {'id': 3, 'name': 'Gear'}]\"", "\"{'Fishing', 'Gear'}\"",
+    "\"('Fishing', 'Gear')\"", "\"{Fishing,Gear}\"", "'Fishing'|'Gear'"])
 def test_a_cell_of_several_values_has_them_all(make, cell):
     text, dataset = make(csv_text(ratings()), items_text(lambda number: cell), "--hobby-col", "kinds")
     assert hobbies(dataset) == [["fishing", "gear"]] * ITEMS and "WARNING" not in text
+
+
+@pytest.mark.parametrize("cell, values", [
+    ('["P\\u00eache", "R\\u0026B"]', ["pêche", "r&b"]), ('["7\\" vinyl"]', ['7" vinyl']),
+    ("[{\"id\": 1, \"name\": \"Rock 'n' Roll\"}]", ["rock 'n' roll"]), ('[{"genre": "Gear"}]', ["gear"]),
+    ("[]", []), ("[{[]: 1}]", ["{[]: 1}"]), ("a | N/A", ["a"])])
+def test_lists_that_programs_write_are_read_as_they_are_meant(cell, values):
+    assert prepare.values_of(cell, "|") == values
+
+
+def test_a_separator_does_not_cut_what_means_missing_nor_numbers():
+    assert prepare.values_of("N/A", "/") == [] and prepare.values_of("12,50", ",") == ["12,50"]
+
+
+def test_a_column_of_the_items_that_holds_nothing_is_a_warning(make):
+    text, _ = make(csv_text(ratings()), items_text(lambda number: "[]"), "--hobby-col", "kinds")
+    assert "WARNING: the column of the hobby holds no value" in text
+
+
+def test_items_that_are_none_of_those_rated_are_refused(make):
+    with pytest.raises(common.UserError, match="no rated item has a description: '1' is rated, 'tt1' is"):
+        make(csv_text(ratings()), items_text(lambda number: "a", item="tt{}"))
+
+
+def test_two_stray_quotes_do_not_swallow_the_lines_between_them(make):
+    lines = csv_text([(*row, "ok") for row in ratings() * 3], "user_id,item_id,rating,note").split("\n")
+    lines[4] = lines[4].replace("ok", '"great')
+    lines[20] = lines[20].replace("ok", 'bad"')
+    text, dataset = make("\n".join(lines))
+    assert "skipped 1 bad of 360 records" in text and len(dataset.interactions) == 120
+
+
+@pytest.mark.parametrize("raw, words", [
+    ("NULL", "one is missing"), ("nan", "one is missing"), ("\\N", "one is missing"),
+    ("7.6561E+16", "a spreadsheet rounded it")])
+def test_what_is_no_id_is_none(raw, words):
+    with pytest.raises(ValueError, match=words):
+        prepare.raw_id(raw)
+
+
+def test_one_bad_byte_does_not_spoil_a_file_in_utf_8(make):
+    rows = [(number, f"Misérables {number}") for number in range(1, ITEMS + 1)]
+    text, dataset = make(csv_text(ratings()), csv_text(rows, "item_id,title").encode().replace(
+        "Misérables 10".encode(), b"M\xfcller"))
+    assert "WARNING: i.csv has 1 bytes that are no UTF-8" in text
+    assert dataset.items[0]["title"] == "Misérables 1"
+
+
+@pytest.mark.parametrize("first, words", [
+    ("# a dump", "begins with '# a dump', which is no header"), ("-- Dump", "begins with '-- Dump'"),
+    ('[{"user_id": 1}]', "or convert JSON to csv"), ("PK\x03\x04", "is a spreadsheet")])
+def test_a_file_that_begins_with_no_header_is_said(make, first, words):
+    with pytest.raises(common.UserError, match=words):
+        make(first + "\n" + csv_text(ratings()))
+
+
+def test_hints_and_empty_rows_of_spreadsheets_are_none_of_the_data(make):
+    _, dataset = make("sep=;\n" + csv_text(ratings(), separator=";") + ";;\n" * 40)
+    assert len(dataset.interactions) == 120
+
+
+def test_markup_goes_and_comparisons_stay():
+    assert prepare.clean_text("<b>If</b> x<y then 2>z<br/>") == "If x<y then 2>z"
+
+
+def test_true_and_false_are_ratings(make):
+    rows = [(user, item, ["False", "True"][place % 2]) for place, (user, item, _) in enumerate(ratings())]
+    _, dataset = make(csv_text(rows), None, "--positive-above", "0")
+    assert dataset.interactions[:, 2].mean() == 0.5
 
 
 def test_another_separator_is_guessed_at_in_a_warning(make):
@@ -217,7 +287,8 @@ def test_text_in_other_encodings_is_read(make, encoding):
     items = csv_text([(number, f"Misérables {number}") for number in range(1, ITEMS + 1)], "item_id,title")
     text, dataset = make(csv_text(ratings()).encode(encoding), items.encode(encoding))
     assert dataset.items[0]["title"] == "Misérables 1"
-    assert ("not in UTF-8" in text) == (encoding == "cp1252")
+    warned = "WARNING: i.csv is not in UTF-8 and read as Windows-1252: '1,Mis" in text
+    assert warned == (encoding == "cp1252")
 
 
 def test_a_missing_header_is_said(make):
@@ -261,7 +332,7 @@ def test_dates_that_cannot_be_read_are_said(make):
 
 @pytest.mark.parametrize("rated, listed", [("{}.0", "{}"), ("{}", "{}.0"), ("{}", "00{}"), ("AB{}", "ab{}")])
 def test_ids_that_a_spreadsheet_changed_are_named(make, rated, listed):
-    with pytest.raises(common.UserError, match="10 of 10 rated items have no description, but"):
+    with pytest.raises(common.UserError, match="no rated item has a description: .* write the ids alike"):
         make(csv_text(ratings(item=rated)), items_text(lambda number: "a", item=listed))
 
 
