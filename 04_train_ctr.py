@@ -628,8 +628,10 @@ def summarize(rows):
         for control in ("none", "random"):
             # A bank of your own may have a control with as many codes as it has: random-NAME.
             of_its_own = cells.get((model, f"random-{bank_name(ids)}")) if control == "random" else None
-            reference = of_its_own or cells.get((model, control))
-            if reference is None or ids == control or reference is by_seed:
+            reference = cells.get((model, control))
+            if of_its_own not in (None, by_seed):
+                reference = of_its_own
+            if reference is None or ids == control:
                 continue
             for metric in metrics:
                 differences = [row[metric] - reference[seed][metric] for seed, row in by_seed.items()]

@@ -215,7 +215,7 @@ def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferre
     whole = common.load(runs / "clean", "baselines_rella.json")["rows"][1]["lm_passes"]
     call_stage(baselines, "rella", "--run", runs / "clean", "--rows", 12)
     assert common.load(runs / "clean", "baselines_rella.json")["rows"][1]["lm_passes"] == 36 < whole
-    with pytest.raises(common.UserError, match="rows of one label alone .--rows 1."):
+    with pytest.raises(common.UserError, match="the scored rows have one label alone .--rows 1."):
         call_stage(baselines, "rella", "--run", runs / "clean", "--rows", 1)
     with pytest.raises(common.UserError, match="has not read rated titles"):
         call_stage(baselines, "rella", "--run", inferred)
@@ -240,7 +240,7 @@ def test_test_rows_of_one_label_end_pepler_in_one_line_before_it_works(runs, tmp
     read[0].dataset = one_label
     monkeypatch.setattr(quantize, "read_problem", lambda _: read)
     monkeypatch.setattr(baselines, "fit_pepler", None)
-    with pytest.raises(common.UserError, match="rows of one label alone"):
+    with pytest.raises(common.UserError, match="the scored rows have one label alone"):
         call_stage(baselines, "pepler", "--run", run)
 
 
