@@ -256,20 +256,23 @@ def test_stages_take_kar_s_theta_for_theirs(runs, world):
     assert not (runs / "clean" / "kar" / "kar").exists()
 
 
-def test_the_lm_for_both_directions_reads_no_more_than_its_window_holds(runs, monkeypatch):
+def test_the_lm_for_both_directions_reads_no_more_than_its_window_holds(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "clean", tmp_path / "run")
     original, seen = common.make_sentences, []
     monkeypatch.setattr(common, "make_sentences", lambda traits, items, count, *rest: [
         (words, 60 * titles) for words, titles in original(traits, items, min(count, 60), *rest)])
     monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([model, ids]))
-    call_stage(lm_both, "--run", runs / "clean", "--tiny-sentences", 64)  # its evaluation reads them too
+    call_stage(lm_both, "--run", run, "--tiny-sentences", 64)  # its evaluation reads them too
     model, ids = seen
     assert 0.9 * model.config.n_positions < ids.shape[1] <= model.config.n_positions
 
 
-def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, world, monkeypatch):
+def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(runs, world, tmp_path,
+                                                                                monkeypatch):
+    run = shutil.copytree(runs / "clean", tmp_path / "run")
     seen = []
     monkeypatch.setattr(common, "fit_tiny", lambda model, ids, targets, rng: seen.extend([ids, targets]))
-    call_stage(lm_both, "--run", runs / "clean", "--tiny-sentences", 90)
+    call_stage(lm_both, "--run", run, "--tiny-sentences", 90)
     ids, targets = seen
     texts = [world.tokenizer.decode(row[real]) for row, real in zip(ids, targets != -100)]
     names = [profile["prompt"] for profile in world.dataset.profiles]
@@ -279,28 +282,29 @@ def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(
         assert (world.dataset.task_prompt in text) != history_first
         assert any(name in text for name in names)
     assert len({text.split(names[0])[-1] for text in texts[::3] if names[0] in text}) > 1
-    call_stage(infer, "--run", runs / "clean", "--lm", runs / "clean" / "lm-both", "--steps", 1,
+    call_stage(infer, "--run", run, "--lm", run / "lm-both", "--steps", 1,
                "--history", "rated", "--fresh")
     with pytest.raises(common.UserError, match="run 02 with --lm tiny"):
-        call_stage(lm_both, "--run", runs / "clean")
+        call_stage(lm_both, "--run", run)
 
 
-def test_the_lm_for_both_directions_has_the_sizes_of_02(runs, monkeypatch):
+def test_the_lm_for_both_directions_has_the_sizes_of_02(runs, tmp_path, monkeypatch):
+    run = shutil.copytree(runs / "clean", tmp_path / "run")
     made = []
 
     def make(traits, items, count, length, *_):
         made.append((count, length))
         raise KeyboardInterrupt
 
-    call_stage(infer, "--run", runs / "clean", "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
+    call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
                "--history", "rated", "--fresh")
-    problem, truth = quantize.read_problem(runs / "clean")
+    problem, truth = quantize.read_problem(run)
     texts = infer.history_texts(problem.dataset, TRAIN, SimpleNamespace(**problem.facts))
     problem.facts["max_history"] = 400  # more than anybody has, and than its context holds
     monkeypatch.setattr(quantize, "read_problem", lambda _: (problem, truth))
     monkeypatch.setattr(common, "make_sentences", make)
     with pytest.raises(KeyboardInterrupt):
-        call_stage(lm_both, "--run", runs / "clean")
+        call_stage(lm_both, "--run", run)
     assert made == [(300, max(20, *map(len, texts)))]
 
 
