@@ -447,6 +447,8 @@ def test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0(inferred):
         centred = theta[:, m] - theta[:, m].mean(axis=0)
         scale = np.sqrt(np.mean(centred[:, centred.any(0)] ** 2))  # of the directions that there are
         assert np.allclose(inputs.theta[:, m], centred / scale, atol=1e-3)
+    # Stage 02's theta is centred already where it chose its directions from all users: here it is not.
+    assert np.allclose(ctr.standardized(theta + 3), inputs.theta, atol=1e-3)
     fields, lookup = ctr.build_features(dataset, "ids", *inputs.banks["userip"], inputs.theta)
     model = ctr.MODELS["dcn"](fields).eval()
     users = np.array([7, 3, len(dataset.users)])
