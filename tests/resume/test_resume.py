@@ -872,7 +872,8 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     users = json.loads((run / "users.json").read_text())
     added = [raw for raw in users if raw not in old_users]
     assert set(old_users) < set(users) and len(added) == 20
-    (run / "new.txt").write_text("\n".join([*added[:15], old_users[0]]) + "\n", encoding="utf-8-sig")
+    asked = [*added[14::-1], old_users[0]]
+    (run / "new.txt").write_text("\n".join(asked) + "\n", encoding="utf-8-sig")
     with pytest.raises(common.UserError, match="other settings \\(steps\\)"):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--users", run / "new.txt")
     flags += ["--users", run / "new.txt", "--block-size", 4]
@@ -884,6 +885,7 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
         assert old[row].tobytes() == new[users.index(old_users[row])].tobytes()
     inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
     fresh = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
+    assert users.index(asked[0]) in fresh  # the mark at the file's beginning is no part of the first id
     assert facts["rows_kept"] == len(old_rows) and len(fresh) >= 12
     assert len(np.unique(new[fresh, 0], axis=0)) == len(fresh) and len(inferred) == len(old_rows) + len(fresh)
     others = np.setdiff1d(range(len(users)), inferred)  # the five not asked for, and who has no history
