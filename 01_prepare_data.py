@@ -778,15 +778,14 @@ def check_joined(source, raw_ids):
         return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
 
     described = source.titles.keys() | source.attributes.keys()
-    if described and not any(raw in described for raw in raw_ids):
-        pairs = [(raw, other) for raw in raw_ids for other in described if plain(raw) == plain(other)][:1]
+    by_plain = {plain(raw): raw for raw in described}
+    strangers = [raw for raw in raw_ids if raw not in described]
+    pairs = [(raw, by_plain[plain(raw)]) for raw in strangers if plain(raw) in by_plain]
+    if described and len(strangers) == len(raw_ids):
         rated, listed = pairs[0] if pairs else (raw_ids[0], min(described))
         raise UserError(f"no rated item has a description: '{rated}' is rated, '{listed}' is described",
                         "the two files' item ids", "write the ids alike in both files, for leading zeros, a "
                         "final .0 and capitals count; or name another --item-id-col")
-    by_plain = {plain(raw): raw for raw in described}
-    strangers = [raw for raw in raw_ids if raw not in described]
-    pairs = [(raw, by_plain[plain(raw)]) for raw in strangers if plain(raw) in by_plain]
     if not pairs:
         return
     rated, listed = pairs[0]
@@ -800,7 +799,8 @@ def check_joined(source, raw_ids):
 
 def clean_text(text):
     """One line of plain text, at most MAX_TITLE long: no entities, markup or control characters."""
-    text = html.unescape(str(text)[:20 * MAX_TITLE])
+    longest = 20 * MAX_TITLE  # markup and entities take room and leave none
+    text = html.unescape(str(text)[:longest])
     text = re.sub(TAGS, " ", text, flags=re.I)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
     return text if len(text) <= MAX_TITLE else text[:MAX_TITLE].rsplit(" ", 1)[0]
@@ -826,8 +826,10 @@ def values_of(cell, separator):
 def listed_values(text):
     """Texts in a list, tuple, set or array that a program wrote into a cell; of records their names."""
     found = None
-    is_numpy = re.search(r"""['"]\s+['"]""", text)  # ['Action' 'Drama'], which Python would join
-    for parse in () if is_numpy else (json.loads, ast.literal_eval):
+    parsers = (json.loads, ast.literal_eval)
+    if re.search(r"""['"]\s+['"]""", text):  # numpy's ['Action' 'Drama'], which Python would join
+        parsers = ()
+    for parse in parsers:
         try:
             found = parse(text)
             break
@@ -837,8 +839,10 @@ def listed_values(text):
         found = sorted(found, key=str)
     if found is None:
         return [match[1].replace("\\'", "'") for match in QUOTED.findall(text)] or text[1:-1].split(",")
+    if isinstance(found, dict):
+        found = [found]
     texts = []
-    for part in [found] if isinstance(found, dict) else found:
+    for part in found:
         if isinstance(part, dict):  # {'id': 18, 'name': 'Drama'}, or whatever text it holds first
             by_key = {str(key).lower(): value for key, value in part.items()}
             words = [value for value in by_key.values() if isinstance(value, str)]
