@@ -229,17 +229,22 @@ def test_killed_in_the_gathering_it_gathers_again(owner, name, number, only, sol
 PUBLISHED = ("profiles.json", "profiles.npy", "profiles_users.json", "space.pt")  # in the order of their move
 
 
-@pytest.mark.parametrize("moved", range(5))
-def test_killed_between_its_renames_the_next_reader_moves_the_rest(moved, solved, unbroken, flags, tmp_path,
-                                                                   monkeypatch, capsys):
-    run, work = shutil.copytree(solved, tmp_path / "run"), stage(infer, tmp_path / "run", *flags)
-    before = [(run / name).stat().st_ino for name in PUBLISHED]
+def kill_between_renames(run, work, moved, stderr):
+    """Run work() and kill it when `moved` files are published (4: all are), before the next one is."""
     if moved < 4:
         killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).name in PUBLISHED
                            and Path(target).parent == run)
     else:
         killed = killed_at(Path, "rmdir", work)
-    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    assert run_forked(killed, stderr)[0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_killed_between_its_renames_the_next_reader_moves_the_rest(moved, solved, unbroken, flags, tmp_path,
+                                                                   monkeypatch, capsys):
+    run, work = shutil.copytree(solved, tmp_path / "run"), stage(infer, tmp_path / "run", *flags)
+    before = [(run / name).stat().st_ino for name in PUBLISHED]
+    kill_between_renames(run, work, moved, tmp_path / "stderr")
     is_new = [(run / name).stat().st_ino != inode for name, inode in zip(PUBLISHED, before)]
     assert is_new == [at < moved for at in range(4)]
     quantize.read_problem(run)  # whoever reads finds one whole run
@@ -929,12 +934,7 @@ def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, ru
     users = json.loads((run / "users.json").read_text())
     (run / "new.txt").write_text("\n".join(set(users) - set(owners["users"])))
     work = stage(infer, run, *flags, "--users", run / "new.txt")
-    if moved < 4:
-        killed = killed_at(os, "replace", work, moved + 1, lambda _, target: Path(target).name in PUBLISHED
-                           and Path(target).parent == run)
-    else:
-        killed = killed_at(Path, "rmdir", work)
-    assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
+    kill_between_renames(run, work, moved, tmp_path / "stderr")
     work()
     new = np.load(run / "profiles.npy")
     for row in owners["inferred"]:
