@@ -493,19 +493,19 @@ def load_movielens(args):
     needed = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
     folder = args.data_dir or download(args.dataset, needed)
     if args.dataset == "ml-100k":
-        genres = [name for name, _ in cells(folder / "u.genre", "|", 2)]
+        genres = [name for name, _ in read_cells(folder / "u.genre", "|", 2)]
         movies = []
-        for row in cells(folder / "u.item", "|", 5 + len(genres)):
+        for row in read_cells(folder / "u.item", "|", 5 + len(genres)):
             flags = row[5:]
             own = [genre for genre, flag in zip(genres, flags) if flag == "1"]
             movies.append((row[0], row[1], "|".join(own)))
-        rows = cells(folder / needed, "\t", 4, film_rating)
+        rows = read_cells(folder / needed, "\t", 4, film_rating)
     elif (folder / "ratings.csv").exists():
-        movies = table(folder / "movies.csv", ["movieId", "title", "genres"])
-        rows = table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], film_rating)
+        movies = read_table(folder / "movies.csv", ["movieId", "title", "genres"])
+        rows = read_table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], film_rating)
     else:
-        movies = cells(folder / "movies.dat", "::", 3)
-        rows = cells(folder / needed, "::", 4, film_rating)
+        movies = read_cells(folder / "movies.dat", "::", 3)
+        rows = read_cells(folder / needed, "::", 4, film_rating)
     source = collect(rows, (GENRE, ERA), WATCHED)
     for raw, title, genres in movies:
         title, year = clean_title(clean_text(title))
@@ -520,7 +520,7 @@ def load_csv(args):
     wanted = [args.user_col, args.item_col, args.rating_col]
     if args.time_col:
         wanted.append(args.time_col)
-    rows = table(args.ratings_file, wanted, csv_rating)
+    rows = read_table(args.ratings_file, wanted, csv_rating)
     profiles = [PASTIME]
     if args.background_col or args.background_words:
         profiles.append(BACKGROUND)
@@ -532,7 +532,7 @@ def load_csv(args):
         if args.items_file:
             id_column = args.item_id_col or args.item_col
         path = args.items_file or args.ratings_file
-        rows = table(path, [id_column, *columns.values()], lambda raw, *texts: (raw_id(raw), texts))
+        rows = read_table(path, [id_column, *columns.values()], lambda raw, *texts: (raw_id(raw), texts))
         read_items(source, rows, list(columns), args.value_sep)
     return source
 
@@ -585,7 +585,7 @@ def opened(path):
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
 
-def lines(path, encoding=None):
+def read_lines(path, encoding=None):
     """Non-empty lines of a file or .gz, as bytes or, with an encoding, as text."""
     try:
         with opened(path) as raw:
@@ -635,12 +635,12 @@ def decoded(line):
         return line.decode("latin-1")
 
 
-def cells(path, separator, count, parse=lambda *cells: cells):
+def read_cells(path, separator, count, parse=lambda *cells: cells):
     """parse(*cells) of every line of a file without a header; `count` cells a line."""
     def parse_line(line):
         return parse(*exactly(count, decoded(line).rstrip("\r\n").split(separator)))
 
-    return good(lines(path), parse_line, path)
+    return good(read_lines(path), parse_line, path)
 
 
 def encoding_of(path):
@@ -716,9 +716,9 @@ def csv_records(texts, separator):
         yield found
 
 
-def table(path, columns, parse=lambda *cells: cells):
+def read_table(path, columns, parse=lambda *cells: cells):
     """parse(*cells of these columns) of every record of a csv file; its header tells the separator."""
-    texts = lines(path, encoding_of(path))
+    texts = read_lines(path, encoding_of(path))
     header = next(texts, "").rstrip("\r\n")
     if header.lower().startswith("sep="):  # a hint for spreadsheets
         header = next(texts, "").rstrip("\r\n")
@@ -947,7 +947,7 @@ def records(path):
         elif path.suffix == ".json" and path.open("rb").read(1) == b"[":
             found = json.loads(path.read_text("utf-8"))
         else:
-            return lines(path)
+            return read_lines(path)
         wrong = f"holds a {type(found).__name__}, not a list"
     except Exception as error:
         found = None
