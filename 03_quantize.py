@@ -18,10 +18,11 @@ unit is the words' spread: theta = origin + z basis. DEVIATION(k): row k of READ
 A code is named after the word towards which it lies.
 
 What stands where; each part begins with a line of dashes:
-    data, model, loss, train  what a quantizer may look at, Eq. (6), the VQ layer, Eq. (5), Algorithm 1.
-    quantizers                k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
-    variants                  EM with soft codes; asking for words
-    running it                flags, how codes are used and called, files, main. Skip it at first.
+    model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
+    quantizers          k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
+    data                what a quantizer may look at: a Problem
+    variants            EM with soft codes; asking for words
+    running it          flags, how codes are used and called, files, main. Skip it at first.
 
 Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt
         lm-tiny/ (02); with --keep-codebooks codebooks.pt
@@ -54,42 +55,6 @@ from common import (
     save_npy, save_torch, seeded, together)
 
 infer = importlib.import_module("02_infer_profiles")
-
-
-# -------- data
-
-@dataclass
-class Problem:
-    """What a quantizer may look at: no truth. z float32 (U, M, r); known bool (U,): whose z was inferred;
-    facts: 02's settings; space: what turns z into theta."""
-
-    run: Path
-    dataset: Dataset
-    z: np.ndarray
-    known: np.ndarray
-    facts: dict
-    space: infer.Space
-
-    def open_likelihood(self, device):
-        """As 02 was run: (likelihood with the learned task prompt, histories, Space, tokenizer)."""
-        settings = argparse.Namespace(run=self.run, **self.facts)
-        likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
-        check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
-        texts = infer.history_texts(self.dataset, SEEN, settings)
-        histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
-        space = infer.open_space(self.run, device)
-        likelihood.task = space.task
-        return likelihood, histories, space, tokenizer
-
-    def theta(self):
-        """The users' soft tokens: float32 (U, M, d)."""
-        return self.space.theta(torch.from_numpy(self.z)).numpy()
-
-
-def rows_by_user(rows, n_users):
-    """Rows (user, item, label) of each user: U arrays (n_u, 3)."""
-    rows = rows[np.argsort(rows[:, 0], kind="stable")]
-    return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
 
 # -------- model
@@ -332,7 +297,43 @@ def bank_of(codes, known, sizes):
     return np.where(known[:, None], codes, sizes).astype(np.int16)
 
 
-# -------- here the method ends; variants: codes that the LLM itself judges
+# -------- here the method ends; data: what a quantizer may look at
+
+@dataclass
+class Problem:
+    """What a quantizer may look at: no truth. z float32 (U, M, r); known bool (U,): whose z was inferred;
+    facts: 02's settings; space: what turns z into theta."""
+
+    run: Path
+    dataset: Dataset
+    z: np.ndarray
+    known: np.ndarray
+    facts: dict
+    space: infer.Space
+
+    def open_likelihood(self, device):
+        """As 02 was run: (likelihood with the learned task prompt, histories, Space, tokenizer)."""
+        settings = argparse.Namespace(run=self.run, **self.facts)
+        likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
+        check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
+        texts = infer.history_texts(self.dataset, SEEN, settings)
+        histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
+        space = infer.open_space(self.run, device)
+        likelihood.task = space.task
+        return likelihood, histories, space, tokenizer
+
+    def theta(self):
+        """The users' soft tokens: float32 (U, M, d)."""
+        return self.space.theta(torch.from_numpy(self.z)).numpy()
+
+
+def rows_by_user(rows, n_users):
+    """Rows (user, item, label) of each user: U arrays (n_u, 3)."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
+
+
+# -------- variants: codes that the LLM itself judges
 
 COMBINATIONS = 100  # most that EM tries a user
 
