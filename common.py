@@ -259,6 +259,7 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
+UNFINISHED = ("blocks-", "rows-", "epochs-")  # how folders of pieces begin: of 02, 04, tools/recsysllm.py
 
 
 @contextlib.contextmanager
@@ -336,7 +337,7 @@ MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "
 
 def remedy(run, name):
     """The command that makes this artifact."""
-    if Path(run).name.startswith(("blocks-", "rows-")):  # a piece, which is made again
+    if Path(run).name.startswith(UNFINISHED):  # a piece, which is made again
         return "run the same command again"
     makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
     return f"run: python {makers[0]} --run {run}" if makers else "run the same command again"
@@ -345,7 +346,7 @@ def remedy(run, name):
 def load(run, name, keys=()):
     """An artifact: .json, .npy (memory-mapped) or .pt. UserError if missing, broken or without these keys.
 
-    A broken piece of unfinished work (in blocks-* of stage 02, rows-* of 04) is deleted, to be made again.
+    A broken piece of UNFINISHED work is deleted, to be made again.
     """
     path = Path(run) / name
     finish(path.parent)
@@ -358,7 +359,7 @@ def load(run, name, keys=()):
     except Exception as error:  # in many ways
         wrong = f"cannot be read: {error}"
     if wrong:
-        if path.suffix == ".pt" and path.parent.name.startswith(("blocks-", "rows-")):
+        if path.suffix == ".pt" and path.parent.name.startswith(UNFINISHED):
             path.unlink()  # a piece is made again
         raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value
