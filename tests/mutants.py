@@ -3,7 +3,7 @@
     python tests/mutants.py                                # all of them: 8 min on 2 cores
     python tests/mutants.py --only 03_quantize --jobs 2    # of one file
     python tests/mutants.py --only prior                   # those whose description says so
-    python tests/mutants.py --check                        # does each line that a mutant quotes exist? 1 s
+    python tests/mutants.py --check                        # do the lines and the tests that they name exist?
 
 A mutant is a file, a text that stands in it exactly once, what replaces it, and the tests that must fail.
 It is applied in a temporary copy of the tree. Not collected by pytest and no part of CI. The last line is a
@@ -18,6 +18,7 @@ import os
 import queue
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -1197,6 +1198,116 @@ MUTANTS["tools/baselines.py"] = [
      "pass",
      "test_stages_take_kar_s_theta_for_theirs")]
 
+MUTANTS["tools/recsysllm.py"] = [
+    ("a short-term stretch has gaps", '"short-term": (0.6, 1)', '"short-term": (0.6, 2)',
+     "test_stretches_are_drawn_from_windows_of_their_own_length_in_their_shares_and_in_order"),
+    ("a stretch is out of order", "first + np.sort(chosen)", "first + chosen",
+     "test_stretches_are_drawn_from_windows_of_their_own_length_in_their_shares_and_in_order"),
+    ("attributes of disliked rows", "            if label:\n                    counts",
+     "            if True:\n                    counts",
+     "test_the_attributes_of_a_text_are_the_commonest_of_the_liked_rows"),
+    ("attributes of what is blanked", "if number not in touched], wording)", "], wording)",
+     "test_attributes_tell_nothing_of_what_is_blanked"),
+    ("plain words are blanked", "for number, piece in enumerate(pieces) if piece.entity]",
+     "for number, piece in enumerate(pieces)]",
+     "test_blanks_are_whole_pieces_in_the_order_of_time[entity]"),
+    ("less than half is blanked", "(1 - rng.uniform(0.5, 1)) * ends[-1]",
+     "(1 - rng.uniform(0.1, 0.4)) * ends[-1]",
+     "test_blanks_are_whole_pieces_in_the_order_of_time[document]"),
+    ("nothing may be blanked", "blanked[rng.integers(len(candidates))] = True", "pass",
+     "test_blanks_are_whole_pieces_in_the_order_of_time[sentence]"),
+    ("a span stands where it is read", "inter += [place for _ in range(1 + len(span))]",
+     "inter += range(len(inter), len(inter) + 1 + len(span))", "test_the_example_of_the_docstring"),
+    ("plain words have intra-positions", "1 + place if piece.entity else 0", "1 + place",
+     "test_the_example_of_the_docstring"),
+    ("no [END]", 'targets += [*span, texts.marks["end"]]', "targets += [*span, -100]",
+     "test_the_example_of_the_docstring"),
+    ("an entity in the middle goes on from what was before", "            found.append(1)\n",
+     "            found.append(found[-1] + 1)\n", "test_the_dynamic_position_mechanism_by_hand"),
+    ("a new entity is not noticed", "node = self.children[0].get(token)  # it", "node = None  # it",
+     "test_the_dynamic_position_mechanism_by_hand"),
+    ("the corrupted text is read forwards", "(column < corrupted[:, None])[:, None]",
+     "(column < 0 * corrupted[:, None])[:, None]", "test_visibility_by_loops[two-way]"),
+    ("causal is two-way", 'if attention == "causal":', "if False:", "test_visibility_by_loops[causal]"),
+    ("LoRA is not scaled", "self.scale = alpha / rank", "self.scale = 1.0",
+     "test_lora_is_on_every_projection_and_on_nothing_else"),
+    ("B starts at random", "self.B = nn.Parameter(torch.zeros(", "self.B = nn.Parameter(torch.randn(",
+     "test_nothing_changes_before_training_but_the_direction_of_reading"),
+    ("merging forgets the change", "nn.Parameter(weight + change.to(weight.dtype)",
+     "nn.Parameter(weight + 0 * change.to(weight.dtype)", "test_merged_or_not_gives_the_same_scores"),
+    ("GPT-2's layers are left out", 'or type(module).__name__ == "Conv1D"', "or False",
+     "test_lora_is_on_every_projection_and_on_nothing_else[gpt2]"),
+    ("intra-positions are not added", "words + self.intra_table(", "words + 0 * self.intra_table(",
+     "test_intra_positions_are_added_to_the_embeddings"),
+    ("the table is trained without its flag", "requires_grad_(intra and rank > 0)",
+     "requires_grad_(rank > 0)", "test_intra_positions_are_added_to_the_embeddings"),
+    ("padding is a target", '("targets", -100)):', '("targets", 0)):', "test_padding_changes_nothing"),
+    ("a node sees all nodes", "visible[text:, text:] = tree.visible", "visible[text:, text:] = True",
+     "test_scores_along_the_trie_are_those_of_every_title_alone"),
+    ("a node stands one place too early", "*(1 + tree.depth[node] for node in nodes)",
+     "*(tree.depth[node] for node in nodes)",
+     "test_scores_along_the_trie_are_those_of_every_title_alone"),
+    ("the end is not scored", "tree.add([*entities[number], end])", "tree.add([*entities[number], 7])",
+     "test_scores_along_the_trie_are_those_of_every_title_alone"),
+    ("a verdict is asked for the title's place", "(0 if item is None else 2)", "0",
+     "test_a_question_has_one_blank_a_title_or_a_verdict"),
+    ("generation leaves the entities", "allowed = list(trie.children[node])", "allowed = list(range(300))",
+     "test_generation_never_leaves_the_entities_and_takes_the_likeliest_token"),
+    ("generation takes the least likely", "[0, allowed].argmax()", "[0, allowed].argmin()",
+     "test_generation_never_leaves_the_entities_and_takes_the_likeliest_token"),
+    ("an epoch is lost", 'common.save_torch(work / f"epoch-{epoch:03d}.pt", {', "dict(**{",
+     "test_a_killed_run_goes_on_to_the_same_bits"),
+    ("the optimizer begins anew", 'optimizer.load_state_dict(saved["optimizer"])', "pass",
+     "test_a_killed_run_goes_on_to_the_same_bits"),
+    ("all rows are trained on", "training = texts.dataset.rows(common.TRAIN)",
+     "training = texts.dataset.rows((0, 1, 2))",
+     "test_poisoned_validation_and_test_rows_change_nothing_that_is_learned"),
+    ("the pool knows titles of test rows", "titles_met = [self.titles[item] for item in met]",
+     "titles_met = self.titles",
+     "test_the_pool_of_entities_knows_titles_and_values_of_training_rows_alone"),
+    ("the pool knows values of test rows", "(dataset.items[number] for number in met)", "dataset.items",
+     "test_the_pool_of_entities_knows_titles_and_values_of_training_rows_alone"),
+    ("the tiny LM is made anew", '["fingerprint"] == key:', '["fingerprint"] != key:',
+     "test_the_tiny_lm_has_read_every_wording_and_is_made_once"),
+    ("a loss of NaN goes on", "if not loss.isfinite():", "if False:",
+     "test_training_that_diverges_ends_in_one_line_and_keeps_the_epochs_before"),
+    ("equal titles in two trees", "is_full and entities[number] != entities[trees[-1][0][-1]]:", "is_full:",
+     "test_equal_titles_stand_in_one_tree"),
+    ("[END] has no bias", "if bias is not None:", "if False:",
+     "test_the_end_has_the_bias_of_its_character_where_the_head_has_one"),
+    ("what is trained is trained again", 'if saved["key"] == key:', "if False:",
+     "test_what_is_trained_is_evaluated_again_without_training"),
+    ("DCN is of another data set", 'common.check_same(run, "results.json", "dataset"',
+     'print(run, "results.json", "dataset"', "test_the_rows_of_stage_04_are_shown_where_they_are"),
+    ("a question is too long", "len(rows) - args.titles + 1)", "len(rows) - args.titles)",
+     "test_a_question_is_no_longer_than_a_text_of_training"),
+    ("the tiny LM knows one wording", "wordings = (*SEEN_WORDINGS, UNSEEN_WORDING)\n    leads",
+     "wordings = SEEN_WORDINGS[:1]\n    leads", "test_the_tiny_lm_has_read_every_wording_and_is_made_once"),
+    ("who likes says awful", 'int(text.endswith("+;"))', 'int(text.endswith("-;"))',
+     "test_a_title_of_an_invented_person_is_said_in_a_wording"),
+    ("marks are read as words", "torch.where((ids < self.vocabulary)",
+     "torch.where((ids < 2 * self.vocabulary)",
+     "test_marks_are_read_as_their_own_vectors_and_the_end_alone_is_written"),
+    ("any mark may be written", "-math.inf, device=states.device", "-1.0, device=states.device",
+     "test_marks_are_read_as_their_own_vectors_and_the_end_alone_is_written"),
+    ("DCN is scored on other rows", "auc_figures(rows, common.load(path.parent, path.name)[at])",
+     "auc_figures(rows, common.load(path.parent, path.name)[:len(at)])",
+     "test_the_rows_of_stage_04_are_shown_where_they_are")]
+
+MUTANTS["tools/next_item.py"] = [
+    ("known items are ranked", "np.setdiff1d(np.arange(len(row)), known)", "np.arange(len(row))",
+     "test_ranks_leave_known_items_out_and_ties_to_chance"),
+    ("ties are won", "int(rng.integers(ties + 1))", "0",
+     "test_ranks_leave_known_items_out_and_ties_to_chance"),
+    ("gain of the rank before", "1 / np.log2(ranks + 1)", "1 / np.log2(ranks + 2)",
+     "test_hit_ratio_and_ndcg_against_scikit_learn"),
+    ("the target was disliked", "if label and len(training[user]):", "if len(training[user]):",
+     "test_the_task_is_each_users_last_liked_row_of_the_split"),
+    ("SASRec looks ahead", "mask=causal, is_causal=True", "mask=0 * causal.nan_to_num(neginf=0)",
+     "test_sasrec_looks_back_only_and_learns_a_cycle"),
+    ("SASRec learns what it reads", "[items[1:] for items in chosen]", "[items[:-1] for items in chosen]",
+     "test_sasrec_looks_back_only_and_learns_a_cycle")]
+
 # what people bring, and the space in which users differ
 
 for added_to, mutants in {
@@ -1364,6 +1475,18 @@ def stale_ones(mutants):
     return found
 
 
+def unknown_tests(mutants):
+    """Node ids that mutants name and pytest does not collect: a parameter may be gone, its test not."""
+    listing = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-o", "addopts=", "-q"],
+                             cwd=ROOT, capture_output=True, text=True)
+    collected = set(listing.stdout.splitlines())
+    if not collected:
+        sys.exit(f"error: pytest collects nothing: {listing.stderr[-300:]}")
+    collected |= {test.partition("[")[0] for test in collected}
+    named = {test for *_, tests in mutants for test in tests}
+    return sorted(named - collected)
+
+
 def make_copy(folder):
     """A copy of the tree in folder/tree; beside it a link to ../shared, where there is such a folder."""
     shutil.copytree(ROOT, folder / "tree", ignore=LEFT_OUT)
@@ -1418,7 +1541,7 @@ def parse_arguments():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--only", default="", help="mutants whose file or description holds this")
-    parser.add_argument("--check", action="store_true", help="only: do the lines that they quote exist?")
+    parser.add_argument("--check", action="store_true", help="only: do lines and tests exist?")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="mutants at once (default: cores)")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one mutant")
     return parser.parse_args()
@@ -1434,7 +1557,10 @@ def main():
         print(f"stale     {name}")
     if args.check:
         print(f"{len(mutants) - len(stale)} of {len(mutants)} mutants quote a line that is there")
-        sys.exit(1 if stale else 0)
+        unknown = unknown_tests(mutants)
+        for test in unknown:
+            print(f"unknown   {test}")
+        sys.exit(1 if stale or unknown else 0)
     mutants = [mutant for mutant in mutants if f"{mutant[0]}: {mutant[1]}" not in stale]
     survived = []
     with tempfile.TemporaryDirectory() as folder:
