@@ -15,7 +15,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
 SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
 OTHERS = [*(f"tools/{name}.py" for name in ("baselines", "controls", "explain", "figures", "lm_both",
-                                            "score", "tables")),
+                                            "recsysllm", "score", "tables")),
           *(f"tests/bench/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare"))]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help",
            "--no-deps"}
@@ -32,6 +32,9 @@ def test_every_deviation_has_its_row_and_its_mark():
     section = TEXT[TEXT.index("## Differences"):TEXT.index("## Troubleshooting")]
     marked = set(re.findall(r"DEVIATION\((\d+)\)", sources))
     assert len(marked) >= 10 and marked == set(re.findall(r"^\| (\d+) \|", section, re.M))
+    other = "".join((ROOT / "tools" / name).read_text() for name in ("recsysllm.py", "next_item.py"))
+    marked = set(re.findall(r"DEVIATION\((R\d+)\)", other))
+    assert len(marked) >= 5 and marked == set(re.findall(r"^\| (R\d+) \|", PAGE, re.M))
 
 
 def test_every_name_of_the_symbol_table_exists():
@@ -58,9 +61,11 @@ def test_the_commands_it_shows_run(tmp_path, monkeypatch):
     """Every line of its bash blocks that calls a script, in order, in one folder, with short settings."""
     small = {"01_prepare_data": ["--subsample-users", 100], "03_quantize": ["--epochs", 1, "--warm-up", 1],
              "02_infer_profiles": ["--tiny-sentences", 320, "--steps", 2],
-             "04_train_ctr": ["--seeds", 1, "--epochs", 2]}
+             "04_train_ctr": ["--seeds", 1, "--epochs", 2],
+             "tools/recsysllm": ["--epochs", 1, "--test-users", 5, "--rows", 40]}
     small_files(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "tiny_sizes", lambda items: (64, 768, 320))
     blocks = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.S))
     lines = [line.split(" #")[0].split() for line in blocks.split("\n") if line.startswith("python ")]
     assert len(lines) >= 15
@@ -159,6 +164,13 @@ def test_every_study_uses_flags_of_its_stage():
                 source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
                 named = re.findall(r"--[a-z-]+", flags or "")
                 assert all(f'"{flag.replace("--no-", "--")}"' in source for flag in named), flags
+    for study in load_script("tables").RECSYSLLM.values():
+        for first, second, flags, _ in study.values():
+            for script, given in zip(("01_prepare_data.py", "02_infer_profiles.py", "tools/recsysllm.py"),
+                                     (first, second, flags)):
+                source = (ROOT / script).read_text() + (ROOT / "common.py").read_text()
+                named = re.findall(r"--[a-z-]+", given or "")
+                assert all(f'"{flag.replace("--no-", "--")}"' in source for flag in named), given
 
 
 def test_the_tables_are_those_of_the_kept_figures():
@@ -166,4 +178,5 @@ def test_the_tables_are_those_of_the_kept_figures():
     found = re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end \1 -->", PAGE, re.S)
     assert {name for name, _ in found} >= {"demo", "demo7"}
     for name, text in found:
-        assert text == tables.table(json.loads((tables.KEPT / f"{name}.json").read_text())) + "\n", name
+        draw = tables.table_recsysllm if name in tables.RECSYSLLM else tables.table
+        assert text == draw(json.loads((tables.KEPT / f"{name}.json").read_text())) + "\n", name

@@ -6,7 +6,8 @@
 
 Reads:  what 03 reads, feature_bank.npy quantize.json (03), results.json (04); with --codes and --tables what
         tools/tables.py left in docs/results
-Writes: figures/NAME.png for likelihood, attention, mask, theta, usage, results; codes; demo and cold
+Writes: figures/NAME.png for likelihood, attention, mask, recsysllm (the mask of tools/recsysllm.py), theta,
+        usage, results; codes; demo and cold
 """
 
 import re
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from sklearn.decomposition import PCA
+import recsysllm
 from stages import ROOT, common, infer, quantize
 try:
     import matplotlib
@@ -52,6 +54,30 @@ def mask_figure(problem, likelihood, tokenizer, histories):
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.set_title(f"{problem.facts['mask']} mask: a row sees the dark columns")
+    return figure
+
+
+def blanks_figure(dataset, tokenizer, vocabulary):
+    """RecSysLLM's mask and each token's two positions. Of two rows one lacks its title, one its verdict."""
+    texts = recsysllm.Texts(tokenizer, dataset, vocabulary)
+    wording = recsysllm.SEEN_WORDINGS[1]
+    pieces = texts.sentence(0, 1, wording) + texts.sentence(1, 0, wording)
+    example = recsysllm.blank(pieces, [range(0, 1), range(6, 7)], texts)
+    names = {texts.marks["entity"]: "[MASK]", texts.marks["start"]: "[START]"}
+    labels = []
+    for token, inter, intra in zip(example.ids, example.inter, example.intra):
+        label = names.get(token) or tokenizer.decode([token]).strip()
+        labels.append(f"{label}   {inter} / {intra}")
+    size = len(labels)
+    visible = recsysllm.build_visibility(torch.tensor([example.corrupted]), size, "two-way")[0].numpy()
+    figure, axes = plt.subplots(figsize=(6.4, 5.2))
+    axes.imshow(visible, cmap="Blues", vmin=0, vmax=1.4)
+    axes.axhline(example.corrupted - 0.5, color="gray", linewidth=1)
+    axes.axvline(example.corrupted - 0.5, color="gray", linewidth=1)
+    axes.set_xticks([])
+    axes.set_yticks(range(size), labels, fontsize=8)
+    axes.set_ylabel("token   inter- / intra-position")
+    axes.set_title("a row sees the dark columns: the corrupted text, then the spans", fontsize=10)
     return figure
 
 
@@ -279,6 +305,7 @@ def main():
     attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.origin)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,
                "mask": mask_figure(problem, likelihood, tokenizer, histories),
+               "recsysllm": blanks_figure(problem.dataset, tokenizer, len(likelihood.word_table.weight)),
                "theta": theta_figure(problem, bank, truth), "usage": usage_figure(quantized),
                "results": results_figure(results)}
     if args.codes:

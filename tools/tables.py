@@ -37,7 +37,8 @@ from sklearn.metrics import adjusted_mutual_info_score
 from stages import ROOT, common
 
 CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
-        "tools/controls.py", "tools/baselines.py", "tools/lm_both.py")
+        "tools/controls.py", "tools/baselines.py", "tools/lm_both.py", "tools/recsysllm.py",
+        "tools/next_item.py")
 PAGE = ROOT / "docs" / "RESULTS.md"
 KEPT = ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
@@ -147,16 +148,31 @@ STUDIES = {  # name: {variant: flags}
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
                            "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),
         "SmolLM2, joint VQ": own("--no-llm-loss", f"{COLD} userip"),
-        "SmolLM2, theta itself": own("", f"{COLD} userip --profile-input embedding")},
+        "SmolLM2, theta itself": own("--quantizer kmeans", f"{COLD} userip --profile-input embedding")},
     "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
     "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
 }
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo")
-FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines",
-         "real-ml-100k")  # of the data
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ml-100k")
+TINY = "--lm tiny --rank 32 --alpha 64 --lr 0.005 --epochs 20 --test-users 400 --rows 1500"
+SMOL = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 80 --rows 300"
+FEW = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 12 --rows 200"
+RECSYSLLM = {  # name: {variant: flags of 01, of 02 (None: no bank), of tools/recsysllm.py, most repetitions}
+    "recsysllm-demo": {
+        "tiny LM": ("", "", TINY, 3),
+        "tiny LM, without training": ("", "", f"{TINY} --rank 0", 3),
+        "tiny LM, no intra-positions": ("", "", f"{TINY} --no-intra", 3),
+        "tiny LM, causal mask": ("", "", f"{TINY} --attention causal", 3),
+        "SmolLM2": ("--subsample-users 600", None, SMOL, 1),
+        "SmolLM2, causal mask": ("--subsample-users 600", None, f"{SMOL} --attention causal", 1),
+        "SmolLM2, causal mask, without training": (
+            "--subsample-users 600", None, f"{SMOL} --attention causal --rank 0", 1)},
+    "recsysllm-ml-100k": {
+        "SmolLM2": (f"{ML} --subsample-users 100", None, FEW, 1)},
+}
+FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
 
 
 # ---------------------------------------------------------------- run
@@ -243,8 +259,8 @@ def folder(study, name, seed):
     return ROOT / "runs" / "studies" / study / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") / str(seed)
 
 
-def run_study(study, seeds, jobs, data_dir, again):
-    """All repetitions of all variants, `jobs` side by side; a repetition's first variant before others."""
+def look_for_old_runs(study, again):
+    """Say which runs are older than the code; with `again`, forget all."""
     if again:
         shutil.rmtree(ROOT / "runs" / "studies" / study, ignore_errors=True)
     old = [path for path in (ROOT / "runs" / "studies" / study).glob("*/*/code.json")
@@ -252,6 +268,11 @@ def run_study(study, seeds, jobs, data_dir, again):
     if old:
         print(f"WARNING: {len(old)} runs of {study} are older than the code; --again makes them anew",
               file=sys.stderr)
+
+
+def run_study(study, seeds, jobs, data_dir, again):
+    """All repetitions of all variants, `jobs` side by side; a repetition's first variant before others."""
+    look_for_old_runs(study, again)
     origin = FROM.get(study, study)
     first, *others = STUDIES[study]
     threads = max(1, os.cpu_count() // jobs)
@@ -330,6 +351,103 @@ def improvements(entries):
                 "auc": (entry["test_auc"] - 0.5) / (auc - 0.5) - 1,
                 "logloss": (logloss - entry["test_logloss"]) / entry["test_logloss"]}
     return {"baseline": best, "test_auc": auc, "relative": relative}
+
+
+def repeat_recsysllm(study, name, seed, data_dir, threads):
+    """One repetition of one variant of a study of RECSYSLLM: stages 01 to 04 where no variant ran them."""
+    run = folder(study, name, seed)
+    if (run / "code.json").exists():
+        return
+    variants = RECSYSLLM[study]
+    first_flags, second_flags, flags, _ = variants[name]
+    origin = next(other for other, found in variants.items() if found[:2] == variants[name][:2])
+    base = folder(study, origin, seed)
+    run.mkdir(parents=True, exist_ok=True)
+    log = run / "log.txt"
+    if name == origin:
+        if data_dir and "--dataset" in first_flags:
+            first_flags += f" --data-dir {shlex.quote(str(data_dir))}"
+        call("01_prepare_data.py", run, first_flags, log, threads)
+        ids = "none"
+        if second_flags is not None:
+            call("02_infer_profiles.py", run, f"{second_flags} --seed {seed}", log, threads)
+            call("03_quantize.py", run, f"--no-llm-loss --seed {seed}", log, threads)
+            ids = "none,userip"
+        call("04_train_ctr.py", run, f"--ids {ids} --seeds 1 --seed {seed}", log, threads)
+    else:
+        shutil.copytree(base, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
+            "recsysllm.*", "code.json", "log.txt", "epochs-*"))
+    call("tools/recsysllm.py", run, f"{flags} --seed {seed}", log, threads)
+    common.save_json(run / "code.json", code_fingerprint())
+
+
+def run_recsysllm(study, seeds, jobs, data_dir, again):
+    """All repetitions of a study of RECSYSLLM, `jobs` side by side; stages 01 to 04 run once for all."""
+    look_for_old_runs(study, again)
+    threads = max(1, os.cpu_count() // jobs)
+    firsts = {}  # of variants with the same flags of the stages the first, which runs them
+    for name, found in RECSYSLLM[study].items():
+        firsts.setdefault(found[:2], name)
+    waves = (list(firsts.values()), [name for name in RECSYSLLM[study] if name not in firsts.values()])
+    with ThreadPoolExecutor(jobs) as pool:
+        for names in waves:
+            wave = []
+            for name in names:
+                for seed in range(min(seeds, RECSYSLLM[study][name][3])):
+                    wave.append(pool.submit(repeat_recsysllm, study, name, seed, data_dir, threads))
+            for repetition in wave:
+                repetition.result()
+
+
+RANKING = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
+
+
+def collect_recsysllm(study, seeds):
+    """Everything that a table of RECSYSLLM needs: of each variant the repetitions' recsysllm.json."""
+    found = {}
+    for name, settings in RECSYSLLM[study].items():
+        found[name] = [common.load(folder(study, name, seed), "recsysllm.json")
+                       for seed in range(min(seeds, settings[3]))]
+    return {"study": study, "variants": found, "date": datetime.date.today().isoformat(),
+            "code": code_fingerprint()[:12], "flags": {name: settings[2] for name, settings
+                                                       in RECSYSLLM[study].items()}}
+
+
+def table_recsysllm(data):
+    """Markdown from what collect_recsysllm() found: rows of each variant, and once of its rivals."""
+    titles = ["LM and variant", "row", *(metric.upper() for metric in RANKING), "AUC", "GAUC"]
+    lines = [titles]
+    costs = []
+    rivals_shown = set()
+    for name, runs in data["variants"].items():
+        rows = {}
+        for kind in ("next_item", "rating"):
+            for row in runs[0][kind]:
+                rows.setdefault(row, {})[kind] = [run[kind][row] for run in runs]
+        for row, kinds in rows.items():
+            is_rival = not row.startswith("RecSysLLM")
+            if is_rival and name.split(",")[0] in rivals_shown:
+                continue
+            line = [name.split(",")[0] if is_rival else name, row.removeprefix("RecSysLLM, ")]
+            for kind, metrics in (("next_item", RANKING), ("rating", ("auc", "gauc"))):
+                for metric in metrics:
+                    values = [figures[metric] for figures in kinds.get(kind, ())]
+                    line.append(spread(values).replace(" ± 0.0000", "") if values else "")
+            lines.append(line)
+        rivals_shown.add(name.split(",")[0])
+        answers = []
+        for kind, what in (("next_item", "a next item"), ("rating", "a verdict")):
+            figures = runs[0][kind]["RecSysLLM, seen wording"]
+            answers.append(f"{figures['passes']:.0f} passes and {figures['seconds']:.2f} s {what}")
+        first = runs[0]
+        costs.append(f"{name}: {first['trained_parameters']:,d} parameters trained in "
+                     f"{np.mean([run['seconds'] for run in runs]):.0f} s; {', '.join(answers)}; "
+                     f"{first['users']} users, {first['items']} items, {first['rows']} rows, repetitions: "
+                     f"{len(runs)}; `tools/recsysllm.py {data['flags'][name]}`")
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    notes_below = [*costs, f"`python tools/tables.py {data['study']}` on {data['date']}"]
+    return "\n".join([body[0], "|---" * len(titles) + "|", *body[1:], "",
+                      *(f"- {line}." for line in notes_below)])
 
 
 def collect(study, seeds):
@@ -617,7 +735,7 @@ def markers(study):
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join(STUDIES)}")
+    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join([*STUDIES, *RECSYSLLM])}")
     parser.add_argument("--seeds", type=common.at_least(1), default=5, help="repetitions (default: 5)")
     parser.add_argument("--jobs", type=common.at_least(1), default=os.cpu_count(),
                         help="side by side (default: the cores)")
@@ -629,18 +747,21 @@ def main():
     parser.error = lambda text: common.fail(f"error: {text} (tools/tables.py); see: tools/tables.py --help")
     args = parser.parse_args()
     for study in args.studies:  # all that can be said at once, before hours of work
-        if study not in STUDIES:
+        if study not in STUDIES and study not in RECSYSLLM:
             raise common.UserError(f"no such table: {study}", "tools/tables.py",
-                                   f"known: {', '.join(STUDIES)}")
+                                   f"known: {', '.join([*STUDIES, *RECSYSLLM])}")
         if args.kept and not (KEPT / f"{study}.json").exists():
             raise common.UserError(f"{study}.json is missing", KEPT, f"run: python tools/tables.py {study}")
         if args.write:
             markers(study)
     for study in args.studies:
         if not args.kept:
-            run_study(study, args.seeds, args.jobs, args.data_dir, args.again)
-            common.save_json(KEPT / f"{study}.json", collect(study, args.seeds))
-        text = table(common.load(KEPT, f"{study}.json"))
+            run = run_recsysllm if study in RECSYSLLM else run_study
+            run(study, args.seeds, args.jobs, args.data_dir, args.again)
+            gather = collect_recsysllm if study in RECSYSLLM else collect
+            common.save_json(KEPT / f"{study}.json", gather(study, args.seeds))
+        draw = table_recsysllm if study in RECSYSLLM else table
+        text = draw(common.load(KEPT, f"{study}.json"))
         if args.write:
             page, pattern = markers(study)
             page = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)

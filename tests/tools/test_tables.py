@@ -291,6 +291,16 @@ class Pretender:
             {"ids": f"{words[0]}'s scores", "lm_passes": 90, "of": 60, "unit": "pair", "seconds": 7 + seed,
              **figures}, {"ids": words[0], "lm_passes": 18, "of": 6, "unit": "user", "seconds": 2}]})
 
+    def stage_re(self, run, words, seed):
+        figures = {metric: 0.1 * (1 + seed) for metric in tables.RANKING}
+        costs = {"passes": 2.0, "seconds": 0.5}
+        rating = {"auc": 0.6, "gauc": 0.55}
+        names = [f"RecSysLLM, {wording} wording" for wording in ("seen", "unseen")]
+        common.save_json(run / "recsysllm.json", {
+            "next_item": {"popularity": figures} | {name: figures | costs for name in names},
+            "rating": {"DCN none": rating} | {name: rating | costs for name in names},
+            "trained_parameters": 1000, "seconds": 60.0, "users": 5, "items": 9, "rows": 7})
+
     def stage_04(self, run, words, seed):
         rng, rows = np.random.default_rng((seed, len(words))), []
         metrics = [f"{split}_{key}" for split in ("test", "cold")[:1 + ("--cold" in words)]
@@ -415,6 +425,38 @@ def test_a_fold_is_another_split_too(studies, monkeypatch):
     expected = module.bootstrap([(users, labels, *pair) for pair in scores])
     assert kept["intervals"]["default|dcn|userip"]["random"] == expected  # of cold rows too
     assert kept["base_rate_logloss"] == pytest.approx(log_loss(cold, [rate] * len(cold)))  # of the rows shown
+
+
+def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(studies, monkeypatch, capsys):
+    module, calls = studies
+    monkeypatch.setattr(module, "RECSYSLLM", {"trained": {
+        "tiny": ("", "--lm tiny", "--rank 4", 2), "tiny, untrained": ("", "--lm tiny", "--rank 0", 2),
+        "large": ("--subsample-users 9", None, "--lm large", 1)}})
+    command(module, monkeypatch, "trained", "--seeds", "3", "--jobs", "1")
+    of = {}
+    for script, run, words in calls:
+        of.setdefault((run.parent.name, run.name), []).append(
+            (script.removeprefix("tools/")[:2], " ".join(words)))
+    assert set(of) == {("tiny", "0"), ("tiny", "1"), ("tiny-untrained", "0"), ("tiny-untrained", "1"),
+                       ("large", "0")}
+    assert of["tiny", "1"] == [("01", ""), ("02", "--lm tiny --seed 1"), ("03", "--no-llm-loss --seed 1"),
+                               ("04", "--ids none,userip --seeds 1 --seed 1"), ("re", "--rank 4 --seed 1")]
+    assert of["tiny-untrained", "1"] == [("re", "--rank 0 --seed 1")]
+    assert [stage for stage, _ in of["large", "0"]] == ["01", "04", "re"]
+    shared = "predictions/dcn-none-0.npy"
+    assert ((module.folder("trained", "tiny", 1) / shared).read_bytes()
+            == (module.folder("trained", "tiny, untrained", 1) / shared).read_bytes())
+    table = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row[:2] for row in table[2:]] == [
+        ["tiny", "popularity"], ["tiny", "seen wording"], ["tiny", "unseen wording"], ["tiny", "DCN none"],
+        ["tiny, untrained", "seen wording"], ["tiny, untrained", "unseen wording"],
+        ["large", "popularity"], ["large", "seen wording"], ["large", "unseen wording"],
+        ["large", "DCN none"]]
+    assert table[2][2] == "0.1500 ± 0.0707" and table[2][7] == "" and table[3][7] == "0.6000"
+    before = len(calls)
+    command(module, monkeypatch, "trained", "--seeds", "2", "--jobs", "1")
+    assert len(calls) == before
 
 
 def test_runs_older_than_the_code_are_named_and_made_again_on_demand(studies, monkeypatch, tmp_path, capsys):
