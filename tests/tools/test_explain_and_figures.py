@@ -137,7 +137,7 @@ def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
     printed = ok(fork_stage("tools/figures.py", "--run", run)).stdout
     assert "attention to theta on fillers / words of titles / marks (3 / " in printed
     drawn = {path.stem: path.read_bytes() for path in (run / "figures").iterdir()}
-    assert set(drawn) == {"likelihood", "attention", "mask", "theta", "usage", "results"}
+    assert set(drawn) == {"likelihood", "attention", "mask", "recsysllm", "theta", "usage", "results"}
     assert all(data[:4] == b"\x89PNG" for data in drawn.values())
     facts = json.loads((run / "profiles.json").read_text())
     del facts["train_nll_steps"]  # as a run of an earlier version
