@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from stages import common
+from stages import common, quantize
 
 # -------- the task and its metrics
 
@@ -37,13 +37,6 @@ def ranking_figures(ranks):
     return figures | {f"ndcg@{k}": float(np.where(ranks <= k, gain, 0).mean()) for k in (5, 10)}
 
 
-def rows_by_user(rows, count):
-    """The rows (n, 3) of each user, in their order: a list of arrays."""
-    order = np.argsort(rows[:, 0], kind="stable")
-    ends = np.cumsum(np.bincount(rows[:, 0], minlength=count))
-    return np.split(rows[order], ends[:-1])
-
-
 @dataclass
 class NextItem:
     """The task: users, the item that each is to be found, the rows (n, 3) that each is known by."""
@@ -64,7 +57,7 @@ def next_item_task(dataset, split, most, seed):
     DEVIATION(R5): the paper leaves each user's last item out. 01's split is drawn by chance, so that training
     rows may be later than the target.
     """
-    training = rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
+    training = quantize.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
     last = {}
     for user, item, label in dataset.rows(split).tolist():
         if label and len(training[user]):
@@ -139,7 +132,7 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
     """Cross entropy over all items, Adam; the epoch of the best NDCG@10 on validation rows."""
     rng = common.seeded(seed, 23)
     count = len(dataset.items)
-    histories = rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
+    histories = quantize.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
     sequences = [liked_items(rows, length + 1) for rows in histories]
     sequences = [items for items in sequences if len(items) > 1]
     task = None

@@ -1,6 +1,6 @@
 """RecSysLLM: an LLM that is trained to recommend, on the rows, the LLM and the controls of the stages.
 
-    python tools/recsysllm.py --run runs/demo                # after 01; the tiny LM: 5 min
+    python tools/recsysllm.py --run runs/demo                # after 01; the tiny LM
     python tools/recsysllm.py --run runs/demo --lm smollm2
 Paper: Chu et al. 2023, "Leveraging Large Language Models for Pre-trained Recommender Systems"; no code of it
 was found. Stage 02 turned round: there the LLM is frozen and each user is learned; here no user is learned,
@@ -28,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import shutil
 import time
@@ -40,7 +41,7 @@ import torch
 from torch import nn
 
 import next_item
-from stages import common, infer
+from stages import common, infer, quantize
 
 # -------- settings
 
@@ -588,15 +589,18 @@ def parse_arguments():
 
 def open_texts(args, dataset, device):
     """(likelihood of stage 02, Texts), checked: histories fit, and the LLM reads in both directions."""
-    tiny = args.lm == "tiny" or args.lm == "auto" and dataset.name == "demo"
+    if args.lm == "auto" and dataset.name == "demo":
+        args.lm = "tiny"
+    tiny = args.lm == "tiny"
+    lm = args.lm
     if args.dtype == "auto" and device.type == "cuda":
         args.dtype = "fp32" if tiny else "bf16"  # fp16 would lose small gradients
     if tiny:
-        args.lm = str(args.run / "lm-verdicts")
+        lm = str(args.run / "lm-verdicts")
         train_tiny(dataset, args.run / "lm-verdicts", args)
-    as_in_02 = SimpleNamespace(run=args.run, lm=args.lm, dtype=args.dtype, mask="strict")
+    as_in_02 = SimpleNamespace(run=args.run, lm=lm, dtype=args.dtype, mask="strict")
     likelihood, tokenizer, _ = infer.open_model(dataset, as_in_02, device, None)
-    args.lm = as_in_02.lm
+    args.lm = "tiny" if tiny else as_in_02.lm
     args.dtype = as_in_02.dtype
     texts = Texts(tokenizer, dataset, len(likelihood.word_table.weight))
     wordings = (*SEEN_WORDINGS, UNSEEN_WORDING)
@@ -643,7 +647,7 @@ def train_tiny(dataset, folder, args):
         said.append([])
         for words, texts in people[number::len(wordings)]:
             said[-1].append((words, [said_as(text, wording) for text in texts]))
-    everything = [person for some in said for person in some]
+    everything = list(itertools.chain(*said))
     tokenizer = common.tiny_tokenizer(traits, " ".join(leads), everything, vocabulary)
     rows = []
     for lead, some in zip(leads, said):
@@ -712,7 +716,7 @@ def evaluate(model, texts, task, rows, args):
     """{wording: {next_item, rating: figures, seconds and forward passes an answer}}."""
     dataset = texts.dataset
     title_trees = trees_of(texts.titles, texts.marks["end"])
-    known = next_item.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
+    known = quantize.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
     found = {}
     for name, wording in (("seen", SEEN_WORDINGS[0]), ("unseen", UNSEEN_WORDING)):
         verdict_trees = trees_of(texts.verdicts([wording]), texts.marks["end"])
@@ -799,7 +803,7 @@ def train(model, texts, key, args):
     facts = {"losses": [], "seconds": 0.0}
     if args.rank:
         training = texts.dataset.rows(common.TRAIN)
-        by_user = next_item.rows_by_user(training, len(texts.dataset.users))
+        by_user = quantize.rows_by_user(training, len(texts.dataset.users))
         facts = fit(model, texts, [known for known in by_user if len(known)], work, args)
     common.save_torch(path, {"learned": values_of(learned), "key": key, "facts": facts,
                              "settings": settings_of(args),

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import call_stage, copy_run, fork_stage, likelihood_of, load_script, make_lm, ok, prepare
+from conftest import (
+    call_stage, copy_run, fork_stage, likelihood_of, load_script, make_lm, ok, prepare, quantize)
 from sklearn.metrics import ndcg_score
 from test_pipeline import poisoned
 from torch import nn
@@ -61,7 +62,7 @@ def model_of(likelihood, learned=True, **changes):
 
 
 def histories_of(dataset):
-    rows = next_item.rows_by_user(dataset.rows(TRAIN), len(dataset.users))
+    rows = quantize.rows_by_user(dataset.rows(TRAIN), len(dataset.users))
     return [some for some in rows if len(some) > 3]
 
 
