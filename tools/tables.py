@@ -52,10 +52,11 @@ ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 def variant(first, second, third="", controls="", fourth="", **more):
     """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for tools/controls.py and, if
-    given, names: prompts in the place of the profiles'; baselines: methods of tools/baselines.py; lm_both: if
-    tools/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken from; once:
-    controls that the first repetition makes for all, for they ask a large LLM."""
-    defaults = {"names": None, "baselines": "", "lm_both": False, "source": None, "once": ""}
+    given, names: prompts in the place of the profiles'; words: if the profiles keep theirs; baselines:
+    methods of tools/baselines.py; lm_both: if tools/lm_both.py is run on the first variant; source: a folder
+    in it that artifacts are taken from; once: controls that the first repetition makes for all, for they ask
+    a large LLM."""
+    defaults = {"names": None, "words": True, "baselines": "", "lm_both": False, "source": None, "once": ""}
     return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}
 
 
@@ -88,6 +89,11 @@ REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,words,userip,plante
 def real(first, second, third="--quantizer kmeans"):
     """A real LLM on a part of the demo."""
     return variant(first, second, third, f"metadata {ASKED}", REAL_ROWS, once=ASKED)
+
+
+def ablation(second, words=True):
+    """The same users and LLM under other flags of stage 02."""
+    return variant(None, f"--lm smollm2 {second}", "--quantizer kmeans", "", "--ids userip", words=words)
 
 
 ML = "--dataset ml-100k"
@@ -144,6 +150,16 @@ STUDIES = {  # name: {variant: flags}
         "SmolLM2, joint VQ": own("--no-llm-loss"),
         "SmolLM2, another world": real("--subsample-users 300 --seed 7", "--lm smollm2"),
         "Gemma": real("--subsample-users 300", "--lm gemma3-270m")},
+    "real-ablations": {
+        "default": variant("--subsample-users 300", "--lm smollm2", "--quantizer kmeans", "",
+                           "--ids none,random,userip,planted"),
+        "all directions kept (paper)": ablation("--rank 0"),
+        "all directions, fixed task prompt (paper)": ablation("--rank 0 --task-steps 0"),
+        "fixed task prompt": ablation("--task-steps 0"),
+        "the words' space": ablation("--space words --prior 1"),
+        "words of the LLM itself": ablation("", words=False),
+        "rank 1": ablation("--rank 1"), "rank 3": ablation("--rank 3"), "rank 8": ablation("--rank 8"),
+        "a prior": ablation("--prior 1"), "1 step": ablation("--steps 1"), "6 steps": ablation("--steps 6")},
     "real-ml-100k": {
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
                            "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),
@@ -155,7 +171,8 @@ STUDIES = {  # name: {variant: flags}
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ml-100k")
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ablations",
+             "real-ml-100k")
 TINY = "--lm tiny --rank 32 --alpha 64 --lr 0.005 --epochs 20 --test-users 400 --rows 1500"
 SMOL = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 80 --rows 300"
 FEW = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 12 --rows 200"
@@ -166,10 +183,15 @@ RECSYSLLM = {  # name: {variant: flags of 01, of 02 (None: no bank), of tools/re
         "tiny LM, no intra-positions": ("", "", f"{TINY} --no-intra", 3),
         "tiny LM, causal mask": ("", "", f"{TINY} --attention causal", 3),
         "SmolLM2": ("--subsample-users 600", None, SMOL, 1),
+        "SmolLM2, no intra-positions": ("--subsample-users 600", None, f"{SMOL} --no-intra", 1),
         "SmolLM2, causal mask": ("--subsample-users 600", None, f"{SMOL} --attention causal", 1),
         "SmolLM2, causal mask, without training": (
             "--subsample-users 600", None, f"{SMOL} --attention causal --rank 0", 1)},
     "recsysllm-ml-100k": {
+        "tiny LM": (ML, "--lm tiny", TINY, 1),
+        "tiny LM, without training": (ML, "--lm tiny", f"{TINY} --rank 0", 1),
+        "tiny LM, no intra-positions": (ML, "--lm tiny", f"{TINY} --no-intra", 1),
+        "tiny LM, causal mask": (ML, "--lm tiny", f"{TINY} --attention causal", 1),
         "SmolLM2": (f"{ML} --subsample-users 100", None, FEW, 1)},
 }
 FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
@@ -221,8 +243,8 @@ def repeat(study, name, seed, data_dir, threads=1):
         words = flags[0] if flags[0] == first else f"{first} {flags[0]}"
         words += f" --data-dir {shlex.quote(str(data_dir))}" if data_dir and "--dataset" in words else ""
         call("01_prepare_data.py", run, f"{words} --seed {seed}" if study in FOLDS else words, log, threads)
-    if settings["names"]:
-        rename(run, settings["names"])
+    if settings["names"] or not settings["words"]:
+        change_profiles(run, settings["names"], settings["words"])
     if flags[1] is not None:
         if settings["lm_both"]:
             call("tools/lm_both.py", first_run, f"--seed {seed}", log, threads)
@@ -245,12 +267,15 @@ def repeat(study, name, seed, data_dir, threads=1):
     common.save_json(run / "code.json", code_fingerprint())
 
 
-def rename(run, names):
-    """Give the profiles of a prepared run other prompts."""
+def change_profiles(run, names, keeps_words):
+    """Give the profiles of a prepared run other prompts, or take their words from them."""
     facts = common.load(run, "dataset.json")
     dataset = common.load_dataset(run)
-    for profile, name in zip(dataset.profiles, names):
-        profile["prompt"] = name
+    for m, profile in enumerate(dataset.profiles):
+        if names:
+            profile["prompt"] = names[m]
+        if not keeps_words:
+            profile.pop("words", None)
     facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
     common.save_json(run / "dataset.json", facts)
 

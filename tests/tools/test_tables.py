@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import ctr, infer, load_script, prepare, quantize, fork_stage
+from conftest import copy_run, ctr, infer, load_script, prepare, quantize, fork_stage
 from sklearn.metrics import adjusted_mutual_info_score, log_loss, roc_auc_score
 
 import common
@@ -425,6 +425,23 @@ def test_a_fold_is_another_split_too(studies, monkeypatch):
     expected = module.bootstrap([(users, labels, *pair) for pair in scores])
     assert kept["intervals"]["default|dcn|userip"]["random"] == expected  # of cold rows too
     assert kept["base_rate_logloss"] == pytest.approx(log_loss(cold, [rate] * len(cold)))  # of the rows shown
+
+
+def test_profiles_of_a_study_can_have_other_prompts_or_lack_their_words(prepared, tmp_path):
+    """The run stays one that stage 02 reads; twice changed is changed as once."""
+    run = copy_run(prepared, tmp_path / "run")
+    before = common.load_dataset(run)
+    tables.change_profiles(run, ("Zorp is", "Xans are"), keeps_words=True)
+    renamed = common.load_dataset(run)
+    assert [profile["prompt"] for profile in renamed.profiles] == ["Zorp is", "Xans are"]
+    assert [profile["words"] for profile in renamed.profiles] == [
+        profile["words"] for profile in before.profiles]
+    for _ in range(2):
+        tables.change_profiles(run, None, keeps_words=False)
+    bare = common.load_dataset(run)
+    assert bare.profiles == [{key: value for key, value in profile.items() if key != "words"}
+                             for profile in renamed.profiles]
+    assert len({one.fingerprint() for one in (before, renamed, bare)}) == 3
 
 
 def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(studies, monkeypatch, capsys):
