@@ -7,20 +7,25 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by y, the title
 
 theta^m, one vector for each user and profile, stands in the place of a word and minimises
 l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
-only; the task and y see all before them. Four steps, put together by solve():
+only; the task and y see all before them. Five steps, put together by solve():
 
-    start = fit_space            theta begins at the mean of the words that could name it: music, fishing ...
-    start.task = fit_task        what all users share, the format of the text, is learned once as soft tokens
-    z = descend(start, some)     each user's theta is found by gradient descent in all d directions
-    space = squeeze(start, z)    where these users differ; of all users the z along these directions are kept
+    wide = fit_space             theta begins at the mean of the words that could name it: music, fishing ...
+    wide.task = fit_task         what all users share, the format of the text, is learned once as soft tokens
+    z = descend(wide, some)      each user's theta is found by gradient descent in all d directions
+    space = squeeze(wide, z)     the r directions in which some 256 users differ
+    z = space.z(wide.theta(z))   where every user lies along these: this is kept
 
-Sizes: U users, M profiles, d the LLM's width, r directions kept, T tokens of D_task; B users of a block, H
-tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences.
+Sizes: U users, M profiles, d the LLM's width, r directions of a Space (all d during the descent, --rank of
+what is kept), T tokens of D_task; B users of a block, H tokens of their longest history, S tokens of prompt
+and history. DEVIATION(k): row k of README's differences. Note: what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first.
-    evaluate            does theta hold for titles that it has not seen?
-    running it          flags, blocks of users, solve(), precision, opening an LLM, files that survive a kill
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first.
+    evaluate                      does theta hold for titles that it has not seen?
+    running it                    the flags; blocks of users, and solve()
+    variants, low memory, opening the LLM, save, main: skip them at first
+The method calls some helpers from below: make_blocks (users of similar length), pad, likeliest_words, and
+TokenNLL (cross entropy) with its ScaledGradient for fp16.
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
 Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
@@ -53,9 +58,10 @@ from common import (
 # -------- settings
 
 TASK_USERS = 24  # users whose histories make one step of the task prompt
-TASK_HELD_OUT = 32  # users, at most, whose histories decide when the task prompt is learned
-TASK_RATE = 0.6  # Adam's first step size for the task prompt, in units of its tokens' spread; it shrinks to 0
-TASK_CHECK = 8  # steps between two looks at the users held out
+TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
+TASK_RATE = 0.6  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
+TASK_CHECK = 8  # steps between two looks at the judges
+DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 
@@ -76,7 +82,7 @@ def prompt_segments(tokenizer, dataset):
     first = tokenizer.encode("any text")[0]
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: every token may see it; it tells nothing
-    names = pieces_of(tokenizer, [profile["prompt"] for profile in dataset.profiles])
+    names = pieces_of(tokenizer, [profile["prompt"] for profile in dataset.profiles])  # without begin tokens
     for m, name in enumerate(names):
         segments.append(Segment("name", name, m))
         segments.append(Segment("theta", [0], m))
@@ -116,7 +122,7 @@ def build_visibility(segments, mask):
     """bool (S, S): may row i attend to column j? Fig. 4.
 
     Paper: "can only attend to their respective profile names and interactions". Note: theta stands before
-    the interactions and attention is causal, so of the two theta sees its name; the interactions see theta.
+    the interactions and attention is causal, so theta sees its name, and the interactions see theta.
     DEVIATION(2): x^m is cut off from other profiles too, else theta^1 reaches theta^2 through x^2.
     """
     tokens = segment_of_each_token(segments)
@@ -135,24 +141,24 @@ def additive_mask(visible, dtype):
 
 # -------- data: the histories
 
-def history_texts(dataset, splits, settings):
-    """For each user the latest --max-history titles of these splits, oldest first, each as ' A Title;'.
+def history_texts(dataset, splits, args):
+    """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
-    With --history rated ' A Title +;' if it was liked, else ' A Title -;'. Rows come in time order.
+    With --history all the disliked ones too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
+    Rows come in the order of time.
     DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
     here it is a user, with the titles that the user liked as y.
     """
-    rated = settings.history == "rated"
-    titles = [item["title"] for item in dataset.items]
-    liked_text = [f" {title} +;" if rated else f" {title};" for title in titles]
-    disliked_text = [f" {title} -;" if rated else f" {title};" for title in titles]
+    plus, minus = (" +", " -") if args.history == "rated" else ("", "")
+    liked_text = [f" {item['title']}{plus};" for item in dataset.items]
+    disliked_text = [f" {item['title']}{minus};" for item in dataset.items]
     texts = [[] for _ in dataset.users]
     for user, item, label in dataset.rows(splits).tolist():
         if label:
             texts[user].append(liked_text[item])
-        elif settings.history != "liked":
+        elif args.history != "liked":
             texts[user].append(disliked_text[item])
-    return [lines[-settings.max_history:] for lines in texts]
+    return [lines[-args.max_history:] for lines in texts]
 
 
 # -------- model: the likelihood
@@ -176,7 +182,8 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        # A mask of our own switches an LLM's sliding window off, so that all must fit into the window.
+        # Our mask lets a token look further back than the sliding window with which some LLMs were trained:
+        # prompt and history must fit into it. 4096: where an LLM names no limit.
         limits = "max_position_embeddings", "sliding_window", "window_size"
         config = model.config.get_text_config()  # of the language part, where the model has others
         window = min(getattr(config, key, None) or 4096 for key in limits)
@@ -198,11 +205,11 @@ class ProfileLikelihood:
     def embeddings(self, theta, history_ids, task=None):
         """theta (B, M, d) fp32, history_ids (B, H), task (T, d) -> (B, S, d) in the LLM's dtype."""
         parts = []
-        task = self.task if task is None else task  # Note: where there are several, each takes its tokens
+        task = self.task if task is None else task
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
-            elif segment.kind == "task":
+            elif segment.kind == "task":  # of several each takes its own rows of task
                 part = task[:len(segment.ids)].expand(len(theta), -1, -1)  # Shape: (B, tokens, d)
                 task = task[len(segment.ids):]
             else:
@@ -211,7 +218,10 @@ class ProfileLikelihood:
         return torch.cat(parts + [self.word_table(history_ids)], dim=1)
 
     def vectors(self, ids=None):
-        """float32 embeddings (n, d) of these tokens or of all. Note: some LLMs scale them after the table."""
+        """float32 embeddings (n, d) of these tokens or of all, as the LLM's layers get them.
+
+        Note: asked of the module and not read from its weight, for some LLMs scale what the table holds.
+        """
         if ids is None:
             ids = range(len(self.word_table.weight))
         return self.word_table(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
@@ -234,7 +244,7 @@ class ProfileLikelihood:
             by_token = token_nll.new_zeros(is_real.shape).masked_scatter(is_real, token_nll)
             return by_token.sum(1)  # Shape: (B,)
 
-        if self.dtype == torch.float16:
+        if self.dtype == torch.float16:  # small gradients would be rounded to 0: they pass through it scaled
             return ScaledGradient.apply(user_nll, theta, self.task)
         return user_nll(theta, self.task)
 
@@ -247,13 +257,14 @@ class Space:
 
     origin (M, d): the mean user after squeeze(), before it the words' mean; basis (M, r, d): orthogonal
     directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
-    start (M, d): the words' mean, where every descent begins; task (T, d): the soft tokens of D_task; words:
-    per profile its words, vectors: per profile their embeddings (words, d).
+    words_mean (M, d): where theta begins, the origin of the space in which users descend, which new users of
+    a squeezed one need; task (T, d): the soft tokens of D_task; words: per profile its words, vectors: per
+    profile their embeddings (words, d).
     """
 
     origin: torch.Tensor
     basis: torch.Tensor
-    start: torch.Tensor
+    words_mean: torch.Tensor
     task: torch.Tensor
     words: list
     vectors: list
@@ -280,8 +291,9 @@ class Space:
 def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
-    A word of several tokens is the mean of its tokens; its weight is the root of its count. The words' mean
-    is the origin; their spread, the root mean square deviation, is the unit of every direction.
+    A word of several tokens is the mean of its tokens; its weight is the root of its count, and words of the
+    LLM's own weigh all the same. The words' mean is the origin; their spread, the root mean square deviation,
+    is the unit of every direction.
     """
     origins = []
     bases = []
@@ -290,11 +302,10 @@ def fit_space(likelihood, tokenizer, profiles):
     for m, profile in enumerate(profiles):
         counts = profile.get("words", {})
         if len(counts) < 2:  # one word has no spread
-            counts = likeliest_words(likelihood, tokenizer, m)
+            counts = dict.fromkeys(likeliest_words(likelihood, tokenizer, m), 1)
         pieces = pieces_of(tokenizer, [f" {word}" for word in counts])
         vectors = torch.stack([likelihood.vectors(ids).mean(0) for ids in pieces])
-        weights = torch.tensor(list(counts.values()), device=likelihood.device).float().sqrt()
-        weights = weights / weights.sum()
+        weights = word_weights(counts.values()).to(likelihood.device)
         origin = weights @ vectors
         variance = weights @ (vectors - origin).pow(2)  # Shape: (d,)
         spread = variance.mean().sqrt()
@@ -303,30 +314,37 @@ def fit_space(likelihood, tokenizer, profiles):
         words.append(list(counts))
         word_vectors.append(vectors)
     origin = torch.stack(origins)
-    return Space(origin=origin, basis=torch.stack(bases), start=origin, task=likelihood.task, words=words,
-                 vectors=word_vectors)
+    return Space(origin=origin, basis=torch.stack(bases), words_mean=origin, task=likelihood.task,
+                 words=words, vectors=word_vectors)
+
+
+def word_weights(counts):
+    """Weights (words,) that sum to 1, from how often each word occurs."""
+    roots = torch.tensor(list(counts)).float().sqrt()
+    return roots / roots.sum()
 
 
 def squeeze(space, z, rank):
-    """The Space of the `rank` directions along which some users differ most, with their mean at the origin.
+    """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
-    z (n, M, d): these users in a space of all directions. Note: a descent in d directions fits a user's few
-    titles too well. What moves many users is kept, what moved one alone is dropped: titles that were not seen
-    become likelier, and a user is r numbers.
+    z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
+    titles too well. Kept are the directions of the largest variance, dropped what moves a few users a little:
+    titles that were not seen become likelier, and a user is r numbers.
     """
     mean = z.mean(0)  # Shape: (M, d)
+    # The right singular vectors, the one of the largest variance first. Shape: (M, n or d, d)
     _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     origin = space.theta(mean[None])[0]
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    return Space(origin=origin, basis=basis, start=space.start, task=space.task, words=space.words,
-                 vectors=space.vectors)
+    return Space(origin=origin, basis=basis, words_mean=space.words_mean, task=space.task,
+                 words=space.words, vectors=space.vectors)
 
 
 # -------- train
 
 def shared_nll(likelihood, space, histories, users, args):
-    """Yield the NLL of these users' histories with theta at the origin, summed over each of their blocks."""
+    """Yield the NLL of these users' histories with theta at the origin, one sum for each block of users."""
     some = [histories[user] for user in users]
     for block in make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length):
         theta = space.origin.expand(len(block), -1, -1)
@@ -336,14 +354,15 @@ def shared_nll(likelihood, space, histories, users, args):
 def fit_task(likelihood, space, histories, args):
     """Learn what all users share: soft tokens (T, d) of D_task, with theta at the origin. DEVIATION(11).
 
-    Adam on -log P(y | x, origin, D_task). Some users are held out: the tokens kept are those under which
-    their histories are likeliest. Note: these are training and support rows; validation rows must not
-    influence theta.
+    Adam on -log P(y | x, origin, D_task). Some users are judges: the tokens kept are those under which their
+    histories are likeliest; of fewer than 5 users nobody judges, and the text stays. They are left in
+    likelihood.task too, which every later call uses. Note: all histories here are of training rows (of cold
+    users: support rows); validation rows must not influence theta.
     """
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
-    held_out, fitted = np.split(users, [min(TASK_HELD_OUT, len(users) // 5)])
-    # What is shared may not cost more than the users themselves do.
+    judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
+    # What is shared may not take more histories through the LLM than the users' own descent does.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -354,8 +373,7 @@ def fit_task(likelihood, space, histories, args):
         likelihood.task = task.detach()
         if step % TASK_CHECK == 0 or step == steps:
             with torch.no_grad():
-                blocks = shared_nll(likelihood, space, histories, held_out, args)
-                nll = sum(block.item() for block in blocks)
+                nll = sum(part.item() for part in shared_nll(likelihood, space, histories, judges, args))
             if nll < best_nll:
                 best_task = task.detach().clone()
                 best_nll = nll
@@ -363,8 +381,8 @@ def fit_task(likelihood, space, histories, args):
             chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
             likelihood.task = task
             optimizer.zero_grad()
-            for block in shared_nll(likelihood, space, histories, chosen, args):
-                block.backward()
+            for nll in shared_nll(likelihood, space, histories, chosen, args):
+                nll.backward()
             if not task.grad.isfinite().all():
                 raise UserError("the task prompt's gradient is not finite", str(likelihood.dtype),
                                 "take --dtype bf16 or fp32, or --task-steps 0")
@@ -375,11 +393,13 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z: (z fp32 (B, M, r), its NLL after each step (steps + 1, B)).
+    """Minimise Eq. (4) and the prior over z.
 
-    ids (B, H), lengths (B,). Gradient descent, each user with a step size of their own: one over the
-    curvature along the last move (Barzilai and Borwein 1988). A step that raises a user's loss is taken back
-    and halved, so that no user ends above the start.
+    ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
+    (steps + 1, B)). Gradient descent, each user with a step size of their own: the first step goes as far as
+    --lr allows, the next ones to where the curvature along the last move puts the minimum (Barzilai and
+    Borwein 1988), but no further than --lr. A step that raises a user's loss is taken back and halved, so
+    that no user ends above the start.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -391,20 +411,23 @@ def descend(likelihood, space, ids, lengths, args):
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
-        # A point at which low precision overflowed is NaN: it never counts as improved.
+        # Where low precision overflowed, the loss becomes NaN, which never counts as improved.
         overflowed = ~gradient.isfinite().flatten(1).all(1)
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
 
     def longest_step(gradient):
-        """The largest step size (B,): no coordinate moves by more than --lr; with a prior, 1 / prior."""
+        """The largest step size (B,) under which no coordinate moves by more than --lr.
+
+        A prior has the curvature args.prior, so that more than 1 / prior would overshoot its minimum.
+        """
         by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
     z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the origin
     nll, loss, gradient = evaluate(z, True)
     step_size = longest_step(gradient)
-    path = [nll]
+    nlls = [nll]
     for step in range(1, args.steps + 1):
         trial = z - step_size[:, None, None] * gradient
         trial_nll, trial_loss, trial_gradient = evaluate(trial, step < args.steps)
@@ -414,28 +437,28 @@ def descend(likelihood, space, ids, lengths, args):
             change = trial_gradient - gradient
             curvature = (move * change).sum((1, 2)) / (move ** 2).sum((1, 2)).clamp(min=1e-30)
             # A curvature that is not positive says nothing of how far the minimum is.
-            newton = torch.where(curvature > 0, 1 / curvature, torch.inf)
-            longer = newton.minimum(longest_step(trial_gradient))
-            step_size = torch.where(improved, longer, step_size / 2)
+            by_curvature = torch.where(curvature > 0, 1 / curvature, torch.inf)
+            next_size = by_curvature.minimum(longest_step(trial_gradient))
+            step_size = torch.where(improved, next_size, step_size / 2)
             gradient = torch.where(improved[:, None, None], trial_gradient, gradient)
         z = torch.where(improved[:, None, None], trial, z)
         nll = torch.where(improved, trial_nll, nll)
         loss = torch.where(improved, trial_loss, loss)
-        path.append(nll)
-    return z, torch.stack(path)
+        nlls.append(nll)
+    return z, torch.stack(nlls)
 
 
 # -------- here the method ends; evaluate: does theta hold for titles that it has not seen?
 
 @torch.no_grad()
-def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
+def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
     """Nats per token of validation titles, {} without any:
 
     own: under the user's z; population: under 0, the mean user (--rank 0, --space words: the words' mean);
-    shuffled: under another user's z;
+    shuffled: under the z of another of these users;
     and for each profile, by its name: under the user's own z, but this one profile of another user.
     """
-    ring = rng.permutation(solved)
+    ring = rng.permutation(users)
     neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))
     histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
     totals = {}
@@ -446,9 +469,9 @@ def heldout_nll(likelihood, space, z, histories, solved, profiles, rng):
         own = z[block]
         other = z[[neighbour[user] for user in block]]
         variants = {"own": own, "population": np.zeros_like(own)}
-        if len(solved) > 1:
+        if len(users) > 1:
             variants["shuffled"] = other
-        if len(solved) > 1 and len(profiles) > 1:
+        if len(users) > 1 and len(profiles) > 1:
             for m, profile in enumerate(profiles):
                 swapped = own.copy()
                 swapped[:, m] = other[:, m]
@@ -495,7 +518,6 @@ def parse_arguments():
 # -------- tokens and blocks of users
 
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
-DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
 CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
 
@@ -540,10 +562,10 @@ def token_budget_of(likelihood):
     if likelihood.device.type == "cpu":
         return max(768, CACHE_BYTES // (width * size))
     # Note: total memory, not what is free now: a run that goes on must cut the same blocks.
-    room = torch.cuda.get_device_properties(likelihood.device).total_memory
-    room -= size * count_parameters(likelihood.model)
+    free_bytes = torch.cuda.get_device_properties(likelihood.device).total_memory
+    free_bytes -= size * count_parameters(likelihood.model)
     layers = likelihood.model.config.get_text_config().num_hidden_layers
-    return max(2048, room // 2 // (ACTIVATIONS * width * layers * size))
+    return max(2048, free_bytes // 2 // (ACTIVATIONS * width * layers * size))
 
 
 def pad(histories, users, device):
@@ -553,22 +575,22 @@ def pad(histories, users, device):
     return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), lengths
 
 
-def infer_block(likelihood, start, histories, users, args, raw_ids, space=None):
+def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
     """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite.
 
-    start: the Space in which these users (indices) descend; space: where their z is kept, if in another;
+    wide: the Space in which these users (indices) descend; space: where their z is kept, if in another;
     raw_ids: what the data set calls all its users, for the message.
     """
     clock = time.perf_counter()
     ids, lengths = pad(histories, users, likelihood.device)
-    z, path = descend(likelihood, start, ids, lengths, args)
+    z, nlls = descend(likelihood, wide, ids, lengths, args)
     if space is not None:
-        z = space.z(start.theta(z))
-    bad = [str(raw_ids[user]) for user, good in zip(users, path[-1].isfinite().tolist()) if not good]
+        z = space.z(wide.theta(z))
+    bad = [str(raw_ids[user]) for user, good in zip(users, nlls[-1].isfinite().tolist()) if not good]
     if bad:
         raise UserError(f"the likelihood is not finite for {len(bad)} users, among them {', '.join(bad[:5])}",
                         str(likelihood.dtype), "take --dtype bf16 or fp32")
-    return {"z": z.cpu(), "nll": path.cpu().numpy().sum(1, dtype=np.float64).tolist(),
+    return {"z": z.cpu(), "nll": nlls.cpu().numpy().sum(1, dtype=np.float64).tolist(),
             "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
 
 
@@ -580,93 +602,97 @@ def first_blocks(blocks):
     return sorted(set(np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()))
 
 
+def is_squeezed(args):
+    """Is less kept of a user than all directions of the descent?"""
+    return args.space == "users" and args.rank > 0
+
+
 def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     """Infer what has no file yet in `work`; processes share the blocks.
 
     Some blocks come first: their users tell the directions of the space to which all are squeezed. Returns
-    (the Space; the Space of the descent; the numbers of these blocks, whose z is still in the second one).
+    (the Space that is kept; the Space of the descent; the numbers of these blocks, whose z is in the latter).
     """
-    def make_start():
+    def make_wide():
         if (work / "space.pt").exists():  # --users: new users live in the space of the first run
-            start = open_space(work, likelihood.device)
-            if squeezed:
-                start = whole_space(start)
+            wide = open_space(work, likelihood.device)
+            if is_squeezed(args):
+                wide = whole_space(wide)
         else:
-            start = fit_space(likelihood, tokenizer, dataset.profiles)
+            wide = fit_space(likelihood, tokenizer, dataset.profiles)
             if args.space == "words":
-                start = words_space(start, dataset.profiles, args.rank)
-            start.task = fit_task(likelihood, start, histories, args)
-        return saved_space(start)
+                wide = words_space(wide, dataset.profiles, args.rank)
+            wide.task = fit_task(likelihood, wide, histories, args)
+        return saved_space(wide)
 
     def make_space():
-        if not squeezed:
-            return saved_space(start)
+        if not is_squeezed(args):
+            return saved_space(wide)
         z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in first]
-        return saved_space(squeeze(start, torch.cat(z).to(likelihood.device), args.rank))
+        return saved_space(squeeze(wide, torch.cat(z).to(likelihood.device), args.rank))
 
     def infer_blocks(numbers, space, what):
         pieces = []
         for number in numbers:
             path = work / f"{number:06d}.pt"
-            pieces.append((path, infer_block, likelihood, start, histories, blocks[number], args,
+            pieces.append((path, infer_block, likelihood, wide, histories, blocks[number], args,
                            dataset.users, space))
         do_all(pieces, what, "block", likelihood.device)
 
-    squeezed = args.space == "users" and args.rank > 0
-    if RANK == 0 and not (work / "start.pt").exists():  # blocks of another space are worth nothing
+    if RANK == 0 and not (work / "wide.pt").exists():  # blocks of another space are worth nothing
         for path in work.glob("[0-9]*.pt"):
             path.unlink()
-        once(work / "start.pt", make_start)
+        once(work / "wide.pt", make_wide)
     wait_for_all()
-    start = open_space(work, likelihood.device, "start.pt")
-    likelihood.task = start.task
+    wide = open_space(work, likelihood.device, "wide.pt")
+    likelihood.task = wide.task
     first = []
-    if squeezed and not args.users:
+    if is_squeezed(args) and not args.users:
         first = first_blocks(blocks)
         infer_blocks(first, None, "inferring the first users")
         wait_for_all()
     if RANK == 0:
         once(work / "space.pt", make_space)
-        for profile, words in zip(dataset.profiles, start.words):
+        for profile, words in zip(dataset.profiles, wide.words):
             print(f"words of {profile['name']}: {', '.join(words)}")
     wait_for_all()
     space = open_space(work, likelihood.device)
     others = [number for number in range(len(blocks)) if number not in first]
-    infer_blocks(others, space if squeezed else None, "inferring")
-    return space, start, first
+    infer_blocks(others, space if is_squeezed(args) else None, "inferring")
+    return space, wide, first
 
 
 # -------- variants of the space
 
-def words_space(start, profiles, rank):
+def words_space(wide, profiles, rank):
     """--space words: theta moves among the words alone, along the principal directions of their Gaussian.
 
     A direction is as long as the words' standard deviation along it; n words have at most n - 1, all of which
-    rank 0 keeps. Words of the LLM's own weigh all the same.
+    rank 0 keeps. Changes the space of fit_space, and returns it.
     """
     origins = []
     bases = []
     for m, profile in enumerate(profiles):
-        counts = [profile.get("words", {}).get(word, 1.0) for word in start.words[m]]
-        origin, basis = gaussian_of(start.vectors[m], torch.tensor(counts).float(), rank or len(counts))
+        counts = [profile.get("words", {}).get(word, 1) for word in wide.words[m]]
+        origin, basis = gaussian_of(wide.vectors[m], word_weights(counts), rank or len(counts))
         origins.append(origin)
         bases.append(basis)
     # Profiles of fewer words than others have directions of length 0 at the end.
     size = max(len(basis) for basis in bases)
-    start.basis = torch.stack([nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases])
-    start.origin = torch.stack(origins)
-    start.start = start.origin
-    return start
+    wide.basis = torch.stack([nn.functional.pad(basis, (0, 0, 0, size - len(basis))) for basis in bases])
+    wide.origin = torch.stack(origins)
+    wide.words_mean = wide.origin
+    return wide
 
 
-def gaussian_of(vectors, counts, rank):
+def gaussian_of(vectors, weights, rank):
     """The Gaussian N(origin, basis^T basis) fitted to words: (origin (d,), basis (r, d)).
 
-    vectors (n, d), counts (n,): how common a word is, whose root is its weight.
+    vectors (n, d), weights (n,), which sum to 1.
     """
-    weight = (counts.sqrt() / counts.sqrt().sum()).to(vectors)
-    origin = weight @ vectors
-    weighted = weight.sqrt()[:, None] * (vectors - origin)
+    weights = weights.to(vectors)
+    origin = weights @ vectors
+    weighted = weights.sqrt()[:, None] * (vectors - origin)
     _, size, directions = torch.linalg.svd(weighted, full_matrices=False)
     kept = max(1, min(rank, len(vectors) - 1))
     return origin, size[:kept, None] * directions[:kept]
@@ -676,8 +702,8 @@ def whole_space(space):
     """The space of all directions in which the users of a squeezed space descended."""
     spread = space.basis.norm(dim=2).amax(1)  # Shape: (M,)
     everywhere = torch.eye(space.basis.shape[2], device=space.basis.device)
-    return Space(origin=space.start, basis=spread[:, None, None] * everywhere, start=space.start,
-                 task=space.task, words=space.words, vectors=space.vectors)
+    return Space(origin=space.words_mean, basis=spread[:, None, None] * everywhere,
+                 words_mean=space.words_mean, task=space.task, words=space.words, vectors=space.vectors)
 
 
 # -------- low memory and low precision
@@ -826,9 +852,9 @@ BARE_PROMPT = "This user is"  # a prompt that names no profile
 
 @torch.no_grad()
 def likeliest_words(likelihood, tokenizer, m):
-    """The LLM's own words for a profile whose items have no attributes: {word: its probability}.
+    """The LLM's own words for a profile whose items have no attributes, at most OWN_WORDS.
 
-    Function words are likely after any prompt. So the likeliest words after x^m are ranked by their lift: how
+    Function words are likely after any prompt. So the likeliest words after x^m are ranked by a ratio: how
     much likelier they are there than after BARE_PROMPT, which names no profile.
     """
     def next_word(ids):
@@ -844,13 +870,14 @@ def likeliest_words(likelihood, tokenizer, m):
     after_name = next_word(name)
     after_bare = next_word(pieces_of(tokenizer, [BARE_PROMPT])[0])
     likeliest = after_name.topk(min(LIKELIEST, len(after_name))).indices
-    lift = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
-    words = {}
-    for token in likeliest[lift.argsort(descending=True)].tolist():
+    ratio = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
+    words = []
+    for token in likeliest[ratio.argsort(descending=True)].tolist():
         begins_a_word = (tokenizer.convert_ids_to_tokens(token) or "")[:1] in ("\u0120", "\u2581")
         word = tokenizer.decode([token]).strip().lower()
-        if begins_a_word and word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS:
-            words.setdefault(word, float(after_name[token]))
+        tells_something = word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS
+        if begins_a_word and tells_something and word not in words:
+            words.append(word)
         if len(words) == OWN_WORDS:
             break
     if len(words) < 2:
@@ -868,21 +895,21 @@ RECORDED = ("lm", "dtype", "steps", "lr", "prior", "space", "rank", "task_steps"
 
 def open_space(folder, device, name="space.pt"):
     """The Space in a file of a folder."""
-    saved = load(folder, name, ("origin", "basis", "start", "task", "words", "vectors"))
-    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "start", "task")}
+    saved = load(folder, name, ("origin", "basis", "words_mean", "task", "words", "vectors"))
+    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "words_mean", "task")}
     return Space(**tensors, words=saved["words"], vectors=[found.to(device) for found in saved["vectors"]])
 
 
 def saved_space(space):
     """What space.pt holds."""
-    tensors = {key: getattr(space, key).cpu() for key in ("origin", "basis", "start", "task")}
+    tensors = {key: getattr(space, key).cpu() for key in ("origin", "basis", "words_mean", "task")}
     return {**tensors, "words": space.words, "vectors": [found.cpu() for found in space.vectors]}
 
 
 def space_fingerprint(space):
     """Of all that space.pt holds."""
     saved = saved_space(space)
-    arrays = [saved[key].numpy() for key in ("origin", "basis", "start", "task")]
+    arrays = [saved[key].numpy() for key in ("origin", "basis", "words_mean", "task")]
     return fingerprint(*arrays, *(found.numpy() for found in saved["vectors"]), saved["words"])
 
 
@@ -951,9 +978,9 @@ def say_who_is_missing(run, strangers, path):
 def gather(work, blocks, old, rows, solved, n_users, before):
     """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
 
-    solved: what solve returned. Who has no history holds 0, the mean user.
+    solved: what solve returned. Who has no history holds 0, the origin.
     """
-    space, start, first = solved
+    space, wide, first = solved
     z = np.zeros((n_users, *space.basis.shape[:2]), np.float32)
     for user, row in rows.items():
         z[user] = old[row]
@@ -963,7 +990,7 @@ def gather(work, blocks, old, rows, solved, n_users, before):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
         if number in first:  # solved before there were directions, so in the space of the descent
-            found = space.z(start.theta(found.to(start.origin.device))).cpu()
+            found = space.z(wide.theta(found.to(wide.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
     return z, sorted(chain(rows, *blocks)), sums
@@ -1040,7 +1067,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete
     publish(work, args.run)
-    note = f", before it was squeezed to {args.rank} directions" if solved[2] else ""
+    note = f", before it was squeezed to {z.shape[2]} directions" if is_squeezed(args) else ""
     report(steps, heldout, lm["sensitivity"], facts["tokens_per_second"], note)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 

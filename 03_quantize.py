@@ -1,21 +1,23 @@
-"""Stage 03: turn theta into one small id per profile, supervised by a recommender. Paper: sections 2.4, 2.6.
+"""Stage 03: turn theta into one small id, a code, per profile, supervised by a recommender. Paper: 2.4, 2.6.
 
-    l_vec = sum_m ||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2
+    l_vec = sum_m [||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2]
             + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))      Eq. (5)
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code of that profile, y
-whether the user liked item i, E_obs the user's and the item's id, Rec^s a surrogate recommender, sg a value
-through which no gradient flows. theta and v are held by their coordinates z in the space of stage 02, whose
-unit is the words' spread: theta = origin + z basis. DEVIATION(k): row k of README's differences; here (5).
+theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code of that profile (a
+user's code is its number k), y whether the user liked item i, E_obs the user's id, Rec^s a surrogate
+recommender, sg a value through which no gradient flows. theta and v are held by their coordinates z in the
+space of stage 02: theta = origin + z basis, in which the words that could name a profile (music, fishing)
+spread by 1. DEVIATION(k): row k of README's differences; the units are row 5.
 
 --quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
             warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
-            kmeans: that start alone.
-            em: codebooks fitted to the LLM's likelihood; words: the K_m most frequent words are the codes.
-            Both give a user the code under which the LLM finds the user's titles likeliest.
+            kmeans: that start alone. em, words: the LLM itself judges codes; see the variants.
 A code is named after the word towards which it lies.
+
+Sizes: U users, M profiles, r coordinates, K_m codes of profile m; B users of a minibatch, n rows (user, item,
+label), n_u of one user.
 
 What stands where; each part begins with a line of dashes:
     model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
@@ -24,8 +26,8 @@ What stands where; each part begins with a line of dashes:
     variants            EM with soft codes; asking for words
     running it          flags, how codes are used and called, files, main. Skip it at first.
 
-Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt
-        lm-tiny/ (02); with --keep-codebooks codebooks.pt
+Reads:  01's files, truth.npy for evaluation alone; profiles.npy .json profiles_users.json space.pt (02) and
+        02's LLM; with --keep-codebooks codebooks.pt
 Writes: codebooks.pt, M tensors (K_m, r) and what assigns a new user;  quantize.json;
         feature_bank.npy int16 (U, M), feature_bank.csv with the codes' names
 
@@ -66,6 +68,12 @@ def nearest(z, codebook):
     return torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
+def assign_all(z, codebooks):
+    """z (U, M, r), M codebooks (K_m, r) -> codes int (U, M)."""
+    codes = [nearest(z[:, m], codebook) for m, codebook in enumerate(codebooks)]
+    return torch.stack(codes, dim=1).cpu().numpy()
+
+
 class VectorQuantizer(nn.Module):
     """A codebook of K codes (van den Oord et al. 2017)."""
 
@@ -74,7 +82,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(codebook.clone())
 
     def forward(self, z):
-        """(B, r) -> v_c (B, r), its gradient straight to z; Eq. (5)'s two terms (B,), summed over r."""
+        """z (B, r) -> v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,)."""
         chosen = self.codebook[nearest(z, self.codebook)]
         codebook_term = ((z.detach() - chosen) ** 2).sum(1)  # moves v_c only
         commitment = ((z - chosen.detach()) ** 2).sum(1)     # moves z only
@@ -85,21 +93,22 @@ class VectorQuantizer(nn.Module):
 class Surrogate(nn.Module):
     """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, projected."""
 
-    def __init__(self, n_users, n_items, profiles, rank, dim=8):
+    def __init__(self, n_users, n_items, n_profiles, rank, dim=8):
         super().__init__()
-        self.dcn = DCN([Field("user", n_users), Field("item", n_items)], dim, extra_fields=profiles)
-        self.projections = nn.ModuleList(nn.Linear(rank, dim) for _ in range(profiles))
+        self.dcn = DCN([Field("user", n_users), Field("item", n_items)], dim, extra_fields=n_profiles)
+        self.projections = nn.ModuleList(nn.Linear(rank, dim) for _ in range(n_profiles))
 
-    def forward(self, ids, quantized):
-        """ids (n, 2), quantized (n, M, r) -> logits (n,)."""
-        profiles = [project(quantized[:, m]) for m, project in enumerate(self.projections)]
-        return self.dcn.logit(torch.cat([self.dcn.embed(ids), torch.stack(profiles, dim=1)], dim=1))
+    def forward(self, pairs, quantized):
+        """pairs (n, 2) of user and item, quantized (n, M, r) -> logits (n,)."""
+        projected = [project(quantized[:, m]) for m, project in enumerate(self.projections)]
+        fields = torch.cat([self.dcn.embed(pairs), torch.stack(projected, dim=1)], dim=1)
+        return self.dcn.logit(fields)
 
 
-def first_codebooks(z, sizes, start, seed, words=None):
-    """M codebooks (K_m, r): k-means over z (n, M, r), or U(-1/K, 1/K). DEVIATION(6).
+def first_codebooks(z, sizes, start, seed, word_z=None):
+    """M codebooks (K_m, r): k-means over z (users, M, r), or U(-1/K, 1/K). DEVIATION(6).
 
-    words: M tensors (n_words, r), the words' own z, the most frequent word first. With start "words" k-means
+    word_z: M tensors (n_words, r), the words' own z, the most frequent word first. With start "words" k-means
     begins at the first K_m of them; where these are too few, and with "kmeans", by k-means++.
     """
     codebooks = []
@@ -107,13 +116,9 @@ def first_codebooks(z, sizes, start, seed, words=None):
         if start == "random":
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, z.shape[2]))
         else:
-            count = len(np.unique(z[:, m], axis=0))
-            if size > count:
-                todo = "choose fewer" if count > 2 else "give more data: these users look the same"
-                what = f"{size} codes are more than the {count} distinct theta^{m + 1}"
-                raise UserError(what, "--codes", todo)
-            from_words = start == "words" and size <= len(words[m])
-            begin = words[m][:size].numpy() if from_words else "k-means++"
+            check_users_differ(z[:, m], size, m)
+            from_words = start == "words" and size <= len(word_z[m])
+            begin = word_z[m][:size].numpy() if from_words else "k-means++"
             kmeans = cluster.KMeans(size, init=begin, n_init=1 if from_words else 10, random_state=seed)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
@@ -123,38 +128,33 @@ def first_codebooks(z, sizes, start, seed, words=None):
 # -------- loss and train
 
 def vec_loss(z, rows, quantizers, surrogate, beta):
-    """Eq. (5), l_vec, of a minibatch: (loss, {part: sum over a user's evidence, mean over users}).
+    """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers), means over users.
 
-    z (B, M, r); rows: B arrays (n_u, 3) user, item, label.
+    z (B, M, r); rows: B arrays (n_u, 3) user, item, label, over which the recommender's part is a sum.
     """
-    quantized = []
-    codebook = 0.0
-    commitment = 0.0
-    for m, quantizer in enumerate(quantizers):
-        quantized_m, codebook_term, commitment_term = quantizer(z[:, m])
-        quantized.append(quantized_m)
-        codebook = codebook + codebook_term  # of each user
-        commitment = commitment + commitment_term
-    codebook = codebook.mean()
-    commitment = commitment.mean()
-    user_of_row = np.repeat(np.arange(len(rows)), [len(own) for own in rows])
+    terms = [quantizer(z[:, m]) for m, quantizer in enumerate(quantizers)]
+    quantized, codebook_terms, commitment_terms = zip(*terms)
+    codebook_loss = sum(codebook_terms).mean()
+    commitment_loss = sum(commitment_terms).mean()
+    user_of_row = np.repeat(np.arange(len(rows)), [len(user_rows) for user_rows in rows])
     quantized = torch.stack(quantized, dim=1)[user_of_row]  # Shape: (n, M, r)
-    batch = torch.from_numpy(np.concatenate(rows)).long().to(z.device)
-    logits = surrogate(batch[:, :2], quantized)
-    rec = F.binary_cross_entropy_with_logits(logits, batch[:, 2].float(), reduction="sum") / len(rows)
-    parts = {"codebook": codebook.item(), "commitment": commitment.item(), "rec": rec.item()}
-    return codebook + beta * commitment + rec, parts
+    rows_of_all = torch.from_numpy(np.concatenate(rows)).long().to(z.device)  # Shape: (n, 3)
+    logits = surrogate(rows_of_all[:, :2], quantized)
+    labels = rows_of_all[:, 2].float()
+    rec_loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(rows)
+    parts = {"codebook": codebook_loss.item(), "commitment": commitment_loss.item(), "rec": rec_loss.item()}
+    return codebook_loss + beta * commitment_loss + rec_loss, parts
 
 
 def warm_up(surrogate, rows, quantized, epochs, rng):
     """Train the surrogate on rows (n, 3) with fixed quantized (U, M, r)."""
     optimizer = torch.optim.Adam(surrogate.parameters(), lr=1e-3)
     rows = torch.from_numpy(rows).long().to(quantized.device)
-    size = min(1024, max(128, len(rows) // 160))  # about 160 batches an epoch
+    size = min(1024, max(128, len(rows) // 160))  # some 160 batches an epoch, of 128 to 1,024 rows
     for _ in progress(range(epochs), "warming up the surrogate", "epoch"):
-        for batch in torch.from_numpy(rng.permutation(len(rows))).split(size):
-            logits = surrogate(rows[batch, :2], quantized[rows[batch, 0]])
-            loss = F.binary_cross_entropy_with_logits(logits, rows[batch, 2].float())
+        for chosen in torch.from_numpy(rng.permutation(len(rows))).split(size):
+            logits = surrogate(rows[chosen, :2], quantized[rows[chosen, 0]])
+            loss = F.binary_cross_entropy_with_logits(logits, rows[chosen, 2].float())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -163,72 +163,63 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
 def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args, rng):
     """Algorithm 1: minibatches of users update z (their rows only), codebooks and surrogate.
 
-    z: float (U, M, r), moved in place; add_llm_gradient: of JointVQ, or None. Returns the log.
+    z: float (U, M, r), moved in place; rows: U arrays (n_u, 3); users: who has a history; add_llm_gradient:
+    what JointVQ.open_llm_loss returns, or None. Returns the log, a dict an epoch.
     """
-    books = list(quantizers.parameters())
+    codebooks = [quantizer.codebook for quantizer in quantizers]
     squares = torch.zeros_like(z)
-    optimizers = [torch.optim.AdamW(books, lr=args.lr, weight_decay=0.0),
-                  torch.optim.AdamW(surrogate.parameters(), lr=1e-3, weight_decay=0.0)]
+    optimizers = [torch.optim.Adam(codebooks, lr=args.lr), torch.optim.Adam(surrogate.parameters(), lr=1e-3)]
     log = []
-    codes = assign_all(z[users], books)
+    codes = assign_all(z[users], codebooks)
     for epoch in range(1, args.epochs + 1):
         sums = {}
         batches = np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
         for batch in progress(batches, f"joint epoch {epoch}", "batch"):
-            own = z[batch].requires_grad_()  # Shape: (B, M, r)
-            loss, parts = vec_loss(own, [rows[user] for user in batch], quantizers, surrogate, args.beta)
+            z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
+            loss, parts = vec_loss(z_batch, [rows[user] for user in batch], quantizers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient;
-            # codebooks and surrogate have l_vec alone. DEVIATION(7): in Algorithm 1 alpha is a step size too.
+            # codebooks and surrogate have l_vec alone, whose scale Adam does not notice.
             (args.alpha * loss).backward()
             if add_llm_gradient:
-                parts["llm"] = add_llm_gradient(own, batch)
-            if not math.isfinite(sum(parts.values()) + own.grad.sum()):
+                parts["llm"] = add_llm_gradient(z_batch, batch)
+            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             # DEVIATION(7): Adagrad by hand. A user's step depends on the user's own past gradients (squares);
             # Adam over all of z would also move users who are not in the batch.
-            squares[batch] += own.grad ** 2
-            z[batch] -= args.lr * own.grad / (squares[batch].sqrt() + 1e-10)
+            squares[batch] += z_batch.grad ** 2
+            z[batch] -= args.lr * z_batch.grad / (squares[batch].sqrt() + 1e-10)
             for key, part in parts.items():
                 sums[key] = sums.get(key, 0.0) + part * len(batch) / len(users)
         before = codes
-        codes = assign_all(z[users], books)
-        figures = {"epoch": epoch, **sums, "ids_changed": int((codes != before).any(1).sum())}
-        used = [round(perplexity(codes[:, m], len(book)), 3) for m, book in enumerate(books)]
-        print(*(f"{name} {value:.4g}" for name, value in figures.items()), f"perplexity {used}")
-        log.append({**figures, "perplexity": used})
+        codes = assign_all(z[users], codebooks)
+        sums["users_changed"] = int((codes != before).any(1).sum())
+        log.append(epoch_report(epoch, sums, codes, codebooks))
     return log
 
 
 # -------- quantizers: fit learns, assign applies
 
-def assign_all(z, books):
-    """z (U, M, r), M codebooks (K_m, r) -> int (U, M)."""
-    return torch.stack([nearest(z[:, m], book) for m, book in enumerate(books)], dim=1).cpu().numpy()
-
-
 class KMeans:
     """k-means over z, the start of vq and em: no recommender, no LLM."""
 
-    assigns = "nearest"  # what --assign is with this quantizer
-    codes_are_words = False  # code k is the k-th word of its profile, and has its name
-    books = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # M tensors (K_m,): em: log of how common a code is; words: minus what all get by it
+    books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
+    log_weights = None  # M tensors (K_m,), of a SoftCodeEM alone: what a code has beside its likelihood
 
     def __init__(self, problem, sizes, args, device):
-        self.problem = problem
+        self.problem = problem  # a Problem: z, who has one, data set, Space
         self.sizes = sizes
         self.args = args
         self.device = device
 
     def first_books(self):
         """The codebooks with which learning begins."""
-        z = self.problem.z[self.problem.known]
+        z = self.problem.z[self.problem.inferred]
         space = self.problem.space
-        words = [space.word_z(m) for m in range(z.shape[1])]
-        return first_codebooks(z, self.sizes, self.args.start, self.args.seed, words)
+        word_z = [space.word_z(m) for m in range(z.shape[1])]
+        return first_codebooks(z, self.sizes, self.args.start, self.args.seed, word_z)
 
     def fit(self):
         """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
@@ -237,6 +228,10 @@ class KMeans:
 
     def assign(self):
         """Codes (U, M) of all users; nothing is learned."""
+        return self.nearest_codes()
+
+    def nearest_codes(self):
+        """Codes (U, M) by Eq. (6)."""
         return assign_all(torch.tensor(self.problem.z), self.books)
 
 
@@ -244,11 +239,10 @@ class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As KMeans.fit; problem.z moves too."""
+        """As KMeans.fit; problem.z becomes the trained z."""
         args = self.args
         problem = self.problem
         device = self.device
-        dataset = self.problem.dataset
         # DEVIATION(5): in units of the words' spread lr, alpha and beta mean the same for every LLM.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
@@ -257,33 +251,33 @@ class JointVQ(KMeans):
         rng = seeded(args.seed, 6)
         quantizers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         n_users, n_profiles, rank = z.shape
-        surrogate = Surrogate(n_users, len(dataset.items), n_profiles, rank).to(device)
-        rows = rows_by_user(dataset.rows(TRAIN), len(z))
+        surrogate = Surrogate(n_users, len(problem.dataset.items), n_profiles, rank).to(device)
+        rows = rows_by_user(problem.dataset.rows(TRAIN), len(z))
         print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(quantizers):,d}, "
               f"surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
             quantized = [quantizer(z[:, m])[0].detach() for m, quantizer in enumerate(quantizers)]
             warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
-        known = np.flatnonzero(problem.known)
-        log = train_jointly(z, quantizers, surrogate, rows, known, add_llm_gradient, args, rng)
+        users = np.flatnonzero(problem.inferred)
+        log = train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args, rng)
         # Note: stage 02's file stays; a new user is assigned by the z that 02 infers.
         problem.z = z.cpu().numpy()
         self.books = [quantizer.codebook.detach().cpu() for quantizer in quantizers]
         return self.assign(), log
 
     def open_llm_loss(self):
-        """A function (z (B, M, r), users (B,)) that adds the gradient of l_llm and the prior, a mean over
-        users, to z's gradient and returns its value. Block by block: a graph of all would not fit."""
+        """A function (z (B, M, r), users (B,)) -> l_llm and the prior, a mean over users, that adds its
+        gradient to z.grad. Block by block: a graph of all would not fit."""
         likelihood, histories, space, _ = self.problem.open_likelihood(self.device)
         budget = infer.token_budget_of(likelihood)
         prior = self.problem.facts["prior"]
 
         def add_llm_gradient(z, users):
             total = 0.0
-            own = [histories[user] for user in users]
-            for block in infer.make_blocks(own, None, budget, likelihood.prompt_length):
+            some = [histories[user] for user in users]
+            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):
                 # Eq. (4) and the prior, DEVIATION(4)
-                nll = likelihood(space.theta(z[block]), *infer.pad(own, block, self.device))
+                nll = likelihood(space.theta(z[block]), *infer.pad(some, block, self.device))
                 loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
                 (loss.sum() / len(users)).backward()
                 total += loss.sum().item() / len(users)
@@ -292,22 +286,17 @@ class JointVQ(KMeans):
         return add_llm_gradient
 
 
-def bank_of(codes, known, sizes):
-    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
-    return np.where(known[:, None], codes, sizes).astype(np.int16)
-
-
 # -------- here the method ends; data: what a quantizer may look at
 
 @dataclass
 class Problem:
-    """What a quantizer may look at: no truth. z float32 (U, M, r); known bool (U,): whose z was inferred;
+    """What a quantizer may look at: no truth. z float32 (U, M, r); inferred bool (U,): who has a z;
     facts: 02's settings; space: what turns z into theta."""
 
     run: Path
     dataset: Dataset
     z: np.ndarray
-    known: np.ndarray
+    inferred: np.ndarray
     facts: dict
     space: infer.Space
 
@@ -333,21 +322,37 @@ def rows_by_user(rows, n_users):
     return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
 
+def check_users_differ(z, size, m):
+    """UserError where profile m has fewer distinct z (users, r) than codes."""
+    count = len(np.unique(z, axis=0))
+    if size > count:
+        todo = "choose fewer" if count > 2 else "give more data: these users look the same"
+        what = f"{size} codes are more than the {count} distinct theta^{m + 1}"
+        raise UserError(what, "--codes", todo)
+
+
+def epoch_report(epoch, figures, codes, codebooks):
+    """Print an epoch's figures and how many codes are at work; return them for the log."""
+    used = [round(perplexity(codes[:, m], len(codebook)), 3) for m, codebook in enumerate(codebooks)]
+    figures = {"epoch": epoch, **figures}
+    print(*(f"{name} {value:.4g}" for name, value in figures.items()), f"perplexity {used}")
+    return {**figures, "perplexity": used}
+
+
 # -------- variants: codes that the LLM itself judges
 
 COMBINATIONS = 100  # most that EM tries a user
 
 
 class SoftCodeEM(KMeans):
-    """EM for  p(y) = sum_c prod_m pi^m_c P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
+    """EM for  p(y) = sum_c (prod_m pi^m_c) P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
 
-    y is here the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label.
+    c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_c is how common a code is, y here the text
+    of the user's titles, as in Eq. (4), and not Eq. (5)'s label.
     Codebooks start as --start says; the users' z is not used after that. A round: an E-step over all users,
     then an M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the
-    responsibilities. The likeliest round is kept.
+    responsibilities. The likeliest round is kept. A user's code is the likeliest one, pi included.
     """
-
-    assigns = "likelihood"
 
     def open(self):
         """Open the LLM; list combinations of codes (C, M) and blocks of users."""
@@ -373,23 +378,23 @@ class SoftCodeEM(KMeans):
                    for codes in self.combinations]
         return torch.stack(columns, dim=1).cpu()
 
-    def log_weight(self):
+    def log_weight_of_combinations(self):
         """log pi_c of each combination of codes: float (C,)."""
         return sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))
 
-    def e_step(self, codes, known=None):
+    def e_step(self, codes, asked=None):
         """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
         M tensors of expected counts (K_m,)). Users without a history keep their codes.
 
-        known: log P(y_u | c) (B, C) of each block, where it need not be asked for again.
+        asked: log P(y_u | c) (B, C) of each block, where it need not be asked for again.
         """
         codes = torch.tensor(codes)
         drawn = codes.clone()
         total = 0.0
         usage = [torch.zeros(size) for size in self.sizes]
         for number, users in enumerate(progress(self.blocks, "E-step", "block")):
-            log_likelihood = self.log_likelihood(users) if known is None else known[number]
-            joint = self.log_weight() + log_likelihood
+            log_likelihood = self.log_likelihood(users) if asked is None else asked[number]
+            joint = self.log_weight_of_combinations() + log_likelihood
             share = joint.softmax(1)  # the responsibilities p(c | y_u). Shape: (B, C)
             codes[users] = self.combinations[joint.argmax(1)]
             drawn[users] = self.combinations[torch.multinomial(share, 1).squeeze(1)]
@@ -404,17 +409,18 @@ class SoftCodeEM(KMeans):
         seeded(args.seed, 7)
         self.books = [book.requires_grad_() for book in self.first_books()]
         self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
-        optimizer = torch.optim.AdamW(self.books, lr=args.lr, weight_decay=0.0)
+        optimizer = torch.optim.Adam(self.books, lr=args.lr)
         log = []
         rounds = []
-        codes = KMeans.assign(self)
+        codes = self.nearest_codes()
         for number in range(args.epochs + 1):
             before = codes
-            evidence, codes, drawn, usage = self.e_step(codes)
+            log_likelihood, codes, drawn, usage = self.e_step(codes)
             changed = int((codes != before).any(1).sum())
-            log.append({"epoch": number, "log_likelihood": evidence, "ids_changed": changed})
-            print(f"round {number}: log-likelihood a user {evidence:.4f}, ids changed {changed}")
-            rounds.append((evidence, codes, [book.detach().clone() for book in self.books], self.log_weights))
+            log.append({"epoch": number, "log_likelihood": log_likelihood, "users_changed": changed})
+            print(f"round {number}: log-likelihood a user {log_likelihood:.4f}, users changed {changed}")
+            books = [book.detach().clone() for book in self.books]
+            rounds.append((log_likelihood, codes, books, self.log_weights))
             if number == args.epochs:
                 break
             # The M-step: pi in closed form, smoothed by one user a code; then a gradient step for each block.
@@ -430,25 +436,23 @@ class SoftCodeEM(KMeans):
         return codes, log
 
     def assign(self):
-        """K_1 x ... x K_M forward passes a user; no gradient."""
+        """The likeliest codes (U, M): C forward passes a user, no gradient."""
         self.open()
-        return self.e_step(KMeans.assign(self))[1]
+        return self.e_step(self.nearest_codes())[1]
 
 
 class Words(SoftCodeEM):
     """No descent: asking. A code is one of the K_m most frequent words of its profile, in theta's place.
 
-    c = argmax_c [log P_LLM(y | words c) + sum_m w^m_c].  An LLM may like a word whatever the history is, and
-    would give it to everybody: w^m_c is minus the mean of log P over all users under this word. The log's
-    "log_likelihood" is that of these weighed scores.
+    c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_c].  An LLM may like a word whatever the history
+    is, and would give it to everybody: w^m_c is minus the mean of log P under this word, over all users and
+    the other profiles' words. The log's "log_likelihood" is that of these weighed scores.
     """
-
-    codes_are_words = True
 
     def theta(self, codes):
         """codes (B, M) -> the words' own vectors (B, M, d), which need not lie in the space."""
         vectors = self.space.vectors
-        return torch.stack([found[codes[:, m].to(found.device)] for m, found in enumerate(vectors)], dim=1)
+        return torch.stack([table[codes[:, m].to(table.device)] for m, table in enumerate(vectors)], dim=1)
 
     def fit(self):
         self.open()
@@ -459,14 +463,14 @@ class Words(SoftCodeEM):
                 raise UserError(f"{size} codes are more than the {count} words of profile {m + 1}", "--codes",
                                 "choose fewer, or another --quantizer")
         self.books = [self.problem.space.word_z(m)[:size] for m, size in enumerate(self.sizes)]
-        known = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
-        mean = torch.cat(known).mean(0)  # of each combination. Shape: (C,)
+        asked = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
+        mean = torch.cat(asked).mean(0)  # of each combination. Shape: (C,)
         self.log_weights = []
         for m, size in enumerate(self.sizes):
             by_word = [mean[self.combinations[:, m] == code].mean() for code in range(size)]
             self.log_weights.append(-torch.stack(by_word))
-        evidence, codes, _, _ = self.e_step(KMeans.assign(self), known)
-        return codes, [{"epoch": 0, "log_likelihood": evidence}]
+        log_likelihood, codes, _, _ = self.e_step(self.nearest_codes(), asked)
+        return codes, [{"epoch": 0, "log_likelihood": log_likelihood}]
 
 
 QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
@@ -503,7 +507,7 @@ def parse_arguments():
         parser.error("--keep-codebooks goes without --assign: it assigns as before")
     if args.quantizer is None:
         args.quantizer = {"nearest": "vq", "likelihood": "em"}[args.assign or "nearest"]
-    assigns = QUANTIZERS[args.quantizer].assigns
+    assigns = "likelihood" if issubclass(QUANTIZERS[args.quantizer], SoftCodeEM) else "nearest"
     if args.assign not in (None, assigns):
         parser.error(f"--quantizer {args.quantizer} goes with --assign {assigns} alone")
     args.assign = assigns
@@ -517,7 +521,7 @@ def parse_codes(text, profiles):
     parts = [part.strip() for part in text.split(",")]
     sizes = [int(part) for part in parts if part.isascii() and part.isdecimal()]
     fits = len(parts) == len(sizes) == len(profiles)
-    if not fits or min(sizes) < 2 or max(sizes) > 32766:  # the unknown code K_m must fit into int16
+    if not fits or min(sizes) < 2 or max(sizes) > 32766:  # int16 must hold the unknown code K_m
         raise UserError(f"'{text}' does not give {len(profiles)} codebook sizes of 2 to 32766", "--codes",
                         "give one each for " + ", ".join(profile["name"] for profile in profiles))
     return sizes
@@ -525,23 +529,28 @@ def parse_codes(text, profiles):
 
 # -------- how codes are called and used
 
-def name_codes(books, coordinates, words, centre):
+def bank_of(codes, inferred, sizes):
+    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
+    return np.where(inferred[:, None], codes, sizes).astype(np.int16)
+
+
+def name_codes(books, word_z, word_texts, centre):
     """M lists of K_m names: the word whose direction is most that of the code, seen from the users' mean.
 
-    centre (M, r): that mean. A word's direction is its z, from the space's origin. A second code of the same
-    word is called "word 2".
+    books, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean. A
+    word's direction is its z, from the space's origin. A second code of the same word is called "word 2".
     """
-    names = []
-    for book, vectors, texts, mean in zip(books, coordinates, words, centre):
-        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, words)
+    code_names = []
+    for book, vectors, texts, mean in zip(books, word_z, word_texts, centre):
+        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, n_words)
         taken = Counter()
-        named = []
+        names = []
         for index in cosine.argmax(1).tolist():
             taken[texts[index]] += 1
             number = taken[texts[index]]
-            named.append(texts[index] if number == 1 else f"{texts[index]} {number}")
-        names.append(named)
-    return names
+            names.append(texts[index] if number == 1 else f"{texts[index]} {number}")
+        code_names.append(names)
+    return code_names
 
 
 def perplexity(codes, size):
@@ -599,8 +608,9 @@ def read_problem(run):
     dataset = load_dataset(run)
     facts, z, owners = infer.read_profiles(run)
     check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
-    known = np.isin(np.arange(len(z)), owners["inferred"])
-    return Problem(run, dataset, np.array(z), known, facts, infer.open_space(run, "cpu")), load_truth(run)
+    inferred = np.isin(np.arange(len(z)), owners["inferred"])
+    space = infer.open_space(run, "cpu")
+    return Problem(run, dataset, np.array(z), inferred, facts, space), load_truth(run)
 
 
 def meaning_of_z(facts):
@@ -608,23 +618,23 @@ def meaning_of_z(facts):
     return [str(facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "space_fingerprint")]
 
 
-def save(run, problem, bank, quantizer, named, facts):
-    """Write codebooks, bank and the facts. named: M lists of the codes' names."""
-    names = [profile["name"] for profile in problem.dataset.profiles]
+def save(run, problem, bank, quantizer, code_names, facts):
+    """Write codebooks, bank and the facts. code_names: M lists of K_m."""
+    profile_names = [profile["name"] for profile in problem.dataset.profiles]
     users = problem.dataset.users
     with together(run) as aside:
         save_torch(aside / "codebooks.pt", {
-            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": named,
-            "profiles": names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
+            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": code_names,
+            "profiles": profile_names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
             "made_with": meaning_of_z(problem.facts)})
         save_npy(aside / "feature_bank.npy", bank)
         with open(aside / "feature_bank.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["user_id", *names])
+            writer.writerow(["user_id", *profile_names])
             for user, codes in zip(users, bank.tolist()):
                 # The code K_m, of users without a history, has no name.
-                labels = [words[code] if code < len(words) else "unknown"
-                          for words, code in zip(named, codes)]
+                labels = [names[code] if code < len(names) else "unknown"
+                          for names, code in zip(code_names, codes)]
                 writer.writerow([user, *labels])
         save_json(aside / "quantize.json", facts | {
             "fingerprint": fingerprint(bank),
@@ -661,16 +671,17 @@ def main():
     device = pick_device(args.device)
     problem, truth = read_problem(args.run)
     dataset = problem.dataset
-    known = problem.known
-    reads = "stage 01's files, profiles.npy .json, space.pt"
+    inferred = problem.inferred
+    reads = "stage 01's files, profiles.npy .json, profiles_users.json, space.pt"
     if args.keep_codebooks:
-        kept = argparse.Namespace(run=args.run, keep_codebooks=True)
-        announce("03 quantize", kept, f"{reads}, codebooks.pt")
-        quantizer, named, facts, then = saved_quantizer(problem, args, device)
+        shown = argparse.Namespace(run=args.run, keep_codebooks=True)
+        announce("03 quantize", shown, f"{reads}, codebooks.pt")
+        quantizer, code_names, facts, then = saved_quantizer(problem, args, device)
         sizes = quantizer.sizes
         codes = quantizer.assign()
         for user, raw in enumerate(dataset.users):
-            if then.get(raw, sizes) != sizes:  # sizes: the unknown code
+            had_codes = then.get(raw, sizes) != sizes  # sizes: the unknown code of each profile
+            if had_codes:
                 codes[user] = then[raw]
         facts["keep_codebooks"] = True
     else:
@@ -682,18 +693,18 @@ def main():
             raise UserError("a code is not a finite number", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
-        centre = torch.tensor(problem.z[known].mean(0))
-        words_z = [problem.space.word_z(m) for m in range(len(sizes))]
-        named = name_codes(quantizer.books, words_z, problem.space.words, centre)
-        if quantizer.codes_are_words:
-            named = [words[:size] for size, words in zip(sizes, problem.space.words)]
-    report = health(codes[known], sizes, dataset.profiles)
-    for profile, words in zip(report, named):
-        profile["words"] = words
-    agreed = {} if truth is None else agreement(codes[known], truth[known])
+        centre = torch.tensor(problem.z[inferred].mean(0))
+        word_z = [problem.space.word_z(m) for m in range(len(sizes))]
+        code_names = name_codes(quantizer.books, word_z, problem.space.words, centre)
+        if isinstance(quantizer, Words):  # code k is the k-th word
+            code_names = [texts[:size] for size, texts in zip(sizes, problem.space.words)]
+    report = health(codes[inferred], sizes, dataset.profiles)
+    for profile, names in zip(report, code_names):
+        profile["words"] = names
+    agreed = {} if truth is None else agreement(codes[inferred], truth[inferred])
     facts |= {"codes": sizes, "profiles": report, **agreed, "dataset_fingerprint": dataset.fingerprint(),
               "profiles_fingerprint": problem.facts["fingerprint"]}
-    save(args.run, problem, bank_of(codes, known, sizes), quantizer, named, facts)
+    save(args.run, problem, bank_of(codes, inferred, sizes), quantizer, code_names, facts)
     show(report, agreed)
     print(f"\nwrote codebooks.pt feature_bank.npy .csv quantize.json to {args.run}\n"
           f"next: python 04_train_ctr.py --run {args.run}")

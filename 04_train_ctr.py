@@ -1,21 +1,23 @@
-"""Stage 04: train recommenders with the feature bank's ids as sparse features. Paper: sections 2.5, 3.
+"""Stage 04: train recommenders with the feature bank's codes as sparse features. Paper: sections 2.5, 3.
 
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
-    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), completed
+    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9) and its second term
 
-No LLM is loaded: a user's profiles are M small integers, their codes. --ids names the banks of codes to be
-compared, each a row of the table: `userip` (ours), `none` (no codes), `random` (uniform codes), `shuffled`
-(our codes on other users), `planted` (the demo's truth) or NAME: your own feature_bank_NAME.npy, int (U, M'),
-with its .json {codes: [K_1, ...], dataset_fingerprint, made_by}; its controls: random-NAME, shuffled-NAME.
-DEVIATION(k): row k of README's differences from the paper.
+i is the item, c_m the user's code of profile m, E_obs the other fields (--fields). No LLM is loaded: a user's
+profiles are M small integers. --ids names what is compared, a row of the table each: `userip` (our codes),
+`none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted` (the demo's
+truth) or NAME: your own feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...],
+dataset_fingerprint, and for people made_by}; its controls: random-NAME, shuffled-NAME. A repetition is a seed
+of codes, weights and order. DEVIATION(k): row k of README's differences from the paper.
 
 What stands where; each part begins with a line of dashes:
-    data, models, loss and train  fields and ids; LR, DCNv2 (DCN is in common.py); Eq. (9). Read them first.
-    variants                      nine more models: one class and one line in MODELS each
-    running it                    flags, banks of ids, the table, files, main. Skip it at first.
+    data, models, loss and train  fields and ids; LR, DCNv2 (DCN and Field: common.py); Eq. (9); what random
+                                  and shuffled are. Read them first.
+    variants                      nine more models: a class and an entry in MODELS each
+    running it                    flags, banks of codes, the table, files, main. Skip it at first.
 
-Reads:  01's files, feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
-        profiles.npy (02) for --profile-input embedding
+Reads:  01's files, truth.npy for planted; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
+        profiles.json (02), for --profile-input embedding profiles.npy
 Writes: results.json (a row per model x ids x repetition, a summary); ctr_<model>.pt, weights of the best
         epoch of repetition 0 with userip (else the first of --ids), .json what they were made from;
         predictions/ (of test and cold rows); until done rows-*/, a file for each row
@@ -38,6 +40,7 @@ import sklearn
 import torch
 from torch import nn
 
+import common
 from common import (
     COLD, DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, auc,
     check_same, count_parameters, do_all, fingerprint, gauc, guarded, linear, load, load_dataset, load_truth,
@@ -61,29 +64,31 @@ def attribute_table(dataset, name):
     return table, len(number_of)
 
 
-def build_features(dataset, kind, codes, sizes, theta=None):
+def build_features(dataset, observed, codes, sizes, z=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns).
 
-    The numbers U and I stand for an unseen user and item. kind: of FIELDS. codes: None or int (U, M). sizes:
-    K_m. theta: None, or its coordinates z, float (U, M, r), in the place of codes.
+    The numbers U and I stand for an unseen user and item. observed: of FIELDS. codes: None or int (U, M).
+    sizes: K_m. z: None, or theta's coordinates, float (U, M, r), in the place of codes.
     """
     user_numbers = np.arange(len(dataset.users) + 1)[:, None]
     item_numbers = np.arange(len(dataset.items) + 1)[:, None]
-    user_tables = []  # (field, its ids of each user (U + 1, width))
+    user_tables = []  # (field, its ids of each user (U + 1, columns of the field))
     item_tables = []
-    if kind != "attributes":
+    if observed != "attributes":
         user_tables.append((Field("user", len(dataset.users)), user_numbers))
-    if theta is not None:
-        nobody = np.zeros_like(theta[:1])
-        for m, vectors in enumerate(torch.tensor(np.vstack([theta, nobody])).unbind(1)):
-            user_tables.append((Field(f"profile_{m}", len(user_numbers), vectors=vectors), user_numbers))
+    if z is not None:
+        nobody = np.zeros_like(z[:1])
+        vectors = torch.tensor(np.vstack([z, nobody]))  # Shape: (U + 1, M, r)
+        for m in range(vectors.shape[1]):
+            field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
+            user_tables.append((field, user_numbers))
     elif codes is not None:
         # An unseen user has the unknown code K_m, an id like others: users without a history train it.
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
     item_tables.append((Field("item", len(dataset.items)), item_numbers))
-    if kind != "ids":
+    if observed != "ids":
         for profile in dataset.profiles:
             table, size = attribute_table(dataset, profile["name"])
             if size:  # some profiles, as 01's critic, are no attribute of items
@@ -97,53 +102,43 @@ def build_features(dataset, kind, codes, sizes, theta=None):
     return [field for field, _ in user_tables + item_tables], lookup
 
 
-def rows_of(dataset, split, lookup, device, stranger=None):
-    """A split's ids (n, columns), labels (n,). stranger: None, or the id that replaces every user's."""
+def rows_of(dataset, split, lookup, device, hide_as=None):
+    """A split's ids (n, columns), labels (n,). hide_as: None, or the id that replaces every user's."""
     users, items, labels = dataset.rows(split).T
     ids = lookup(users, items)
-    if stranger is not None:
-        ids[:, 0] = stranger
+    if hide_as is not None:
+        ids[:, 0] = hide_as
     return ids.to(device), torch.tensor(labels, dtype=torch.float32, device=device)
 
 
 # -------- models: ids (B, columns) -> logits (B,)
 #
-# F fields, P = F (F - 1) / 2 pairs i < j, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i: field i's
-# embedding; first order: b + sum_i w_i, embeddings of width 1.
+# B rows of a batch; a field has one column, or some of which each holds one of an item's values. F fields,
+# D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i: field i's embedding; first order: b + sum_i w_i, where
+# w_i is an embedding of width 1.
 
 class Recommender(nn.Module):
-    """What models share: field embeddings, first order, pairs of fields."""
+    """What models share: field embeddings, first order."""
 
-    def __init__(self, fields, dim=8, per_id=1, first_order=True, std=0.05):
+    def __init__(self, fields, dim=8, per_id=1, with_first_order=True, std=0.05):
         """per_id: how many embeddings an id has: 0, 1, or one for each field (field-aware)."""
         super().__init__()
         self.F = len(fields)
         self.D = dim
         if per_id:
             self.embed = FieldEmbedding(fields, per_id * dim, std)
-        if first_order:
+        if with_first_order:
             self.weights = FieldEmbedding(fields, 1)
             self.bias = nn.Parameter(torch.zeros(1))
-        left, right = torch.triu_indices(self.F, self.F, 1)  # the fields of each pair, Shape: (P,)
-        self.register_buffer("left", left, persistent=False)
-        self.register_buffer("right", right, persistent=False)
 
     def first_order(self, ids):
         return self.weights(ids).sum((1, 2)) + self.bias
-
-    def towards(self, ids):
-        """Field-aware embeddings (B, F, F, D): [:, i, j] is e_ij, what field i shows to field j."""
-        return self.embed(ids).unflatten(2, (self.F, -1))
-
-    def field_aware_pairs(self, towards):
-        """<e_ij, e_ji> of all pairs: (B, P)."""
-        return (towards[:, self.left, self.right] * towards[:, self.right, self.left]).sum(2)
 
 
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: times eight, because nothing else moves the logit.
+    Note: times eight is a larger step size, for nothing else moves the logit.
     """
 
     def __init__(self, fields):
@@ -157,7 +152,7 @@ class DCNv2(Recommender):
     """x_{l+1} = x_0 * (W_l x_l + b_l) + x_l beside an MLP. Wang et al. 2021, Eq. (1)."""
 
     def __init__(self, fields, layers=3):
-        super().__init__(fields, first_order=False)
+        super().__init__(fields, with_first_order=False)
         width = self.F * self.D
         self.cross = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.deep = mlp(width)
@@ -183,16 +178,17 @@ def predict(model, ids, batch=16384):
 def adam(model, args):
     """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper names none."""
     tables = [part.table.weight for part in model.modules() if isinstance(part, FieldEmbedding)]
-    is_table = {id(table) for table in tables}
-    others = [weight for weight in model.parameters() if id(weight) not in is_table]
+    of_tables = set(map(id, tables))
+    others = [weight for weight in model.parameters() if id(weight) not in of_tables]
     groups = [{"params": tables, "weight_decay": args.weight_decay}, {"params": others}]
     return torch.optim.Adam(groups, lr=args.lr, fused=True)
 
 
 def train(model, train_rows, validation_rows, stranger, args):
-    """Adam on Eq. (9) until validation AUC - logloss stops rising: (facts, state of the best epoch).
+    """Adam on Eq. (9) until validation AUC minus logloss stops rising.
 
-    Rows: of rows_of. stranger: the unknown user's id in column 0, or None.
+    train_rows, validation_rows: (ids (n, columns), labels (n,)); stranger: the id that hides a user in column
+    0, None where that column is no user. Returns (the best epoch and its figures, its weights).
     """
     ids, labels = train_rows
     validation_labels = validation_rows[1].cpu()
@@ -203,15 +199,17 @@ def train(model, train_rows, validation_rows, stranger, args):
         model.train()
         start = time.perf_counter()
         order = torch.randperm(len(ids), device=ids.device)
-        shuffled = ids[order]
-        targets = labels[order]
+        epoch_ids = ids[order]
+        epoch_labels = labels[order]
         if stranger is not None and args.user_dropout:
             # DEVIATION(10): user dropout. Else the model memorizes users by their id and ignores the codes.
-            shuffled[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
-        for at in range(0, len(ids) - 1, args.batch_size):  # BatchNorm needs two rows
-            rows = slice(at, at + args.batch_size)
-            # Eq. (9). DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper lacks.
-            loss = nn.functional.binary_cross_entropy_with_logits(model(shuffled[rows]), targets[rows])
+            epoch_ids[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
+        # A last row that is alone is left out: BatchNorm needs two.
+        for at in range(0, len(ids) - 1, args.batch_size):
+            batch = slice(at, at + args.batch_size)
+            logits = model(epoch_ids[batch])
+            # Eq. (9), as a mean. DEVIATION(1): with the (1 - y) log(1 - y_hat) term that the paper lacks.
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, epoch_labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -232,21 +230,37 @@ def train(model, train_rows, validation_rows, stranger, args):
     return {**best, "train_samples_per_second": round(epoch * len(ids) / seconds)}, state
 
 
-def run_one(dataset, model_name, ids, seed, inputs, args, device):
-    """A cell of the table: {row, state, test and cold probabilities}."""
-    codes, sizes, theta = inputs.of(ids, (args.seed, seed, 4))
-    fields, lookup = build_features(dataset, args.fields, codes, sizes, theta)
+def bank_name(ids_name):
+    """Whose codes a row takes: random and shuffled userip's, random-NAME and shuffled-NAME those of NAME."""
+    control, _, name = ids_name.partition("-")
+    return (name or "userip") if control in ("random", "shuffled") else ids_name
+
+
+def codes_of(ids_name, banks, rng):
+    """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
+    codes, sizes = banks.get(bank_name(ids_name), (None, None))
+    if bank_name(ids_name) == ids_name:
+        return codes, sizes
+    if ids_name.startswith("random"):  # as many codes, uniform: what a meaningless id does
+        return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
+    return rng.permutation(codes), sizes  # the real counts on the wrong users
+
+
+def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
+    """A result: {row of the table, state, test and cold probabilities}. ids_name: of --ids."""
+    codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))
+    fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     stranger = len(dataset.users) if args.fields != "attributes" else None
-    # With cold users the user is hidden in validation rows too, so that the epoch suits unknown users; val_*
+    # With cold users the user is hidden in validation rows too, so that the epoch suits hidden users; val_*
     # is then not comparable with test_*.
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
-    seeded(args.seed, seed, 5)
+    seeded(args.seed, repetition, 5)
     model = MODELS[model_name](fields).to(device)
     facts, state = train(model, data[TRAIN], data[VALIDATION], stranger, args)
-    row = {"model": model_name, "ids": ids, "fields": args.fields, "seed": seed, **facts}
+    row = {"model": model_name, "ids": ids_name, "fields": args.fields, "seed": repetition, **facts}
     evaluated = {"test": TEST}  # looked at once, at the best validation epoch
     if has_cold:
         evaluated["cold"] = COLD
@@ -264,7 +278,25 @@ def run_one(dataset, model_name, ids, seed, inputs, args, device):
 
 # -------- here the method ends; variants: nine more models
 
-class FFM(Recommender):
+class PairRecommender(Recommender):
+    """A Recommender that knows the P = F (F - 1) / 2 pairs of fields i < j."""
+
+    def __init__(self, fields, **more):
+        super().__init__(fields, **more)
+        left, right = torch.triu_indices(self.F, self.F, 1)  # the fields of each pair. Shape: (P,)
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("right", right, persistent=False)
+
+    def towards(self, ids):
+        """Field-aware embeddings (B, F, F, D): [:, i, j] is e_ij, what field i shows to field j."""
+        return self.embed(ids).unflatten(2, (self.F, -1))
+
+    def field_aware_pairs(self, towards):
+        """<e_ij, e_ji> of all pairs: (B, P)."""
+        return (towards[:, self.left, self.right] * towards[:, self.right, self.left]).sum(2)
+
+
+class FFM(PairRecommender):
     """first order + sum_{i<j} <e_ij, e_ji>: F times the memory. Juan et al. 2016, Eq. (4)."""
 
     def __init__(self, fields):
@@ -279,7 +311,7 @@ def factorization(e):
     return (e.sum(1).pow(2) - e.pow(2).sum(1)).sum(1) / 2
 
 
-class AFM(Recommender):
+class AFM(PairRecommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
     Xiao et al. 2017, Eq. (5)-(7).
@@ -312,11 +344,11 @@ class DeepFM(Recommender):
         return self.first_order(ids) + factorization(e) + self.deep(e.flatten(1)).squeeze(1)
 
 
-class PNN(Recommender):
+class PNN(PairRecommender):
     """MLP on embeddings and inner products <e_i, e_j> (IPNN). Qu et al. 2016, Eq. (2)-(7)."""
 
     def __init__(self, fields, per_id=1):
-        super().__init__(fields, per_id=per_id, first_order=False)
+        super().__init__(fields, per_id=per_id, with_first_order=False)
         self.deep = nn.Sequential(mlp(self.F * self.D + len(self.left)), linear(16, 1))
 
     def forward(self, ids):
@@ -394,7 +426,7 @@ def attend(e, layer, heads=2):
 
 
 class DIFM(Recommender):
-    """FM with w_i and e_i times m_i, attention's + MLP's factor. Lu et al. 2020, Eq. (7)-(12).
+    """FM with w_i and e_i times m_i, m = attention's part + MLP's part. Lu et al. 2020, Eq. (7)-(12).
 
     Note: starts at m = 1, a plain FM; m near 0 would stop every gradient.
     """
@@ -414,7 +446,7 @@ class DIFM(Recommender):
         return (m * self.weights(ids).squeeze(2)).sum(1) + self.bias + factorization(m.unsqueeze(2) * e)
 
 
-class FiBiNET(Recommender):
+class FiBiNET(PairRecommender):
     """first order + MLP on bilinear pairs (e_i W_ij) * e_j of embeddings before and after SENET.
 
     Huang et al. 2019, Eq. (3)-(9). Note: embeddings start at .005 and W near 5 times the identity. With .05
@@ -470,7 +502,7 @@ def parse_arguments():
         help="ids: of user and item (paper); attributes: of the item and its attributes, without the user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
         help="what userip and its controls feed: codes, or theta's own coordinates, projected (Table 3)")
-    add("--user-dropout", type=at_least(0, float, 1), help="share of training rows with unknown user "
+    add("--user-dropout", type=at_least(0, float, 1), help="share of training rows whose user is hidden "
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
     add("--patience", type=at_least(1), default=10, help="stop after so many epochs without a better one")
@@ -486,51 +518,38 @@ def parse_arguments():
     return args
 
 
-# -------- banks of ids and their controls
-
-def bank_name(ids):
-    """The bank of a row: userip of random, shuffled; NAME of random-NAME, shuffled-NAME."""
-    kind, _, name = ids.partition("-")
-    return (name or "userip") if kind in ("random", "shuffled") else ids
-
-
-def codes_of(ids, banks, rng):
-    """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
-    codes, sizes = banks.get(bank_name(ids), (None, None))
-    if bank_name(ids) == ids:
-        return codes, sizes
-    if ids.startswith("random"):  # as many codes, uniform: what a meaningless id does
-        return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
-    return rng.permutation(codes), sizes  # the real counts on the wrong users
-
+# -------- banks of codes
 
 @dataclass
 class Inputs:
-    """banks: {name: (codes int (U, M), sizes K_m)}; theta: float (U, M, r), its coordinates z."""
+    """banks: {name: (codes int (U, M), sizes K_m)}; z: theta's coordinates, float (U, M, r), or None."""
 
     banks: dict
-    theta: np.ndarray | None = None
+    z: np.ndarray | None = None
 
-    def of(self, ids, seeds):
-        """A row's (codes, sizes, theta).
+    def of(self, ids_name, seeds):
+        """A row's (codes, sizes, z).
 
-        With theta, random is Gaussian noise of its shape, shuffled another user's theta. Random codes would
-        be too weak a control: r real numbers tell users apart.
+        With z, random is Gaussian noise of its shape, shuffled another user's z. Random codes would be too
+        weak a control: r real numbers tell users apart.
         """
         rng = np.random.default_rng(seeds)
-        codes = codes_of(ids, self.banks, rng)
-        theta = self.theta if bank_name(ids) == "userip" else None
-        if theta is not None and ids != "userip":
-            noise = rng.standard_normal(theta.shape, dtype=np.float32) * theta.any(axis=0)
-            theta = noise if "random" in ids else rng.permutation(theta)
-        return *codes, theta
+        codes, sizes = codes_of(ids_name, self.banks, rng)
+        z = self.z if bank_name(ids_name) == "userip" else None
+        if z is not None and ids_name != "userip":
+            noise = rng.standard_normal(z.shape, dtype=np.float32)
+            noise *= z.any(axis=0)  # a profile of few words has directions of length 0
+            z = noise if "random" in ids_name else rng.permutation(z)
+        return codes, sizes, z
 
     def fingerprints(self, dataset):
-        """{"dataset", each bank's name, "theta" if given: fingerprint}."""
-        found = {name: fingerprint(*bank) for name, bank in self.banks.items()}
-        if self.theta is not None:
-            found["theta"] = fingerprint(self.theta)
-        return {"dataset": dataset.fingerprint(), **found}
+        """Fingerprints by name: "dataset", "bank NAME" of each, "z" if given."""
+        found = {"dataset": dataset.fingerprint()}
+        for name, bank in self.banks.items():
+            found[f"bank {name}"] = fingerprint(*bank)
+        if self.z is not None:
+            found["z"] = fingerprint(self.z)
+        return found
 
 
 def read_bank(run, name, dataset):
@@ -563,7 +582,7 @@ def read_bank(run, name, dataset):
 
 
 def read_inputs(args):
-    """(dataset, Inputs), checked to belong together; fills in args.ids."""
+    """(dataset, Inputs), checked to belong together and to have both labels; fills in args.ids."""
     run = args.run
     dataset = load_dataset(run)
     truth = load_truth(run)
@@ -571,31 +590,35 @@ def read_inputs(args):
         labels = dataset.rows(split)[:, 2]
         if len(np.unique(labels)) < 2 and (split != COLD or len(labels)):
             raise UserError(f"all {name} labels are equal", run, "give more data or another --positive-above")
-    args.ids = args.ids or [ids for ids in IDS if ids != "planted" or truth is not None]
-    for ids in args.ids:
-        if ids != bank_name(ids) and (run / f"feature_bank_{ids}.npy").exists():
-            raise UserError(f"a bank may not be called {ids}: this is the name of a control", run,
-                            f"rename feature_bank_{ids}.npy and .json")
-    names = dict.fromkeys(bank_name(ids) for ids in args.ids if ids != "none")
+    args.ids = args.ids or [name for name in IDS if name != "planted" or truth is not None]
+    for name in args.ids:
+        if name != bank_name(name) and (run / f"feature_bank_{name}.npy").exists():
+            raise UserError(f"a bank may not be called {name}: this is the name of a control", run,
+                            f"rename feature_bank_{name}.npy and .json")
+    names = dict.fromkeys(bank_name(name) for name in args.ids if name != "none")
     banks = {name: read_bank(run, name, dataset) for name in names}
-    theta = None
+    z = None
     if args.profile_input == "embedding" and "userip" in names:
-        theta = np.array(load(run, "profiles.npy"))
+        z = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
-        check_same(run, "quantize.json", "profiles.npy", fingerprint(theta), expected)
-        theta = standardized(theta)
+        check_same(run, "quantize.json", "profiles.npy", fingerprint(z), expected)
+        z = standardized(z)
     if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
         print("WARNING: stage 02 ran with --users: the first users' theta is of another split and may have "
               "seen what are test rows now. Serve this bank, but measure with one that is inferred afresh")
-    return dataset, Inputs(banks, theta)
+    return dataset, Inputs(banks, z)
 
 
-def standardized(theta):
-    """theta (U, M, r) centred, each profile's mean square 1: the scale of the noise that is its control."""
-    theta = theta - theta.mean(axis=0)
-    varies = theta.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
-    mean_square = (theta ** 2).sum((0, 2)) / np.maximum(1, len(theta) * varies.sum(1))
-    return (theta / np.maximum(mean_square ** 0.5, 1e-12)[:, None]).astype(np.float32)
+def standardized(z):
+    """z (U, M, r) centred, each profile's mean square 1: the scale of the noise that is its control.
+
+    Users without a history (z = 0) do not count, and keep 0, which an unseen user has too.
+    """
+    has_history = z.any((1, 2))
+    z = np.where(has_history[:, None, None], z - z[has_history].mean(axis=0), 0)
+    varies = z.any(axis=0)  # a profile of few words has directions of length 0. Shape: (M, r)
+    mean_square = (z ** 2).sum((0, 2)) / np.maximum(1, has_history.sum() * varies.sum(1))
+    return (z / np.maximum(mean_square ** 0.5, 1e-12)[:, None]).astype(np.float32)
 
 
 def default_user_dropout(dataset):
@@ -614,35 +637,36 @@ def mean_sd(values):
 
 
 def summarize(rows):
-    """{model: {ids: entry}}: mean_sd over seeds, and of paired differences to none, random."""
+    """{model: {ids: entry}}: mean_sd over repetitions, and of paired differences to none, random."""
     table = {}
-    cells = {}
+    rows_of_key = {}
     for row in rows:
-        cells.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
+        rows_of_key.setdefault((row["model"], row["ids"]), {})[row["seed"]] = row
     metrics = [key for key in rows[0] if key.endswith(("auc", "logloss")) and rows[0][key] is not None]
-    for cell, by_seed in cells.items():
-        model, ids = cell
+    for key, by_repetition in rows_of_key.items():
+        model, ids_name = key
         entry = {}
         for metric in metrics:
-            entry[metric] = mean_sd([row[metric] for row in by_seed.values()])
+            entry[metric] = mean_sd([row[metric] for row in by_repetition.values()])
         for control in ("none", "random"):
+            reference = rows_of_key.get((model, control))
             # A bank of your own may have a control with as many codes as it has: random-NAME.
-            of_its_own = cells.get((model, f"random-{bank_name(ids)}")) if control == "random" else None
-            reference = cells.get((model, control))
-            if of_its_own not in (None, by_seed):
-                reference = of_its_own
-            if reference is None or ids == control:
+            own_control = f"random-{bank_name(ids_name)}"
+            if control == "random" and ids_name != own_control:
+                reference = rows_of_key.get((model, own_control), reference)
+            if reference is None or ids_name == control:
                 continue
             for metric in metrics:
-                differences = [row[metric] - reference[seed][metric] for seed, row in by_seed.items()]
+                differences = [row[metric] - reference[repetition][metric]
+                               for repetition, row in by_repetition.items()]
                 entry[f"{metric.removeprefix('test_')}_minus_{control}"] = mean_sd(differences)
-        table.setdefault(model, {})[ids] = entry
+        table.setdefault(model, {})[ids_name] = entry
     return table
 
 
 def show(summary, base_logloss):
     """The table in text."""
-    def cell(entry, key):
+    def formatted(entry, key):
         return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
 
     titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
@@ -653,8 +677,9 @@ def show(summary, base_logloss):
     columns = [key for key in titles if key in measured]
     print(f"\n{'model':11s}{'ids':16s}" + "".join(f"{key:18s}" for key in columns))
     for model, by_ids in summary.items():
-        for ids, entry in by_ids.items():
-            print(f"{model:11s}{ids:16s}" + "".join(f"{cell(entry, key):18s}" for key in columns))
+        for ids_name, entry in by_ids.items():
+            values = "".join(f"{formatted(entry, key):18s}" for key in columns)
+            print(f"{model:11s}{ids_name:16s}{values}")
     constant = {"test_auc": " 0.5000", "test_gauc": " 0.5000", "test_logloss": f"{base_logloss:7.4f}"}
     line = f"{'constant':11s}{'base rate':16s}" + "".join(f"{constant.get(key, ''):18s}" for key in columns)
     print(line.rstrip())
@@ -667,27 +692,32 @@ def quantizer_of(run):
     return load(run, "quantize.json", ("quantizer",))["quantizer"]
 
 
-def save(args, dataset, inputs, cells):
-    """Write results.json, models and predictions from cells {(model, ids, seed): file}."""
+def save(args, dataset, inputs, files):
+    """Write results.json, models and predictions from files {(model, name of ids, repetition): path}.
+
+    Warns of rows that may have learned nothing from their codes. Returns (summary, logloss of the base rate).
+    """
     rows = []
-    kept = "userip" if "userip" in args.ids else args.ids[0]  # of ctr_<model>.pt
-    for key, path in cells.items():
-        model, ids, seed = key
-        cell = load(path.parent, path.name, ("row", "state"))
-        row = cell["row"]
+    kept = "userip" if "userip" in args.ids else args.ids[0]  # whose weights are in ctr_<model>.pt
+    for key, path in files.items():
+        model, ids_name, repetition = key
+        result = load(path.parent, path.name, ("row", "state"))
+        row = result["row"]
         rows.append(row)
         for split, ending in (("test", ""), ("cold", "-cold")):
-            if split in cell:
-                save_npy(args.run / "predictions" / f"{model}-{ids}-{seed}{ending}.npy", cell[split].numpy())
-        if seed == 0 and ids == kept:
-            save_torch(args.run / f"ctr_{model}.pt", cell["state"])
+            if split in result:
+                name = f"{model}-{ids_name}-{repetition}{ending}.npy"
+                save_npy(args.run / "predictions" / name, result[split].numpy())
+        if repetition == 0 and ids_name == kept:
+            save_torch(args.run / f"ctr_{model}.pt", result["state"])
             save_json(args.run / f"ctr_{model}.json", {
-                "model": model, "ids": ids, "fields": args.fields, "profile_input": args.profile_input,
+                "model": model, "ids": ids_name, "fields": args.fields, "profile_input": args.profile_input,
                 "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
-        is_real_bank = ids != "none" and bank_name(ids) == ids
+        is_real_bank = ids_name != "none" and bank_name(ids_name) == ids_name
         if is_real_bank and row["best_epoch"] <= 2:
-            print(f"WARNING: {model} with {ids} ids, seed {seed}, was best in epoch {row['best_epoch']}: it "
-                  "learned no interaction of ids and items; another --lr or more data may help")
+            print(f"WARNING: {model} with {ids_name} ids, seed {repetition}, was best in epoch "
+                  f"{row['best_epoch']}: it hardly learned what codes and items have to do with each other; "
+                  "another --lr or more data may help")
     labels = dataset.rows(TEST)[:, 2]
     summary = summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
@@ -713,16 +743,18 @@ def main():
     announce("04 train CTR", args, "stage 01's files and the banks")
     varied = ("run", "models", "ids", "seeds")  # they choose rows, they do not change one
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
-    code = Path(__file__).read_text("utf-8")  # an edited model gets rows of its own
-    work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, code)[:12]}"
-    cells = {}
-    for model, seed, ids in itertools.product(args.models, range(args.seeds), args.ids):
-        cells[model, ids, seed] = work / f"{model}-{ids}-{seed}.pt"
-    pieces = [(path, run_one, dataset, *cell, inputs, args, device) for cell, path in cells.items()]
+    # An edited model gets rows of its own. DCN and what models are made of stand in common.py.
+    sources = [Path(module).read_text("utf-8") for module in (__file__, common.__file__)]
+    work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, sources)[:12]}"
+    files = {}
+    for model, repetition, ids_name in itertools.product(args.models, range(args.seeds), args.ids):
+        files[model, ids_name, repetition] = work / f"{model}-{ids_name}-{repetition}.pt"
+    pieces = [(path, run_one, dataset, *key, inputs, args, device) for key, path in files.items()]
     do_all(pieces, "training", "run", device)
-    show(*save(args, dataset, inputs, cells))
+    show(*save(args, dataset, inputs, files))
     shutil.rmtree(work)
-    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt to {args.run}")
+    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
+          f"{args.run}")
 
 
 if __name__ == "__main__":

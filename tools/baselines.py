@@ -142,7 +142,7 @@ def save_theta(world, theta):
 
 def kar(world):
     seed = world.args.seed
-    known = world.problem.known
+    known = world.problem.inferred
     theta = kar_slot(world, world.histories)
     save_theta(world, theta)
     columns = zip(theta.swapaxes(0, 1), world.sizes)

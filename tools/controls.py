@@ -91,7 +91,7 @@ def hidden(problem, sizes, device, seed):
 def words(problem, sizes, device, seed):
     """03 --quantizer words."""
     codes, _ = quantize.Words(problem, sizes, SimpleNamespace(seed=seed), device).fit()
-    bank = quantize.bank_of(codes, problem.known, sizes)
+    bank = quantize.bank_of(codes, problem.inferred, sizes)
     return [(bank[:, m], size) for m, size in enumerate(sizes)]
 
 

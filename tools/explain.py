@@ -175,7 +175,7 @@ class Explainer:
         """The lines that describe one user."""
         dataset = self.problem.dataset
         theta = self.theta
-        known = self.problem.known
+        known = self.problem.inferred
         history = "".join(self.texts[user]) or " none, so theta is the population's"
         lines = [f"user {dataset.users[user]}", "  history:" + history]
         for m in range(len(dataset.profiles)):
@@ -205,7 +205,7 @@ class Explainer:
         towards the value's own word, which nothing was fitted to.
         """
         dataset = self.problem.dataset
-        known = np.flatnonzero(self.problem.known)
+        known = np.flatnonzero(self.problem.inferred)
         rows = dataset.rows(common.SEEN)
         liked = rows[rows[:, 2] == 1]
         count = np.bincount(liked[:, 0], minlength=len(dataset.users))
@@ -228,7 +228,7 @@ class Explainer:
     def statistics(self, rng):
         """Figures over all users who have a profile: {name: value}. Those of words need a truth."""
         theta = self.theta
-        known = np.flatnonzero(self.problem.known)
+        known = np.flatnonzero(self.problem.inferred)
         found = {}
         sample = rng.permutation(known)[:SAMPLE]
         own = np.array([self.nll(user, theta[user]) for user in sample])

@@ -127,7 +127,7 @@ def attention_by_word(problem, likelihood, tokenizer, start):
     Returns (users, words, weights): weights[m][s] is (users, words), each row of sum 1, for s one of STAGES:
     theta as noise (the authors' start), the mean of the words (ours), and theta inferred.
     """
-    known = np.flatnonzero(problem.known)
+    known = np.flatnonzero(problem.inferred)
     texts = infer.history_texts(problem.dataset, common.SEEN, SimpleNamespace(**problem.facts))
     longest = max(known, key=lambda user: len(texts[user]))
     words = [*FILLERS, *"".join(texts[longest][-3:]).replace(";", " ;").split()]
@@ -175,7 +175,7 @@ def theta_figure(problem, bank, truth):
     """theta of each profile in its first two principal components, by code and, on the demo, by truth."""
     colourings = [("code", bank)] + ([("planted", truth)] if truth is not None else [])
     profiles = problem.dataset.profiles
-    known = problem.known
+    known = problem.inferred
     figure, grid = plt.subplots(len(profiles), len(colourings), squeeze=False,
                                 figsize=(4.2 * len(colourings), 3.6 * len(profiles)))
     for m, profile in enumerate(profiles):

@@ -275,7 +275,7 @@ def change_profiles(run, names, keeps_words):
         if names:
             profile["prompt"] = names[m]
         if not keeps_words:
-            profile.pop("words", None)
+            profile["words"] = {}
     facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
     common.save_json(run / "dataset.json", facts)
 

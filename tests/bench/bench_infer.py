@@ -153,7 +153,7 @@ def plain_space(likelihood):
     """All directions, around 0, as long as words are wide; what they mean does not matter to the clock."""
     basis = 0.02 * torch.eye(likelihood.width, device=likelihood.device)
     origin = torch.zeros(likelihood.n_profiles, likelihood.width, device=likelihood.device)
-    return infer.Space(origin=origin, basis=basis.expand(likelihood.n_profiles, -1, -1), start=origin,
+    return infer.Space(origin=origin, basis=basis.expand(likelihood.n_profiles, -1, -1), words_mean=origin,
                        task=likelihood.task, words=[], vectors=[])
 
 

@@ -446,16 +446,16 @@ def test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0(inferred):
     for m in range(2):  # centred over users, one scale a profile
         centred = theta[:, m] - theta[:, m].mean(axis=0)
         scale = np.sqrt(np.mean(centred[:, centred.any(0)] ** 2))  # of the directions that there are
-        assert np.allclose(inputs.theta[:, m], centred / scale, atol=1e-3)
+        assert np.allclose(inputs.z[:, m], centred / scale, atol=1e-3)
     # Stage 02's theta is centred already where it chose its directions from all users: here it is not.
-    assert np.allclose(ctr.standardized(theta + 3), inputs.theta, atol=1e-3)
-    fields, lookup = ctr.build_features(dataset, "ids", *inputs.banks["userip"], inputs.theta)
+    assert np.allclose(ctr.standardized(theta + 3), inputs.z, atol=1e-3)
+    fields, lookup = ctr.build_features(dataset, "ids", *inputs.banks["userip"], inputs.z)
     model = ctr.MODELS["dcn"](fields).eval()
     users = np.array([7, 3, len(dataset.users)])
     embedded = model.embed(lookup(users, np.array([0, 1, 2])))
     names = [field.name for field in fields]
     assert names == ["user", "profile_0", "profile_1", "item"]
-    vectors = np.concatenate([inputs.theta, np.zeros_like(inputs.theta[:1])])[users]
+    vectors = np.concatenate([inputs.z, np.zeros_like(inputs.z[:1])])[users]
     for m in range(2):
         at = lookup(users, np.array([0, 1, 2]))[:, 1 + m].numpy()
         assert np.allclose(fields[1 + m].vectors.numpy()[at], vectors[:, m], atol=1e-6)
@@ -463,10 +463,19 @@ def test_theta_of_each_user_is_his_own_and_an_unseen_user_s_is_0(inferred):
     assert (gaps > 1e-4).all()
 
 
+def test_users_without_a_history_stay_at_0_like_an_unseen_user_and_move_nobody_s_theta():
+    z = np.random.default_rng(0).normal(2, 1, (30, 2, 3)).astype(np.float32)
+    z[[4, 9]] = 0
+    rest = np.delete(z, [4, 9], axis=0)
+    found = ctr.standardized(z)
+    assert not found[[4, 9]].any()
+    assert np.allclose(np.delete(found, [4, 9], axis=0), ctr.standardized(rest), atol=1e-6)
+
+
 def test_with_theta_the_controls_are_vectors_too(inferred, tmp_path):
     """Codes would be no control: d numbers a user tell who he is. Noise as wide has as many parameters."""
     dataset, inputs = inputs_of(inferred, "embedding")
-    theta = inputs.theta
+    theta = inputs.z
     assert inputs.of("userip", (0, 0, 4))[2] is theta and inputs.of("none", (0, 0, 4)) == (None, None, None)
     noise, again, other = (inputs.of("random", (0, seed, 4))[2] for seed in (0, 0, 1))
     assert noise.shape == theta.shape and np.array_equal(noise, again) and not np.array_equal(noise, other)
@@ -503,7 +512,8 @@ def test_a_control_of_no_ids_or_of_a_truth_that_is_not_there_is_refused(inferred
 
 
 @pytest.mark.parametrize("name, ids", [("mine", "mine"), ("my-own", "shuffled-my-own"),
-                                       ("randomly", "randomly"), ("shuffledness", "random-shuffledness")])
+                                       ("randomly", "randomly"), ("shuffledness", "random-shuffledness"),
+                                       ("dataset", "dataset")])
 def test_a_checkpoint_vouches_for_the_bank_it_was_trained_on_whatever_its_name(inferred, tmp_path, name, ids):
     run = copy_run(inferred, tmp_path / "run")
     dataset, _ = inputs_of(run)

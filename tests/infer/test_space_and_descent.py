@@ -239,7 +239,10 @@ def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(wor
 
     likelihood.model = expect
     found = infer.likeliest_words(likelihood, tokenizer, 0)
-    assert list(found)[:2] == ["music", "user"] and found["music"] > found["user"]
+    assert found[:2] == ["music", "user"] and len(set(found)) == len(found)
+    space = infer.fit_space(likelihood, tokenizer, [{**one, "words": {}} for one in world[0].profiles])
+    assert space.words[0] == found  # and all weigh the same
+    assert torch.allclose(space.origin[0], space.vectors[0].mean(0), atol=1e-6)
     likelihood.model = lambda tokens: types.SimpleNamespace(logits=torch.zeros(1, tokens.shape[1], 5))
     with pytest.raises(common.UserError, match="0 words of its own .*--hobby-words"):
         infer.likeliest_words(likelihood, tokenizer, 0)  # its five tokens are no words
@@ -255,7 +258,7 @@ def some_histories(sizes=(3, 7, 7, 4, 5, 6)):
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_the_task_prompt_is_adam_s_on_everybody_s_likelihood(kind, world, monkeypatch):
     """Against Adam by hand, over all users in one block, without anybody held out."""
-    monkeypatch.setattr(infer, "TASK_HELD_OUT", 0)
+    monkeypatch.setattr(infer, "TASK_JUDGES", 0)
     monkeypatch.setattr(infer, "TASK_CHECK", 99)
     model, tokenizer = make_lm(kind)
     likelihood, histories = likelihood_of(model, tokenizer, world[0]), some_histories()

@@ -40,7 +40,7 @@ def test_nearest_does_not_depend_on_the_origin_nor_on_how_many_ask_at_once():
 def test_by_words_who_has_no_history_now_has_the_code_nearest_to_his_theta(inferred, monkeypatch, assign):
     """After 01 was run again an old user may have no training like; his z is still there."""
     problem, _ = quantize.read_problem(inferred)
-    user = int(np.flatnonzero(problem.known)[3])
+    user = int(np.flatnonzero(problem.inferred)[3])
     likelihood, histories, *rest = problem.open_likelihood(torch.device("cpu"))
     histories[user] = []
     monkeypatch.setattr(problem, "open_likelihood", lambda device: (likelihood, histories, *rest))
@@ -135,7 +135,7 @@ def test_the_two_terms_of_eq_7_add_up_and_alpha_weighs_the_first_alone(monkeypat
         def step(self):
             noted.extend(parameter.grad.to_dense() for parameter in self.parameters)
 
-    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    monkeypatch.setattr(torch.optim, "Adam", Recorder)
     theta, quantizers, rows = hand_made()
     args = SimpleNamespace(alpha=0.1, beta=0.5, lr=1.0, batch_users=2, epochs=1)
     llm, rng = quadratic(), np.random.default_rng(0)
@@ -204,7 +204,7 @@ def stub_problem(world, histories, prior=1.0):
     z = np.zeros((len(histories), *space.basis.shape[:2]), dtype=np.float32)
     opened = likelihood, histories, space, tokenizer
     known = np.array([len(ids) > 0 for ids in histories])
-    problem = SimpleNamespace(open_likelihood=lambda _: opened, z=z, space=space, known=known,
+    problem = SimpleNamespace(open_likelihood=lambda _: opened, z=z, space=space, inferred=known,
                               facts={"prior": prior})
     return problem, likelihood, space
 
@@ -432,7 +432,7 @@ def test_em_assigns_by_the_history_alone_and_its_likelihood_rises(inferred):
     evidence = [entry["log_likelihood"] for entry in log]
     assert evidence[0] < evidence[1] < evidence[2]
     problem.z = np.zeros_like(problem.z)  # a new user has no z: forward passes suffice
-    assert np.array_equal(quantizer.assign()[problem.known], codes[problem.known])
+    assert np.array_equal(quantizer.assign()[problem.inferred], codes[problem.inferred])
 
 
 def test_collapse_is_reported_when_it_is_forced(inferred, tmp_path, capsys):

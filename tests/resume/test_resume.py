@@ -761,6 +761,17 @@ def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(error, run, lm_
 
 # ---------------------------------------------------------------- stage 04
 
+@pytest.mark.parametrize("module", [ctr, common], ids=["04", "common"])
+def test_rows_of_a_model_that_was_edited_meanwhile_are_trained_anew(module, inferred, tmp_path, monkeypatch):
+    """DCN and what the models are made of stand in common.py."""
+    run = copy_run(inferred, tmp_path / "run")
+    assert call_04(monkeypatch, run, *FEW_ROWS, number=2) == 2
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(module.__file__).read_text(encoding="utf-8") + "# an edit\n", encoding="utf-8")
+    monkeypatch.setattr(module, "__file__", str(edited))
+    assert call_04(monkeypatch, run, *FEW_ROWS) == 4
+
+
 def test_stage_04_goes_on_after_an_interrupt_and_after_other_settings(inferred, tmp_path, monkeypatch):
     whole, run = copy_run(inferred, tmp_path / "whole"), copy_run(inferred, tmp_path / "run")
     call_stage(ctr, "--run", whole, *FEW_ROWS)

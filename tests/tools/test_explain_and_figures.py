@@ -109,7 +109,7 @@ def test_statistics_find_a_planted_word_that_is_there(inferred):
 def test_tastes_are_what_z_and_its_move_towards_a_word_tell(inferred):
     """z is planted: along one word's direction it is the share of that word, elsewhere noise."""
     explainer = explain.Explainer(inferred, torch.device("cpu"))
-    dataset, known = explainer.problem.dataset, np.flatnonzero(explainer.problem.known)
+    dataset, known = explainer.problem.dataset, np.flatnonzero(explainer.problem.inferred)
     rng = np.random.default_rng(0)
     rows = dataset.rows(common.SEEN)
     word = explainer.space.words[0][1]
@@ -150,7 +150,7 @@ def test_figures_are_drawn_and_a_missing_artifact_is_said(inferred, tmp_path):
 def test_a_card_says_towards_which_word_theta_moved_and_calls_codes_by_their_names(inferred):
     words = [profile["words"] for profile in json.loads((inferred / "quantize.json").read_text())["profiles"]]
     explainer = explain.Explainer(inferred, torch.device("cpu"))
-    user = int(np.flatnonzero(explainer.problem.known)[0])
+    user = int(np.flatnonzero(explainer.problem.inferred)[0])
     bank, z = explainer.bank, explainer.problem.z[user]
     lines = explainer.card(user)
     for m, line in enumerate(line for line in lines if line.startswith("    code ")):
