@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import call_stage, copy_run, ctr, settings, small_world
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import common
@@ -87,77 +87,15 @@ def test_cross_network_against_explicit_loops():
         assert cross(x0)[row].tolist() == pytest.approx(x, abs=1e-4)
 
 
-def test_field_embedding_of_many_valued_and_vector_fields():
-    torch.manual_seed(0)
+def test_a_field_of_vectors_is_their_projection():
     vectors = torch.randn(3, 6)
-    fields = [Field("a", 4), Field("genres", 5, width=3), Field("v", 3, vectors=vectors)]
-    embed = common.FieldEmbedding(fields, 2)
-    ids = torch.tensor([[1, 0, 4, 5, 2], [3, 5, 5, 5, 0]])  # 5 pads the many-valued field
-    out, table = embed(ids), embed.table.weight
-    assert torch.allclose(out[0, 0], table[1]) and torch.allclose(out[1, 0], table[3])
-    assert torch.allclose(out[0, 1], (table[5 + 0] + table[5 + 4]) / 2, atol=1e-6) and not out[1, 1].any()
-    assert torch.allclose(out[0, 2], embed.projections["v"](vectors[2]))
-
-
-def test_padding_is_never_trained_and_an_unknown_id_starts_at_0_and_is():
-    torch.manual_seed(0)
-    embed = common.FieldEmbedding([Field("user", 4), Field("genres", 5, width=3)], 2)
-    unknown, padding = embed.table.weight[4], embed.table.weight[10]
-    assert not unknown.any() and not padding.any() and embed.table.weight[[0, 3, 5, 9]].all()
-    optimizer = torch.optim.Adam(embed.parameters(), lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        embed(torch.tensor([[4, 0, 5, 5], [4, 5, 5, 5], [1, 2, 3, 5]])).sum().backward()
-        optimizer.step()
-    assert embed.table.weight[4].all() and not embed.table.weight[10].any()
-    assert torch.equal(embed(torch.tensor([[0, 1, 5, 5]]))[0, 1], embed.table.weight[6])
+    embed = common.FieldEmbedding([Field("a", 4), Field("v", 3, vectors=vectors)], 2)
+    assert torch.allclose(embed(torch.tensor([[1, 2]]))[0, 1], embed.projections["v"](vectors[2]))
 
 
 # ---------------------------------------------------------------- metrics
 
-def test_gauc_is_the_mean_over_users_of_sklearn_s_auc_weighted_by_their_rows():
-    rng = np.random.default_rng(0)
-    users = np.concatenate([rng.integers(40, size=600) * 7, [500] * 50, [501] * 9])  # of very unequal lengths
-    labels = np.concatenate([rng.integers(2, size=650), np.ones(9, dtype=int)])  # the last user: likes alone
-    for decimals in (1, 6):  # with many ties and with none
-        scores = np.round(rng.normal(size=659) + labels, decimals).astype(np.float32)
-        area = weight = 0
-        for user in set(users.tolist()):
-            own = users == user
-            if 0 < labels[own].mean() < 1:
-                area, weight = area + own.sum() * roc_auc_score(labels[own], scores[own]), weight + own.sum()
-        assert 600 < weight < 659 and common.gauc(users, labels, scores) == pytest.approx(area / weight)
-        order = rng.permutation(659)
-        assert common.gauc(users[order], labels[order], scores[order]) == pytest.approx(area / weight)
-    assert common.gauc(users, labels, np.ones(659)) == 0.5
-    assert common.gauc(np.array([0, 0, 1]), np.array([1, 1, 0]), np.array([0.1, 0.2, 0.3])) is None
-
-
-def test_the_figures_of_a_row_are_those_of_its_predictions(world, cold_world):
-    for dataset, banks in ((world[0], {}), cold_world):
-        found = cell(dataset, ids="userip" if banks else "none", banks=banks, lr=0.02)
-        for name, split in (("test", TEST), ("cold", COLD))[:1 + bool(banks)]:
-            (users, _, labels), scores = dataset.rows(split).T, found[name].numpy()
-            assert found["row"][f"{name}_auc"] == pytest.approx(roc_auc_score(labels, scores))
-            assert found["row"][f"{name}_gauc"] == pytest.approx(common.gauc(users, labels, scores))
-            assert found["row"][f"{name}_logloss"] == pytest.approx(log_loss(labels, scores), rel=1e-5)
-        assert ("cold_auc" in found["row"]) == ("cold" in found) == bool(banks)
-
-
 # ---------------------------------------------------------------- features, controls and named banks
-
-def test_controls_are_what_they_say():
-    bank = np.array([[0, 2], [1, 0], [3, 1], [1, 3], [0, 0]] * 40, dtype=np.int16)
-    for name, ending in (("userip", ""), ("mine", "-mine")):
-        banks, rng = {"other": (bank[:1], [9]), name: (bank, [6, 4])}, np.random.default_rng(0)
-        shuffled, sizes = ctr.codes_of(f"shuffled{ending}", banks, rng)
-        random, random_sizes = ctr.codes_of(f"random{ending}", banks, rng)
-        assert sorted(map(tuple, shuffled)) == sorted(map(tuple, bank)) and not np.array_equal(shuffled, bank)
-        assert random.shape == bank.shape and sizes == random_sizes == [6, 4]
-        assert random.max(0).tolist() == [5, 3] and random.min() == 0  # uniform over K codes, used or not
-        assert ctr.codes_of("none", banks, rng) == (None, None)
-        assert ctr.codes_of(name, banks, rng) == (bank, [6, 4])
-
 
 @pytest.mark.parametrize("kind, names", [
     ("ids", ["user", "profile_0", "profile_1", "item"]),
@@ -254,125 +192,11 @@ def test_a_bank_with_the_name_of_a_control_is_refused(inferred, tmp_path, capsys
     assert "a bank may not be called random-x" in text and "rename feature_bank_random-x.npy" in text
 
 
-class Probe(nn.Module):
-    """Not a recommender: it notes what it is shown, and gives every pair the same logit."""
-
-    def __init__(self, fields):
-        super().__init__()
-        self.weight, self.trained, self.scored = nn.Parameter(torch.zeros(1)), [], []
-        Probe.last = self
-
-    def forward(self, ids):
-        (self.trained if self.training else self.scored).extend(ids.tolist())
-        return self.weight * torch.zeros(len(ids))
-
-
-@pytest.fixture
-def probe(monkeypatch):
-    """probe(dataset, **changes) trains a Probe: arrays of the rows it was (trained on, scored with)."""
-    monkeypatch.setitem(ctr.MODELS, "probe", Probe)
-
-    def run(dataset, **changes):
-        cell(dataset, "probe", **changes)
-        return np.array(Probe.last.trained), np.array(Probe.last.scored)
-    return run
-
-
-def counted(rows):
-    """Rows as a sorted list, to compare without regard to order."""
-    return sorted(map(tuple, rows.tolist()))
-
-
-def test_user_dropout_replaces_a_share_of_the_users_of_training_rows_alone(probe, world):
-    dataset, truth = world
-    rows, stranger, bank = dataset.rows(TRAIN), len(dataset.users), {"userip": (truth, [4, 3])}
-    plain, scored = probe(dataset)
-    assert counted(plain) == counted(np.concatenate([rows[:, :2]] * 2))
-    dropped, again = probe(dataset, user_dropout=0.3, epochs=4, ids="userip", banks=bank)
-    hidden = dropped[:, 0] == stranger
-    assert hidden.mean() == pytest.approx(0.3, abs=0.02) and len(dropped) == 4 * len(rows)
-    first, second = np.split(hidden, 4)[:2]
-    assert first.mean() == pytest.approx(0.3, abs=0.04) and (first != second).any()  # drawn anew each epoch
-    assert counted(dropped[:, 1:]) == counted(np.concatenate([np.c_[truth[rows[:, 0]], rows[:, 1]]] * 4))
-    assert {tuple(row) for row in dropped[~hidden][:, [0, 3]]} <= {tuple(row) for row in rows[:, :2]}
-    assert (again[:, 0] < stranger).all() and len(again) > len(scored)  # evaluation hides nobody
-    attributes, _ = probe(dataset, user_dropout=0.9, epochs=1, ids="userip", banks=bank, fields="attributes")
-    assert counted(attributes[:, :3]) == counted(np.c_[truth[rows[:, 0]], rows[:, 1]])  # there is no user
-
-
 def test_user_dropout_trains_the_unknown_user_s_row(world):
     stranger = len(world[0].users)
     for dropout in (0.0, 0.3):
         state = cell(world[0], user_dropout=dropout)["state"]
         assert state["embed.table.weight"][stranger].any() == (dropout > 0)
-
-
-def test_user_dropout_by_default_where_rows_a_user_are_few_and_where_users_are_cold(world):
-    def dropout(rows_a_user, cold=False):
-        users = np.repeat(np.arange(10), rows_a_user)
-        others = [[11, 0, 0, VALIDATION], [12, 0, 1, COLD if cold else TEST]]
-        rows = np.concatenate([np.stack([users, users * 0, users * 0, users * 0], axis=1), others])
-        return ctr.default_user_dropout(dataclasses.replace(world[0], interactions=rows.astype(np.int32)))
-    assert (dropout(29), dropout(30), dropout(300)) == (0.85, 0, 0)
-    assert (dropout(29, cold=True), dropout(30, cold=True)) == (0.85, 0.5)
-
-
-class Still(nn.Module):
-    """No row's logit depends on any weight."""
-
-    def __init__(self, fields):
-        super().__init__()
-        fields = [Field("theta", 3, vectors=torch.randn(3, 5)), *fields]
-        self.embed, self.weights = common.FieldEmbedding(fields, 4), common.FieldEmbedding(fields, 1)
-        self.layer = nn.Linear(4, 1)
-
-    def forward(self, ids):
-        ids = torch.cat([ids[:, :1] * 0, ids], dim=1)
-        return 0 * (self.layer(self.embed(ids)).sum((1, 2)) + self.weights(ids).sum((1, 2)))
-
-
-def test_l2_shrinks_embedding_tables_and_nothing_else(monkeypatch, world):
-    monkeypatch.setitem(ctr.MODELS, "still", Still)
-    states = [cell(world[0], "still", epochs=1, weight_decay=decay)["state"] for decay in (0.0, 0.5)]
-    tables = {"embed.table.weight", "weights.table.weight"}
-    for name, before in states[0].items():
-        after = states[1][name]
-        assert torch.equal(before, after) != (name in tables), name
-        large = before.abs() > 0.03
-        assert name not in tables or (after.abs()[large] < before.abs()[large]).all()
-
-
-@pytest.mark.parametrize("name", ctr.MODELS)
-def test_the_optimizer_has_every_weight_once_and_l2_on_field_tables_alone(name):
-    model = ctr.MODELS[name]([Field("user", 5), Field("v", 3, vectors=torch.randn(3, 6)), Field("item", 4)])
-    groups = ctr.adam(model, training(weight_decay=0.25)).param_groups
-    decay = {id(weight): group["weight_decay"] for group in groups for weight in group["params"]}
-    assert len(decay) == len(list(model.parameters()))
-    for path, weight in model.named_parameters():
-        assert decay[id(weight)] == (0.25 if path.endswith("table.weight") else 0), path
-
-
-def test_the_kept_epoch_has_the_best_validation_auc_minus_logloss(monkeypatch, world):
-    """Scripted validation probabilities: calm; a perfect order with absurd values; sharper than calm."""
-    _, lookup = ctr.build_features(world[0], "ids", None, None)
-    rows = ctr.rows_of(world[0], VALIDATION, lookup, CPU)
-    labels, said = rows[1].numpy(), []
-    wrong = np.arange(len(labels)) % 4 == 0
-    sure = np.where(wrong, 1 - labels, labels)
-    script = {"calm": 0.5 + 0.02 * (sure - 0.5), "absurd": 1e-9 + 1e-8 * labels, "sharp": 0.25 + 0.5 * sure}
-
-    def predict(model, ids):
-        said.append({key: value.clone() for key, value in model.state_dict().items()})
-        return script[("calm", "absurd", "sharp", "calm", "absurd", "sharp")[len(said) - 1]]
-
-    monkeypatch.setattr(ctr, "predict", predict)
-    model = common.DCN([Field("user", len(world[0].users)), Field("item", len(world[0].items))])
-    facts, state = ctr.train(model, rows, rows, None, training(epochs=9, patience=2))
-    assert facts["best_epoch"] == 3 and len(said) == 5  # patience counts from the best
-    assert facts["val_auc"] == pytest.approx(roc_auc_score(labels, script["sharp"])) and facts["val_auc"] < 1
-    assert facts["val_logloss"] == pytest.approx(log_loss(labels, script["sharp"]))
-    assert same_state(state, said[2]) and same_state(model.state_dict(), said[2])
-    assert not same_state(state, said[3])
 
 
 def test_best_epoch_is_chosen_on_validation_alone(world):
@@ -406,33 +230,6 @@ def test_a_row_whose_ids_never_left_the_main_effects_is_named(epoch, warned, inf
 
 
 # ---------------------------------------------------------------- cold users
-
-def test_a_cold_user_is_hidden_from_training_and_known_by_his_codes_alone(probe, cold_world):
-    dataset, banks = cold_world
-    truth, stranger = banks["userip"][0], len(dataset.users)
-    trained, scored = probe(dataset, ids="userip", banks=banks, user_dropout=0.5, epochs=1)
-    train_users, train_items, _ = dataset.rows(TRAIN).T
-    cold = set(dataset.rows(COLD)[:, 0].tolist()) | set(dataset.rows(SUPPORT)[:, 0].tolist())
-    assert len(cold) == round(0.25 * stranger) and not cold & set(trained[:, 0].tolist())
-    assert counted(trained[:, 1:]) == counted(np.c_[truth[train_users], train_items])
-    shown, at = {}, 0
-    for split in (VALIDATION, TEST, COLD):  # in the order in which they are scored
-        users, items, _ = dataset.rows(split).T
-        shown[split] = scored[at:at + len(users)]
-        at += len(users)
-        assert np.array_equal(shown[split][:, 1:], np.c_[truth[users], items])
-    assert at == len(scored)
-    assert (shown[VALIDATION][:, 0] == stranger).all() and (shown[COLD][:, 0] == stranger).all()
-    assert np.array_equal(shown[TEST][:, 0], dataset.rows(TEST)[:, 0])
-    codes, scored = probe(dataset, ids="userip", banks=banks, epochs=1, fields="attributes")
-    assert (scored[:, 0] < 4).all()  # no user field: the first column is a code, and stays
-
-
-def test_without_cold_users_nobody_is_hidden_from_evaluation(probe, world):
-    _, scored = probe(world[0], epochs=1)
-    wanted = np.concatenate([world[0].rows(VALIDATION), world[0].rows(TEST)])[:, :2]
-    assert np.array_equal(scored, wanted)
-
 
 @pytest.mark.parametrize("ids", ["none", "userip"])
 def test_cold_labels_are_for_evaluation_and_support_rows_for_inference_alone(ids, cold_world):
@@ -524,6 +321,7 @@ def test_summary_pairs_differences_by_seed():
             wanted = {"mean": share * np.mean(differences), "sd": abs(share) * np.std(differences, ddof=1)}
             assert found == pytest.approx(wanted)
     assert table["lr"]["userip"]["auc_minus_none"]["mean"] == pytest.approx(0.15)
+    assert table["dcn"]["userip"]["test_logloss"]["mean"] == pytest.approx(0.63)
     assert "auc_minus_random" not in table["lr"]["userip"] and "auc_minus_none" not in table["dcn"]["none"]
 
 

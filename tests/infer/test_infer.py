@@ -8,8 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import PreTrainedTokenizerFast
 from conftest import infer, likelihood_of, make_lm, random_theta, settings, small_world, space_of
 
 import common
@@ -204,24 +202,6 @@ def test_users_of_a_block_do_not_touch_each_other(lm, world):
     assert np.allclose(together[1], alone[0], atol=2e-4)
 
 
-def test_every_inference_setting_changes_theta(world):
-    lm = make_lm("gpt2")
-    results = {"default": solve(lm, world[0], [0, 1])}
-    for change in ({"steps": 1}, {"lr": 0.05}, {"prior": 0.2}, {"mask": "causal"}):
-        results[str(change)] = solve(lm, world[0], [0, 1], **change)
-    names = list(results)
-    for i, first in enumerate(names):
-        for second in names[:i]:
-            assert not np.allclose(results[first], results[second], atol=1e-6), (first, second)
-    assert [solve(lm, world[0], [0], rank=rank).shape[2] for rank in (0, 1, 2, 16)] == [32, 1, 2, 3]
-
-
-def test_a_prior_keeps_z_near_the_origin(world):
-    loose, tight = (torch.linalg.norm(solve(make_lm("gpt2"), world[0], [0, 1], steps=20, prior=prior))
-                    for prior in (0.0, 50.0))
-    assert tight < 0.5 * loose
-
-
 class Poisoned(infer.ProfileLikelihood):
     """A likelihood that is NaN for the block's second user."""
 
@@ -277,29 +257,12 @@ def test_the_tiny_lm_reads_items_of_training_rows_alone(tmp_path, monkeypatch):
     assert dataset.items[only_support]["title"] not in expected
 
 
-def test_histories_are_cut_at_whole_titles(world):
-    _, tokenizer = make_lm("gpt2")
-    texts = [[" Gold Guitar;", " Basic Rod;", " Mini Pan;"], []]
-    lengths = [len(ids) for ids in common.pieces_of(tokenizer, texts[0])]
-    cut = infer.tokenize_histories(tokenizer, texts, lengths[1] + lengths[2] + lengths[0] - 1)
-    assert tokenizer.decode(cut[0]) == " Basic Rod; Mini Pan;" and len(cut[1]) == 0
-
-
 def test_pieces_join_to_the_text_of_the_whole():
     for kind in ("gpt2", "llama"):
         tokenizer = make_lm(kind)[1]
         parts = ["This user's hobby is", ", and this background is", " Gold Guitar;", " Naïve «Ωmega» 🎸;"]
         joined = [token for ids in common.pieces_of(tokenizer, parts) for token in ids]
         assert tokenizer.decode(joined) == "".join(parts)
-
-
-def test_a_piece_keeps_a_comma_that_a_tokenizer_would_draw_to_the_semicolon():
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(["a;, and his; a;, and her;"] * 9, vocab_size=300, show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer)
-    assert ";," in tokenizer.tokenize("a;, and")
-    ids, = common.pieces_of(tokenizer, [", and his"])
-    assert tokenizer.decode(ids) == ", and his"
 
 
 def test_blocks_hold_every_user_with_a_history_once_and_pad_little():
@@ -329,20 +292,12 @@ def test_a_gpu_s_token_budget_is_of_its_whole_memory_not_of_what_is_free_now(mon
     assert infer.token_budget_of(likelihood) == expected and not asked
 
 
-def test_sentences_fit_their_words_and_some_tell_one_profile_only():
+def test_sentences_of_each_length_tell_one_profile_or_both():
     dataset, _ = small_world()
     traits = [common.Trait(profile, dataset.items) for profile in dataset.profiles]
-    sentences = common.make_sentences(traits, dataset.items, 400, 8, np.random.default_rng(0), rated=False)
-    value = {f" {item['title']};": item["attributes"] for item in dataset.items}
-    fit = np.mean([value[title]["hobby"][0] == words[0] for words, titles in sentences if 0 in words
-                   for title in titles])
-    assert fit > 0.6 and {len(words) for words, _ in sentences} == {1, 2}
-    assert {len(titles) for _, titles in sentences} == {1, 2, 3, 5, 8}
     for length in (1, 2, 4, 5, 9, 12, 20):  # whatever is told of people, some have as many titles as users
         people = common.make_sentences(traits, dataset.items, 84, length, np.random.default_rng(0), False)
         assert {tuple(told) for told, texts in people if len(texts) == length} == {(0, 1), (0,), (1,)}, length
-    rated = common.make_sentences(traits, dataset.items, 50, 8, np.random.default_rng(0), rated=True)
-    assert {title[-3:-1] for _, titles in rated for title in titles} == {" +", " -"}
 
 
 def test_a_sentence_is_its_words_the_task_and_its_titles_and_only_titles_count_as_history():

@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, quantize, random_theta,
+from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, random_theta,
                       settings, space_of, whole_space)
 
 import common
@@ -648,6 +648,7 @@ def test_a_history_that_just_fits_is_whole_and_nothing_older_than_a_dropped_titl
         tokenizer, [titles], lengths[2] + lengths[0]
     )  # room for the oldest, not for the middle
     assert lengths[1] > lengths[0] and tokenizer.decode(cut) == " Pan;"
+    assert [len(ids) for ids in infer.tokenize_histories(tokenizer, [[]], 9)] == [0]
 
 
 def test_no_block_is_larger_than_its_budget_and_the_longest_come_first():
@@ -815,13 +816,3 @@ def test_theta_of_a_cold_user_is_that_of_his_support_rows(lm_folders, tmp_path):
         ids = [np.array(tokenizer.encode(support[user]))]
         alone, _ = solve_block(likelihood, whole, ids, [0], steps=2, prior=0.0)
         assert np.allclose(space.z(whole.theta(alone))[0].numpy(), z[user], atol=0.02)
-
-
-def test_stage_03_refuses_another_tiny_lm(tiny, tmp_path):
-    run = copy_run(tiny[0], tmp_path / "run")
-    folder = copy_run(tiny[0] / "lm-tiny", run / "lm-tiny")
-    model, _ = common.load_language_model(str(folder), torch.float32, torch.device("cpu"))
-    model.base_model.ln_f.bias.data += 0.01
-    model.save_pretrained(folder)
-    with pytest.raises(common.UserError, match="02_infer_profiles.py"):
-        call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 0)

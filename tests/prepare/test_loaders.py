@@ -186,14 +186,13 @@ def test_movielens_folders(tmp_path):
     assert facts["positive_rate"] == pytest.approx(np.mean([r - 0.5 > 3 for _, _, r, _ in pairs()]))
 
 
-@pytest.mark.parametrize("separator", [",", "\t"])
-def test_csv_of_ones_own(separator, tmp_path):
-    facts, items = run_01(tmp_path / "run", *own_csv(tmp_path / "raw", separator))
+def test_csv_of_ones_own(tmp_path):
+    facts, items = run_01(tmp_path / "run", *own_csv(tmp_path / "raw"))
     assert items[1] == {"id": "I01", "title": "Thing, 1",
                         "attributes": {"hobby": ["a", "b1"], "background": ["high"]}}
     assert len(facts["profiles"]) == 2
     base = facts["fingerprint"]
-    flags = own_csv(tmp_path / "raw2", separator)
+    flags = own_csv(tmp_path / "raw2")
     for change in (["--value-sep", ";"], ["--title-col", "key"], ["--hobby-col", "tier"],
                    ["--background-col", "kinds"], ["--rating-col", "when", "--positive-above", "9000"],
                    ["--time-col", "stars"]):

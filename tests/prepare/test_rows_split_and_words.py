@@ -103,6 +103,7 @@ def test_cold_users_are_a_random_share_and_no_other_row_moves():
         expected = [[*row[:3], turned[row[3]] if row[0] in cold else row[3]]
                     for row in plain.interactions.tolist()]
         assert rows.interactions.tolist() == expected
+        assert np.array_equal(rows.rows(common.SEEN), plain.rows(common.TRAIN))
         drawn.append(cold)
     both = len(drawn[0] & drawn[1])
     assert 2 < both < 25 and drawn[0] != set(range(36))  # neither the first ones nor the same ones

@@ -385,17 +385,6 @@ def test_agreement_with_the_truth_is_of_known_users(sparse):
     ]
 
 
-def test_theta_or_labels_that_somebody_changed_are_refused(inferred, tmp_path):
-    run = copy_run(inferred, tmp_path / "theta")
-    np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1)
-    with pytest.raises(common.UserError, match="profiles.npy was made from another"):
-        call_stage(quantize, "--run", run, "--quantizer", "kmeans")
-    run = copy_run(inferred, tmp_path / "labels")
-    call_stage(prepare, "--run", run, "--subsample-users", 120, "--positive-above", 4)
-    with pytest.raises(common.UserError, match="profiles.npy was made from another dataset"):
-        call_stage(quantize, "--run", run, "--quantizer", "kmeans")
-
-
 def test_users_without_a_history_do_not_move(sparse):
     problem = problem_of(sparse)
     gap = np.abs(fit("vq", problem, lr=0.05).z - problem.z).max(axis=(1, 2))
