@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import call_stage, infer, likelihood_of, make_lm, make_tokenizer, prepare
+from conftest import call_stage, copy_run, infer, likelihood_of, make_lm, make_tokenizer, prepare
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -86,14 +86,14 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_one_line(folder):
         opened(path)
 
 
-def test_a_title_of_a_token_that_the_model_lacks_is_one_line(folder, prepared):
+def test_a_title_of_a_token_that_the_model_lacks_is_one_line(folder, prepared, tmp_path):
     """A few tokens more than the model has are no harm, unless a title is written in them."""
     path = folder(tokenizer=False)
     words = make_tokenizer(bos=True)
     words.add_tokens(["Guitar"])
     words.save_pretrained(path)
     with pytest.raises(common.UserError, match="the tokenizer writes tokens that the model does not have"):
-        call_stage(infer, "--run", prepared, "--lm", path)
+        call_stage(infer, "--run", copy_run(prepared, tmp_path / "run"), "--lm", path)
 
 
 def merging(*pairs):
@@ -172,13 +172,14 @@ def test_window_and_layers_are_those_of_the_language_part(world, monkeypatch):
     assert infer.token_budget_of(likelihood) > 2048
 
 
-def test_a_checkpoint_with_a_missing_layer_ends_stage_02_in_one_line(folder, prepared, capsys):
+def test_a_checkpoint_with_a_missing_layer_ends_stage_02_in_one_line(folder, prepared, tmp_path, capsys):
+    run = copy_run(prepared, tmp_path / "run")
     with pytest.raises(SystemExit) as stop:
         common.guarded(lambda: call_stage(
-            infer, "--run", prepared, "--lm", folder("llama", without("layers.1."))))
+            infer, "--run", run, "--lm", folder("llama", without("layers.1."))))
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1
-    assert not list(prepared.glob("blocks-*"))
+    assert not list(run.glob("blocks-*"))
 
 
 # -------- new users

@@ -468,11 +468,6 @@ def test_a_helper_changes_no_byte_of_stage_02(two_workers, run, flags, unbroken,
 
 
 def test_a_bug_is_raised_with_its_traceback_in_every_rank():
-    def main():
-        raise RuntimeError("shapes do not fit")
-
-    with pytest.raises(RuntimeError, match="shapes do not fit"):
-        common.guarded(main)
     code = "import common\ndef main():\n    raise RuntimeError('shapes do not fit')\ncommon.guarded(main)"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
                              env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"})
@@ -943,7 +938,7 @@ def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, ru
     old, owners = np.load(run / "profiles.npy"), json.loads((run / "profiles_users.json").read_text())
     call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
     users = json.loads((run / "users.json").read_text())
-    (run / "new.txt").write_text("\n".join(set(users) - set(owners["users"])))
+    (run / "new.txt").write_text("\n".join(sorted(set(users) - set(owners["users"]))))
     work = stage(infer, run, *flags, "--users", run / "new.txt")
     kill_between_renames(run, work, moved, tmp_path / "stderr")
     work()

@@ -153,9 +153,12 @@ def test_a_card_says_towards_which_word_theta_moved_and_calls_codes_by_their_nam
     user = int(np.flatnonzero(explainer.problem.inferred)[0])
     bank, z = explainer.bank, explainer.problem.z[user]
     lines = explainer.card(user)
-    for m, line in enumerate(line for line in lines if line.startswith("    code ")):
+    of_codes = [line for line in lines if line.startswith("    code ")]
+    of_words = [line for line in lines if "theta moved towards" in line]
+    assert len(of_codes) == len(of_words) == 2  # one of each for a profile
+    for m, line in enumerate(of_codes):
         assert line.startswith(f"    code {bank[user, m]} ") and f" {words[m][bank[user, m]]}, shared" in line
-    for m, line in enumerate(line for line in lines if "theta moved towards" in line):
+    for m, line in enumerate(of_words):
         words_z = explainer.space.word_z(m)
         cosine = torch.nn.functional.cosine_similarity(torch.tensor(z[m])[None], words_z)
         assert line.split()[3].rstrip(",") == explainer.space.words[m][int(cosine.argmax())]

@@ -1,7 +1,6 @@
 """tools/recsysllm.py: texts, mask, positions, LoRA, scores against the long way round; what may be read."""
 
 import copy
-import hashlib
 import math
 from types import SimpleNamespace
 
@@ -489,15 +488,6 @@ def test_a_run_ends_in_finite_figures_for_every_row_and_a_loss_that_falls(traine
     assert results["trained_parameters"] == sum(value.numel() for value in learned_of(trained).values())
     assert all(value.any() for name, value in learned_of(trained).items() if name.endswith(".B"))
     assert not list(trained.glob("epochs-*"))
-
-
-def test_the_llm_on_disk_is_bit_identical(trained, prepared, lm_folders, quick, tmp_path):
-    weights = lm_folders["gpt2"] / "model.safetensors"
-    before = hashlib.sha256(weights.read_bytes()).hexdigest()
-    run = copy_run(prepared, tmp_path / "run")
-    call_stage(recsysllm, "--run", run, *quick)
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
-    assert results_of(run)["losses"] == results_of(trained)["losses"]
 
 
 def test_the_tiny_lm_has_read_every_wording_and_is_made_once(prepared, tmp_path, monkeypatch, capsys):

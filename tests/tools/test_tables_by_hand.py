@@ -131,32 +131,6 @@ def test_p_values_are_of_paired_differences_and_holm_is_over_claims_alone(tables
     for (ids, control), p in p_values.items():
         holm = f" (Holm {corrected[ids, control]:.2g})" if (ids, control) in corrected else ""
         assert cells[ids][f"AUC - {control}"].endswith(f", p {p:.2g}{holm}"), (ids, control)
-    assert tables.holm([0.5, None, 0.001, 0.4]) == [0.8, None, pytest.approx(0.003), 0.8]
-
-
-def test_bootstrap_weighs_users_not_rows(tables):
-    """One user has most rows, and he alone is told apart well: without him there is nothing."""
-    rng = np.random.default_rng(0)
-    users = np.concatenate([np.zeros(300, int), np.arange(1, 41).repeat(4)])
-    labels = rng.integers(2, size=len(users))
-    first = np.where(users == 0, labels + rng.random(len(users)), rng.random(len(users)))
-    second = rng.random(len(users))
-    low, high = tables.bootstrap([(users, labels, first, second)] * 2)
-    assert low < 0.03 and high > 0.2
-    low, _ = tables.bootstrap([(np.arange(len(users)), labels, first, second)] * 2)  # each row a user: clear
-    assert low > 0.1
-    everybody = tables.bootstrap([(users, labels, labels + 0.0, labels + 0.0)])
-    assert everybody == [0, 0] and tables.bootstrap([(users, labels * 0 + 1, first, second)]) is None
-
-
-def test_weighted_auc_counts_a_row_as_often_as_it_weighs(tables):
-    rng = np.random.default_rng(0)
-    labels, scores, weights = rng.integers(2, size=60), rng.integers(9, size=60), rng.integers(4, size=60)
-    again = np.repeat(np.arange(60), weights)
-    liked, disliked = scores[again][labels[again] == 1], scores[again][labels[again] == 0]
-    expected = np.mean([(above > below) + (above == below) / 2 for above in liked for below in disliked])
-    ranks = np.unique(scores, return_inverse=True)[1]
-    assert tables.weighted_auc(ranks, labels, weights.astype(float)) == pytest.approx(expected)
 
 
 def test_improvements_are_eq_10_and_11_against_the_best_model_without_ids(tables):
@@ -229,17 +203,6 @@ def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables
     assert len(started) == count  # what is there is not run again
     tables.run_study("own", 2, 1, "/data", again=True)
     assert len(started) == 2 * count
-
-
-def test_a_repetition_of_folds_draws_the_split_anew_and_old_runs_are_named(tables, monkeypatch, capsys):
-    started = study_of(tables, monkeypatch, "folds")
-    monkeypatch.setattr(tables, "FOLDS", ("folds",))
-    tables.run_study("folds", 2, 1, None, again=False)
-    made = [(name, seed, words) for name, seed, script, words in started if script == "01"]
-    assert len(made) == 4 and all(words[-2:] == ["--seed", str(seed)] for _, seed, words in made)
-    monkeypatch.setattr(tables, "code_fingerprint", lambda: "other code")
-    tables.run_study("folds", 2, 1, None, again=False)
-    assert "WARNING: 8 runs of folds are older than the code" in capsys.readouterr().err
 
 
 def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkeypatch, prepared):
