@@ -1,8 +1,8 @@
 """Stage 01: turn a rating source into the arrays the other stages read. Paper: sections 3.1 and 3.2.
 
-Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random 8:1:1
-split that all stages obey. An item gets a title and, for each latent profile, words that could name it: a
-film's genre and era, a product's brand and price.
+Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random split
+that all stages obey: training, validation and test rows, 8:1:1. An item gets a title and, for each latent
+profile, words that could name it: a film's genre and era, a product's brand and price.
 
 What stands where; each part begins with a line of dashes:
     settings, data     the prompts; what a source is; the demo's planted world. Read them first.
@@ -14,7 +14,7 @@ Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json        facts, prompts, words of each profile, fingerprints of the rest
     interactions.npy    int32 (N, 4): user, item, label, split (SPLITS); in time order if known
     users.json          (U) raw user ids;  items.json (I) {id, title, attributes}
-    dropped_users.json  raw ids of those whom the filter dropped
+    dropped_users.json  raw ids of the source's other users
     truth.npy           int16 (U, 2) the demo's planted hobby and background, for evaluation
 
 Run:
@@ -51,12 +51,11 @@ from common import (
 # -------- settings
 
 # Every data set fills the paper's two profiles, "hobby" and "background", with what it has: genre and era,
-# brand and price. theta_m is the vector that stage 02 infers in the place of a word, K_m how many codes stage
-# 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
+# brand and price. theta_m is the vector that stage 02 infers in the place of a word; codes: K_m, how many
+# codes stage 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
 # Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
 # interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
-# sentence, for an LLM that has never seen the data. codes: stage 03's K_m. likes: the share of titles that
-# such a person likes, for the tiny LM.
+# sentence, for an LLM that has never seen the data. The demo has HOBBY and PRICE, csv PASTIME and BACKGROUND.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
@@ -66,9 +65,11 @@ GENRE = {**HOBBY, "prompt": "This user's favorite movie genre is"}
 PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
 PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are"}
 ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
+# likes, for the tiny LM: the share of titles that somebody of this word likes.
 CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-BOUGHT = ". Products that this user bought:"  # this and the next three: task prompts
+# Task prompts, the paper's D_task: the text between the profiles and the titles.
+BOUGHT = ". Products that this user bought:"
 WATCHED = ".\nMovies that this user watched:"
 VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
@@ -81,7 +82,7 @@ MAX_WORDS = 256  # of a profile, the most frequent: they span the space in which
 
 @dataclass
 class Source:
-    """A data set as its files hold it, N rows in their order."""
+    """A data set before it is filtered: N rows in the order of its files, each user-item pair once."""
 
     user_ids: list  # raw ids by index
     item_ids: list
@@ -105,8 +106,8 @@ DEMO_BACKGROUNDS = dict(
     cheap="Budget Basic Starter Compact Secondhand Mini".split(),
     ordinary="Classic Everyday Reliable Standard Practical Sturdy".split(),
     luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
-EXPOSURE = (0.95, 0.6)  # log weight, when items are met, of what fits the user's hobby, background
-TASTE = (2.8, 2.2)  # log odds of liking it
+EXPOSURE = (0.95, 0.6)  # what an item's log weight gains, when items are met, by fitting hobby, background
+TASTE = (2.8, 2.2)  # what the log odds of liking it gain by that
 HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # log odds with which each hobby likes anything
 BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each background
 
@@ -136,6 +137,7 @@ def load_demo(args):
     generosity = rng.normal(0, 0.3, (n_users, 1))
     generosity += args.signal * (HOBBY_GENEROSITY[hobby] + BACKGROUND_GENEROSITY[background])
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
+    # Less its mean over items, so that the share of likes does not depend on --signal.
     fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
     taste = quality + generosity + args.signal * fit
     liked = rng.random(taste.shape) < 1 / (1 + np.exp(-taste))
@@ -159,12 +161,11 @@ def load_demo(args):
         truth=dict(zip(raw_users, np.hstack([hobby, background]))))
 
 
-
 # -------- filter and split
 
 def thin_out(source, args):
     """Indices of the rows kept: random ones by flags; then users and items with too few rows are dropped,
-    again and again, until none is left."""
+    again and again, until there is no such user or item."""
     users = source.users
     items = source.items
     kept = np.arange(len(users))
@@ -172,7 +173,8 @@ def thin_out(source, args):
         shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
         order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
         first_row = np.searchsorted(users[order], users[order])  # where the user's rows begin
-        kept = np.sort(order[np.arange(len(order)) - first_row < args.max_per_user])
+        place = np.arange(len(order)) - first_row  # within the user's rows
+        kept = np.sort(order[place < args.max_per_user])
     if args.subsample_users:
         shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
         kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
@@ -224,9 +226,11 @@ def build(source, args):
     items, item_rows = in_order(source.items[kept], source.item_ids)
     split = np.empty(n, np.int32)
     order = np.random.default_rng(args.seed).permutation(n)
-    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])  # Paper: 8:1:1, here 0, 1, 2
+    # Paper: 8:1:1. TRAIN is 0, VALIDATION 1, TEST 2.
+    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])
     shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
     cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
+    # Recommenders do not know these users: stage 02 alone sees their training rows, evaluation the others.
     split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
     labels = source.ratings[kept] > args.positive_above
     interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
@@ -236,9 +240,9 @@ def build(source, args):
     profiles = list(source.profiles)
     if args.critic:
         profiles.append(CRITIC)
-    met = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
-    items_met = [described[item] for item in met]
-    profiles = [profile | {"words": words_of(profile, items_met, args)} for profile in profiles]
+    of_training = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
+    training_items = [described[item] for item in of_training]
+    profiles = [profile | {"words": words_of(profile, training_items, args)} for profile in profiles]
     truth = None
     if source.truth is not None:
         truth = np.array([source.truth[raw] for raw in users], np.int16)
@@ -255,7 +259,7 @@ def describe_items(source, raw_ids):
         title = source.titles.get(raw)
         if not title:
             untitled += 1
-            title = [*attributes.get("hobby", []), raw][0]
+            title = next(iter(attributes.get("hobby", [])), raw)
         described.append({"id": raw, "title": title, "attributes": attributes})
     if untitled:
         warning = "WARNING: " if 2 * untitled > len(raw_ids) else ""
@@ -265,7 +269,7 @@ def describe_items(source, raw_ids):
 
 
 def words_of(profile, items, args):
-    """{word: items that have it}, the most frequent first: what could name this profile's values.
+    """{word: number of items that have it}, the most frequent first: what could name the profile's values.
 
     items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
     """
@@ -275,7 +279,6 @@ def words_of(profile, items, args):
     counts = Counter()
     for item in items:
         counts.update(set(item["attributes"].get(profile["name"], [])))
-    counts.pop("unknown", None)  # in feature_bank.csv this word says that there is no history
     frequent = sorted(counts, key=lambda word: (-counts[word], word))[:MAX_WORDS]
     return {word: counts[word] for word in frequent}
 
@@ -318,7 +321,7 @@ def check_ratings(ratings, positive_above):
 
 
 def show(dataset, facts):
-    """The paper's Table 1; splits; each profile's words; what the LLM reads of three users."""
+    """The paper's Table 1; splits; each profile's words; prompts of three users with six liked titles."""
     print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
           "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
     for split, name in enumerate(SPLITS if "cold_users" in facts else SPLITS[:3]):
@@ -415,6 +418,8 @@ def parse_arguments():
     for flag in ("ratings_file", "items_file", "time_col", "title_col", "hobby_col", "background_col"):
         if getattr(args, flag) and args.dataset != "csv":
             parser.error(f"--{flag.replace('_', '-')} needs --dataset csv")
+    if args.item_id_col and not args.items_file:
+        parser.error("--item-id-col needs --items-file")
     if args.items_file and not (args.title_col or args.hobby_col or args.background_col):
         parser.error("--items-file needs --title-col, --hobby-col or --background-col")
     if not args.value_sep:
@@ -424,12 +429,13 @@ def parse_arguments():
     return args
 
 
-
 def word_list(text):
     """argparse type: words separated by commas, each once."""
     words = [" ".join(word.split()) for word in text.split(",")]
     if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
         raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
+    if "unknown" in words:
+        raise argparse.ArgumentTypeError("'unknown' is no word: in feature_bank.csv it means no history")
     return words
 
 
@@ -469,7 +475,7 @@ def csv_rating(user, item, value, time=""):
 
 
 def collect(rows, profiles, task_prompt):
-    """Source without titles of (user, item, rating, time) rows; of a repeated pair the last stays."""
+    """Source without titles of (user, item, rating, time) rows; of a repeated pair the latest stays."""
     users = {}  # raw id -> index
     items = {}  # raw id -> index
 
@@ -480,10 +486,10 @@ def collect(rows, profiles, task_prompt):
     found = np.fromiter(indexed(), [("user", "i8"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
     pairs = found["user"] * len(items) + found["item"]
     order = np.lexsort((found["time"], pairs))  # stable: rows of one time stay in source order
-    last = np.diff(pairs[order], append=-1) != 0
-    kept = found[np.sort(order[last])]
+    is_latest = np.diff(pairs[order], append=-1) != 0  # of its pair
+    kept = found[np.sort(order[is_latest])]
     if len(kept) < len(found):
-        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the last stays")
+        print(f"{len(found) - len(kept):,d} repeated user-item pairs: the latest stays")
     return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
                   kept["time"] if kept["time"].any() else None, {}, {}, profiles, task_prompt)
 
@@ -567,17 +573,18 @@ def read_items(source, rows, names, separator):
 # -------- files that may be broken
 
 MAX_LINE = 2**22  # bytes, or characters of a decoded file; a longer line is no record
-MAX_BAD = 0.01  # share of bad records to skip; one is always skipped
+MAX_BAD = 0.01  # share of bad records to skip; a larger one is an error
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
            "nat"}  # what exports write where there is nothing
-NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # of these no user has the name
+NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # nobody is called so
+# Markup, which 'x<y then 2>z' is not.
 TAGS = (r"</?(?:a|b|i|u|p|br|em|strong|span|div|font|ul|ol|li|h[1-6]|img|table|tr|td|script|style)\b"
-        r"[^<>]{0,200}>")  # markup; of x<y then 2>z nothing is
+        r"[^<>]{0,200}>")
 QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")  # what stands between two equal quotation marks
-NO_TITLE = NO_ID - {"none", "nil"} | {"-", "n/a", "#ref!", "(null)"}  # nor is a film or a product called so
+NO_TITLE = (NO_ID - {"none", "nil"}) | {"-", "n/a", "#ref!", "(null)"}  # no film or product is called so
 
 
 def opened(path):
@@ -727,9 +734,12 @@ def read_table(path, columns, parse=lambda *cells: cells):
                         "take comments out, or convert JSON to csv")
     if not header or "\0" in header:
         raise UserError(f"{path.name} is empty or no text", path, "give a csv file in UTF-8 with a header")
+    def columns_found(mark):
+        names = {name.strip(' "') for name in header.split(mark)}
+        return len(names & set(columns)), header.count(mark)
+
     # The separator under which most of the wanted columns are found, among equals the commonest.
-    separator = max(",;|\t", key=lambda mark: (
-        len({name.strip(' "') for name in header.split(mark)} & set(columns)), header.count(mark)))
+    separator = max(",;|\t", key=columns_found)
     records = csv_records(itertools.chain([header], texts), separator)
     names = next(records, [])
     # Spreadsheets leave rows of empty cells at the end.
@@ -751,13 +761,13 @@ def read_table(path, columns, parse=lambda *cells: cells):
         raise UserError(f"{path.name} has the column {twice[0]} twice", path, "rename one of them")
     places = [names.index(column) for column in columns]
 
-    def parse_record(record):
+    def parse_wanted(record):
         if isinstance(record, csv.Error):
             raise record
         row = exactly(len(names), record)
         return parse(*[row[place].strip() for place in places])
 
-    return good(records, parse_record, path)
+    return good(records, parse_wanted, path)
 
 
 def raw_id(value):
@@ -809,10 +819,12 @@ def clean_text(text):
 def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
-    is_one = text.lower() in MISSING or re.fullmatch(r"[\d.,]+", text)  # N/A under the separator /; a number
-    parts = [text] if is_one else text.split(separator)
-    if text[:1] + text[-1:] in ("[]", "()", "{}"):
+    if text.lower() in MISSING or re.fullmatch(r"[\d.,]+", text):
+        parts = [text]  # not to be split: n/a under the separator /, 1,5 under a comma
+    elif text[:1] + text[-1:] in ("[]", "()", "{}"):
         parts = listed_values(text)
+    else:
+        parts = text.split(separator)
     values = {}
     for part in parts:
         value = clean_text(part).lower()
@@ -862,7 +874,7 @@ def clean_title(text):
 
 
 def era_of(year):
-    """The decade as one word, to stand in the profile's slot; before 1930 and from 2030 on "twenties"."""
+    """The decade as one word, which could stand in theta's place; before 1930 and from 2030 on "twenties"."""
     words = ("thirties forties fifties sixties seventies eighties nineties noughties "
              "twenty-tens twenty-twenties").split()  # from 1930 on
     return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
@@ -958,7 +970,7 @@ def records(path):
 
 
 def parse_record(line):
-    """A record from its line: JSON or, Amazon 2014, a Python literal, which is not run."""
+    """A record, from its line if it is one: JSON or, Amazon 2014, a Python literal, which is not run."""
     try:
         return json.loads(line) if isinstance(line, bytes) else line
     except ValueError:
@@ -973,7 +985,8 @@ def first(record, *keys):
 def parse_review(line):
     """rating() of a review in any release's spelling."""
     record = parse_record(line)
-    date = re.sub(r"\D", "", str(first(record, "date")))[:14]  # Yelp: year to second
+    # Yelp has dates. Their digits, year to second, sort as seconds do, and times are for sorting alone.
+    date = re.sub(r"\D", "", str(first(record, "date")))[:14]
     return rating(
         first(record, "reviewerID", "user_id", "user"),
         first(record, "parent_asin", "asin", "business_id", "item"),
@@ -984,10 +997,9 @@ def parse_product(line):
     """{id, title, brand, categories, price, level}, None or empty where missing."""
     record = parse_record(line)
     found = first(record, "categories", "category") or [""]
-    if isinstance(found[0], list):  # 2014: paths from the root to a leaf
-        found = found[0]
-    found = found.split(",") if isinstance(found, str) else found[-1:]  # Yelp: one line, of equal rank
-    categories = [clean_text(name).lower() for name in found]
+    path = found[0] if isinstance(found[0], list) else found  # 2014: paths from the root to a leaf
+    names = path.split(",") if isinstance(path, str) else path[-1:]  # Yelp: one line, of equal rank
+    categories = [clean_text(name).lower() for name in names]
     details = record.get("attributes")
     details = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
     brand = clean_text(first(record, "brand", "store")).lower()
@@ -1011,11 +1023,11 @@ def price_of(value):
     return float(number.replace(",", ""))
 
 
-
 def describe_products(facts):
     """(titles, attributes) of {id: product}: brand, else categories; cheap, ordinary or luxurious.
 
-    The last is the third of its category's prices in which a product lies.
+    The price's word tells in which third of its category's prices a product lies, or of all prices where the
+    category has fewer than 9.
     """
     prices_of = {}  # of each category
     everything = []
@@ -1038,7 +1050,6 @@ def describe_products(facts):
         attributes[raw] = {"hobby": [fact["brand"]] if fact["brand"] else fact["categories"],
                            "background": [level] if level else []}
     return titles, attributes
-
 
 
 # -------- main

@@ -20,12 +20,10 @@ what is kept), T tokens of D_task; B users of a block, H tokens of their longest
 and history. DEVIATION(k): row k of README's differences. Note: what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first.
-    evaluate                      does theta hold for titles that it has not seen?
-    running it                    the flags; blocks of users, and solve()
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Its
+                                  helpers make_blocks, pad, word_weights and TokenNLL stand further down.
+    evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
-The method calls some helpers from below: make_blocks (users of similar length), pad, likeliest_words, and
-TokenNLL (cross entropy) with its ScaledGradient for fp16.
 
 Reads:  dataset.json interactions.npy users.json items.json (01)
 Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
@@ -61,7 +59,6 @@ TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
 TASK_RATE = 0.6  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
-DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 
@@ -182,8 +179,7 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        # Our mask lets a token look further back than the sliding window with which some LLMs were trained:
-        # prompt and history must fit into it. 4096: where an LLM names no limit.
+        # Our mask switches off the sliding window that some LLMs have, so that all must fit into it.
         limits = "max_position_embeddings", "sliding_window", "window_size"
         config = model.config.get_text_config()  # of the language part, where the model has others
         window = min(getattr(config, key, None) or 4096 for key in limits)
@@ -218,10 +214,7 @@ class ProfileLikelihood:
         return torch.cat(parts + [self.word_table(history_ids)], dim=1)
 
     def vectors(self, ids=None):
-        """float32 embeddings (n, d) of these tokens or of all, as the LLM's layers get them.
-
-        Note: asked of the module and not read from its weight, for some LLMs scale what the table holds.
-        """
+        """float32 embeddings (n, d) of these tokens or of all. Note: some LLMs scale what the table holds."""
         if ids is None:
             ids = range(len(self.word_table.weight))
         return self.word_table(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
@@ -257,9 +250,8 @@ class Space:
 
     origin (M, d): the mean user after squeeze(), before it the words' mean; basis (M, r, d): orthogonal
     directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
-    words_mean (M, d): where theta begins, the origin of the space in which users descend, which new users of
-    a squeezed one need; task (T, d): the soft tokens of D_task; words: per profile its words, vectors: per
-    profile their embeddings (words, d).
+    words_mean (M, d): where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
+    its words, vectors: per profile their embeddings (words, d).
     """
 
     origin: torch.Tensor
@@ -318,22 +310,14 @@ def fit_space(likelihood, tokenizer, profiles):
                  words=words, vectors=word_vectors)
 
 
-def word_weights(counts):
-    """Weights (words,) that sum to 1, from how often each word occurs."""
-    roots = torch.tensor(list(counts)).float().sqrt()
-    return roots / roots.sum()
-
-
 def squeeze(space, z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
     z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
-    titles too well. Kept are the directions of the largest variance, dropped what moves a few users a little:
-    titles that were not seen become likelier, and a user is r numbers.
+    titles too well. Without what moves a few users a little, titles that were not seen become likelier.
     """
     mean = z.mean(0)  # Shape: (M, d)
-    # The right singular vectors, the one of the largest variance first. Shape: (M, n or d, d)
-    _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
+    _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)  # by variance
     origin = space.theta(mean[None])[0]
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
@@ -354,10 +338,9 @@ def shared_nll(likelihood, space, histories, users, args):
 def fit_task(likelihood, space, histories, args):
     """Learn what all users share: soft tokens (T, d) of D_task, with theta at the origin. DEVIATION(11).
 
-    Adam on -log P(y | x, origin, D_task). Some users are judges: the tokens kept are those under which their
-    histories are likeliest; of fewer than 5 users nobody judges, and the text stays. They are left in
-    likelihood.task too, which every later call uses. Note: all histories here are of training rows (of cold
-    users: support rows); validation rows must not influence theta.
+    Adam on -log P(y | x, origin, D_task). Some users are judges: the tokens kept, in likelihood.task too, are
+    those under which their histories are likeliest; of fewer than 5 users nobody judges, and the text stays.
+    Note: histories are of training (of cold users: support) rows; validation rows must not influence theta.
     """
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
@@ -383,9 +366,7 @@ def fit_task(likelihood, space, histories, args):
             optimizer.zero_grad()
             for nll in shared_nll(likelihood, space, histories, chosen, args):
                 nll.backward()
-            if not task.grad.isfinite().all():
-                raise UserError("the task prompt's gradient is not finite", str(likelihood.dtype),
-                                "take --dtype bf16 or fp32, or --task-steps 0")
+            check_finite(task.grad, likelihood.dtype)
             optimizer.step()
             schedule.step()
     likelihood.task = best_task
@@ -396,10 +377,9 @@ def descend(likelihood, space, ids, lengths, args):
     """Minimise Eq. (4) and the prior over z.
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
-    (steps + 1, B)). Gradient descent, each user with a step size of their own: the first step goes as far as
-    --lr allows, the next ones to where the curvature along the last move puts the minimum (Barzilai and
-    Borwein 1988), but no further than --lr. A step that raises a user's loss is taken back and halved, so
-    that no user ends above the start.
+    (steps + 1, B)). Each user has a step size of their own: the first step goes as far as --lr allows, the
+    next to where the curvature along the last move puts the minimum (Barzilai and Borwein 1988), but no
+    further than that. A step that raises a user's loss is taken back and halved.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -417,10 +397,7 @@ def descend(likelihood, space, ids, lengths, args):
         return nll, loss, gradient
 
     def longest_step(gradient):
-        """The largest step size (B,) under which no coordinate moves by more than --lr.
-
-        A prior has the curvature args.prior, so that more than 1 / prior would overshoot its minimum.
-        """
+        """The largest step size (B,): no coordinate moves by more than --lr, nor beyond a prior's minimum."""
         by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
@@ -517,6 +494,7 @@ def parse_arguments():
 
 # -------- tokens and blocks of users
 
+DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
@@ -662,7 +640,20 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     return space, wide, first
 
 
-# -------- variants of the space
+def check_finite(gradient, dtype):
+    """UserError where low precision overflowed in the task prompt's gradient."""
+    if not gradient.isfinite().all():
+        raise UserError("the task prompt's gradient is not finite", str(dtype),
+                        "take --dtype bf16 or fp32, or --task-steps 0")
+
+
+# -------- variants of the space, and its words
+
+def word_weights(counts):
+    """Weights (words,) that sum to 1, from how often each word occurs."""
+    roots = torch.tensor(list(counts)).float().sqrt()
+    return roots / roots.sum()
+
 
 def words_space(wide, profiles, rank):
     """--space words: theta moves among the words alone, along the principal directions of their Gaussian.

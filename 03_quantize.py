@@ -132,10 +132,16 @@ def vec_loss(z, rows, quantizers, surrogate, beta):
 
     z (B, M, r); rows: B arrays (n_u, 3) user, item, label, over which the recommender's part is a sum.
     """
-    terms = [quantizer(z[:, m]) for m, quantizer in enumerate(quantizers)]
-    quantized, codebook_terms, commitment_terms = zip(*terms)
-    codebook_loss = sum(codebook_terms).mean()
-    commitment_loss = sum(commitment_terms).mean()
+    quantized = []
+    codebook_terms = 0.0  # of each user, (B,)
+    commitment_terms = 0.0
+    for m, quantizer in enumerate(quantizers):
+        code_vectors, codebook_term, commitment_term = quantizer(z[:, m])
+        quantized.append(code_vectors)
+        codebook_terms = codebook_terms + codebook_term
+        commitment_terms = commitment_terms + commitment_term
+    codebook_loss = codebook_terms.mean()
+    commitment_loss = commitment_terms.mean()
     user_of_row = np.repeat(np.arange(len(rows)), [len(user_rows) for user_rows in rows])
     quantized = torch.stack(quantized, dim=1)[user_of_row]  # Shape: (n, M, r)
     rows_of_all = torch.from_numpy(np.concatenate(rows)).long().to(z.device)  # Shape: (n, 3)

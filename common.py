@@ -1,14 +1,16 @@
-"""What several stages share: the DCN recommender, a part of the method, and tools that are none.
+"""What the stages share: the DCN recommender, which is part of the method, and helpers, which are not.
 
 What stands where; each part begins with a line of dashes:
-    fields and the DCN           the one model that two stages use: Rec^s of Eq. (5) in stage 03, Rec of
-                                 Eq. (8) in 04. Read it when you come to stage 03.
-    errors, artifacts, long work one line for bad input; files that are whole or absent; work that goes on
-    seeds, devices, metrics      AUC, AUC within a user, logloss
-    the frozen LLM               opening a checkpoint, a package or a GGUF file
-    the tiny LM                  no part of the method: a small GPT-2 for the demo. Skip it at first.
+    fields and the DCN recommender   the one model that two stages use: Rec^s of Eq. (5) in stage 03, Rec of
+                                     Eq. (8) in 04. Read it when you come to stage 03.
+    errors and the command line      one line for bad input
+    artifacts; long work             files that are whole or absent; work that a kill only interrupts
+    seeds, devices, metrics          AUC, AUC within a user, logloss
+    the frozen LLM                   for stage 02: opening a checkpoint, also one packed into a GGUF file
+    the tiny LM                      for stage 02: a small GPT-2 for the demo. Skip it at first.
 
-Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m.
+Sizes everywhere: U users, I items, N interactions, M profiles, d the LLM's width, K_m codes of profile m; B
+rows of a batch, F fields, D the width of a field's embedding.
 """
 
 import argparse
@@ -38,8 +40,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
-TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)  # splits; the last two: users unknown to recommenders
-SEEN = (TRAIN, SUPPORT)  # what inference and controls may look at
+# Splits. Cold users are unknown to the recommender: their training rows are SUPPORT, all their others COLD.
+TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
+SEEN = (TRAIN, SUPPORT)  # what may be looked at by stage 02 and by the control codes of tools/controls.py
 RANK = int(os.getenv("RANK", 0))
 RANKS = int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
@@ -52,7 +55,8 @@ SMALL = 20_000_000  # parameters; below, a second thread gains nothing
 class Field:
     """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
 
-    vectors: optional float (size, d); the one column's id then stands for its row, projected.
+    vectors: optional float (size, n), for one column: an id then stands for its row, projected to D, and
+    there is no id `size`.
     """
 
     name: str
@@ -71,27 +75,30 @@ class FieldEmbedding(nn.Module):
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
         self.fields = fields
-        # All fields share one table and one lookup. offsets: the row at which a column's field begins;
-        # learned: 0 for a field with vectors of its own, which uses one row, else 1.
-        learned = [field.vectors is None for field in fields]
+        # All fields share one table and one lookup. A field of vectors uses one row of it, which is not read.
+        has_table = [field.vectors is None for field in fields]
         widths = [field.width for field in fields]
-        starts = np.cumsum([0] + [field.size * own + 1 for field, own in zip(fields, learned)])
-        for name, values in (("offsets", starts[:-1]), ("learned", learned)):
-            self.register_buffer(name, torch.tensor(np.repeat(values, widths)).long(), persistent=False)
+        rows = [1 + (field.size if learned else 0) for field, learned in zip(fields, has_table)]
+        starts = np.cumsum([0] + rows)
+        # Both (columns,): the row at which a column's field begins; 1, or 0 for a column of vectors.
+        offsets = torch.tensor(np.repeat(starts[:-1], widths))
+        is_learned = torch.tensor(np.repeat(has_table, widths))
+        self.register_buffer("offsets", offsets.long(), persistent=False)
+        self.register_buffer("is_learned", is_learned.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row starts at 0, for unknown ids. Padding, which never counts, leaves it so, and so
-        # does the AFN model of stage 04.
+        # A field's last row starts at 0. User dropout trains it for unknown users; padding does not count,
+        # and gives it no gradient, nor does the AFN model of stage 04.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
                 self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
-        self.plain = all(learned) and max(widths) == 1
+        self.plain = all(has_table) and max(widths) == 1
 
     def forward(self, ids):
-        embedded = self.table(ids * self.learned + self.offsets)  # Shape: (B, columns, D)
+        embedded = self.table(ids * self.is_learned + self.offsets)  # Shape: (B, columns, D)
         if self.plain:
             return embedded
         parts = []
@@ -99,13 +106,14 @@ class FieldEmbedding(nn.Module):
         for field in self.fields:
             column = end
             end = end + field.width
-            part = embedded[:, column]
             if field.vectors is not None:
                 vectors = getattr(self, f"vectors_{field.name}")
                 part = self.projections[field.name](vectors[ids[:, column]])
             elif field.width > 1:
                 present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
                 part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
+            else:
+                part = embedded[:, column]
             parts.append(part)
         return torch.stack(parts, dim=1)  # Shape: (B, F, D)
 
@@ -126,7 +134,7 @@ class CrossNetwork(nn.Module):
 
 
 def linear(width, size):
-    """Xavier weights and bias 0: small inputs then lie on both sides of ReLU's bend and features mix."""
+    """nn.Linear with Xavier weights and bias 0, so that small inputs lie on both sides of ReLU's bend."""
     layer = nn.Linear(width, size)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -140,9 +148,9 @@ def mlp(width):
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017), sizes of the paper's section 3.4. ids (B, columns) -> (B,).
+    """Deep & Cross Network (Wang et al. 2017), sizes of the UserIP paper's section 3.4. (B, columns) -> (B,).
 
-    logit: embeddings (B, F, D) -> logits; stage 03 appends `extra_fields` of its own.
+    logit: embeddings (B, F + extra_fields, D) -> logits (B,); stage 03 appends `extra_fields` of its own.
     """
 
     def __init__(self, fields, dim=8, layers=3, extra_fields=0):
@@ -154,7 +162,7 @@ class DCN(nn.Module):
         self.head = linear(width + 16, 1)
 
     def logit(self, embedded):
-        x0 = embedded.flatten(1)  # Shape: (B, F * D)
+        x0 = embedded.flatten(1)  # Shape: (B, (F + extra_fields) * D)
         return self.head(torch.cat([self.cross(x0), self.deep(x0)], dim=1)).squeeze(1)
 
     def forward(self, ids):
@@ -171,9 +179,9 @@ class UserError(Exception):
 
 
 def guarded(main, when_full="take fewer users"):
-    """Run main(). What users can mend ends in one line and exit 2, an interrupt in 130; a bug is raised.
+    """Run main(). Bad input ends in one line and exit 2, an interrupt in 130; a bug is raised.
 
-    when_full: what to do where memory is not enough.
+    when_full: what the line says is to be done where memory is not enough.
     """
     torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
     threadpoolctl.threadpool_limits(1)
@@ -205,7 +213,8 @@ def fail(message, status=2):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that every stage has, and errors in one line."""
+    """argparse with the flags that every stage has, and errors in one line. device: --device's default, or
+    False for a stage that needs none."""
 
     def __init__(self, doc, device="auto"):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
@@ -259,7 +268,8 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-UNFINISHED = ("blocks-", "rows-", "epochs-")  # how folders of pieces begin: of 02, 04, tools/recsysllm.py
+# How the names of folders begin that hold unfinished work, a file for each piece: 02, 04, tools/recsysllm.py.
+UNFINISHED = ("blocks-", "rows-", "epochs-")
 
 
 @contextlib.contextmanager
@@ -296,7 +306,7 @@ def finish(run):
         return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            if path.name.startswith("."):  # what another process had begun to write beside them
+            if path.name.startswith("."):  # half-written by a process of torchrun in stage 02's work folder
                 path.unlink()
             else:
                 os.replace(path, ready.parent / path.name)
@@ -354,8 +364,7 @@ def load(run, name, keys=()):
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
-        lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
-        wrong = lacking and f"lacks {', '.join(lacking)}"
+        wrong = lacks(value, keys)
     except Exception as error:  # in many ways
         wrong = f"cannot be read: {error}"
     if wrong:
@@ -363,6 +372,13 @@ def load(run, name, keys=()):
             path.unlink()  # a piece is made again
         raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value
+
+
+def lacks(value, keys):
+    """What to say of a dict without some of these keys; None where all are there or none is wanted."""
+    there = value if isinstance(value, dict) else {}
+    lacking = [key for key in keys if key not in there]
+    return f"lacks {', '.join(lacking)}" if lacking else None
 
 
 def fingerprint(*parts):
@@ -392,12 +408,13 @@ class Dataset:
     interactions: np.ndarray
     users: list  # raw user id at each user index
     items: list  # {id, title, attributes: {profile name: [values]}} at each index
-    profiles: list  # {name, prompt, codes, words: {word: items that have it}}, a critic's also likes
+    profiles: list  # {name, prompt, codes, words: {word: number of items that have it}}, see stage 01
     task_prompt: str
     name: str = "dataset"
 
     def fingerprint(self):
-        order = [list(profile.get("words", ())) for profile in self.profiles]  # which sorted JSON would lose
+        # The order of the words says which are frequent; fingerprint() sorts the keys of a dict.
+        order = [list(profile.get("words", ())) for profile in self.profiles]
         return fingerprint(self.interactions, self.users, self.items, self.profiles, order, self.task_prompt)
 
     def rows(self, splits):
@@ -415,7 +432,7 @@ def load_dataset(run):
 
 
 def load_truth(run):
-    """int16 (U, M) planted profiles of a demo run, or None; for evaluation alone."""
+    """int16 (U, 2) planted profiles of a demo run, or None; for evaluation alone."""
     if not (Path(run) / "truth.npy").exists():
         return None
     truth = np.array(load(run, "truth.npy"))
@@ -435,9 +452,9 @@ def once(path, make, *args):
 def do_all(pieces, what, unit, device):
     """once(*piece) for all pieces (path, make, *args), with a bar.
 
-    Under torchrun each process begins with its own share of the pieces. A small model, which one core serves,
-    is forked: one worker process for each core takes pieces of the share that nobody has begun. At the end
-    this process makes what is still missing, for example because a worker was killed.
+    Under torchrun each process begins with its own share of the pieces. Where one core serves a model, this
+    process forks a worker for each other core: they take pieces of the share that nobody has begun. At the
+    end this process makes what is still missing: of a worker that was killed, or of a process that is slower.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
@@ -465,7 +482,7 @@ def do_all(pieces, what, unit, device):
     walk(0)
     for helper in helpers:
         helper.join()
-    for piece in reversed(pieces):  # what is missing; backwards, where processes before this one are not yet
+    for piece in reversed(pieces):  # what is missing, from the end, where others have not arrived yet
         once(*piece)
 
 
@@ -483,7 +500,10 @@ def wait_for_all():
 # -------- seeds, devices, metrics
 
 def seeded(*seeds):
-    """Seed torch and make a numpy generator, both from these integers."""
+    """Seed torch and make a numpy generator, both from these integers.
+
+    The first is --seed; others keep apart what draws random numbers for different purposes.
+    """
     generator = np.random.default_rng(seeds)
     torch.manual_seed(int(generator.integers(2**31)))
     return generator
@@ -511,7 +531,9 @@ def gauc(users, labels, scores):
     level = np.unique(scores, return_inverse=True)[1]
     rows = np.bincount(users)
     positive = np.bincount(users, labels)
-    ranks = scipy.stats.rankdata(users * len(scores) + level) - (np.cumsum(rows) - rows)[users]
+    by_user_then_score = users * len(scores) + level
+    rows_of_users_before = np.cumsum(rows) - rows
+    ranks = scipy.stats.rankdata(by_user_then_score) - rows_of_users_before[users]  # within the user
     pairs = positive * (rows - positive)
     area = (np.bincount(users, labels * ranks) - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
     return float(np.average(area[pairs > 0], weights=rows[pairs > 0])) if pairs.any() else None
@@ -522,10 +544,11 @@ def logloss(labels, probabilities):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: a GPU's, or this process's on Linux (which counts in KB)."""
+    """Peak memory in MB: a GPU's, or this process's without its workers."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes: macOS counts in bytes, Linux in KB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
 
 
 # -------- the frozen LLM
@@ -537,7 +560,7 @@ def load_language_model(name, dtype, device):
     logging.set_verbosity_error()
     if Path(name).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
-    # Note: on a CPU the fused kernel's backward is slow in bf16.
+    # Note: on a CPU the backward pass of the fused kernel, sdpa, is slow in bf16.
     attention = "eager" if dtype == torch.bfloat16 and device.type == "cpu" else "sdpa"
 
     def open_model(attention):
@@ -548,7 +571,7 @@ def load_language_model(name, dtype, device):
         tokenizer = AutoTokenizer.from_pretrained(name)
         try:
             model, loading = open_model(attention)
-        except ValueError:  # an architecture without it
+        except ValueError:  # an architecture without sdpa
             model, loading = open_model("eager")
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -606,7 +629,8 @@ LLM_PACKAGES = "pip install -r requirements-llm.txt -c constraints.txt"  # what 
 
 
 def lm_folder(name):
-    """Folder or hub name of --lm NAME. A GGUF file, also a package's, is first converted into data/<name>."""
+    """Folder or hub name of --lm NAME, which may be an alias of one. A GGUF file, also that of a package, is
+    first converted into data/<name>."""
     if name == "llama2-7b":
         return "meta-llama/Llama-2-7b-hf"
     if name not in PACKAGED and not name.endswith(".gguf"):
@@ -734,7 +758,7 @@ def pieces_of(tokenizer, texts, anchors=ANCHORS):
 # with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told
-LIKING = 1.4  # rated: log odds of liking a title that fits all tastes; minus this where none fits
+LIKING = 1.4  # rated: log odds of liking a title that fits all tastes; one that fits none has -1.4
 
 
 def tiny_sizes(n_items):
@@ -750,16 +774,16 @@ class Trait:
         self.prompt = profile["prompt"]
         self.likes = profile.get("likes", {})  # a critic's word tells the share of likes
         values = [item["attributes"].get(self.name, []) for item in items]
-        self.words = sorted(self.likes or set().union(*values))
+        self.words = sorted(self.likes if self.likes else set().union(*values))
         row_of = {word: row for row, word in enumerate(self.words)}
         self.fits = np.zeros((len(self.words), len(items)), bool)
-        for column, found in enumerate(values):
+        for column, found in enumerate(values):  # of a critic, whose words no item has, none is found
             for word in found:
-                if word in row_of:
-                    self.fits[row_of[word], column] = True
+                self.fits[row_of[word], column] = True
         if self.words:
             share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
-            self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)  # log odds of a fit
+            # The log weight of an item that fits, so that TINY_FIT of the titles drawn do.
+            self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)
             frequency = self.fits.sum(1) ** 0.5  # Note: the root, so that rare words are learned too
             if self.likes:
                 frequency = np.ones(len(self.words))  # a critic's words are no item's
@@ -769,11 +793,13 @@ class Trait:
 def make_sentences(traits, items, count, length, rng, rated):
     """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
 
-    Half have a word for each profile, half for one only: the strict mask wants x^m understood alone. Many
-    texts are short: the word has to tell what other titles cannot.
+    Half have a word for each profile, half for one only: under stage 02's mask a profile's name has to be
+    understood alone. Many texts are short: the word has to tell what other titles cannot. Titles may repeat.
+    rated: each ends in + or -.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]  # odd: told's period is even
+    # Seven of them: what is told of people repeats with an even period, so that each length meets all of it.
+    lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]
     sentences = []
     for number in range(count):
         told = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]
@@ -785,12 +811,12 @@ def make_sentences(traits, items, count, length, rng, rated):
         words = {m: traits[m].words[value] for m, value in person.items()}
         marks = ["" for _ in chosen]
         if rated:  # log odds of liking: the critic's own, and more for what fits the tastes
-            general = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
-            odds = np.full(len(chosen), np.log(general / (1 - general)))
+            likes = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
+            log_odds = np.full(len(chosen), np.log(likes / (1 - likes)))
             if tastes:
                 fit = np.mean([trait.fits[value][chosen] for trait, value in tastes], axis=0)
-                odds += LIKING * (2 * fit - 1)
-            marks = np.where(rng.random(len(chosen)) < 1 / (1 + np.exp(-odds)), " +", " -")
+                log_odds += LIKING * (2 * fit - 1)
+            marks = np.where(rng.random(len(chosen)) < 1 / (1 + np.exp(-log_odds)), " +", " -")
         sentences.append((words, [f" {items[item]['title']}{mark};" for item, mark in zip(chosen, marks)]))
     return sentences
 
@@ -852,14 +878,14 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
 
     lost = {}
     for m, trait in enumerate(traits):
-        told = [pair for pair in sentences if m in pair[0]]
-        words = sorted({known[m] for known, _ in told})
+        telling = [pair for pair in sentences if m in pair[0]]
+        words = sorted({known[m] for known, _ in telling})
         if len(words) > 1:
             wrong = []
-            for known, titles in told:
+            for known, titles in telling:
                 others = [word for word in words if word != known[m]]
                 wrong.append(({**known, m: str(rng.choice(others))}, titles))
-            lost[trait.name] = loss(wrong) - loss(told)
+            lost[trait.name] = loss(wrong) - loss(telling)
     return lost
 
 
@@ -882,15 +908,14 @@ def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
 
 def train_tiny(dataset, folder, length, args):
     """Train a GPT-2 on people with up to `length` titles, unless `folder` holds this very LM."""
-    seen = np.unique(dataset.rows(TRAIN)[:, 1])  # rules of evidence: items of other rows stay unknown
     items = []
-    for item in seen:
+    for item in np.unique(dataset.rows(TRAIN)[:, 1]):  # the tiny LM must not know the items of other splits
         items.append({"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]})
-    width, words, count = tiny_sizes(len(items))
+    width, vocabulary, count = tiny_sizes(len(items))
     count = args.tiny_sentences or count
     prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
     key = fingerprint(items, prompts, dataset.task_prompt, [
-        args.seed, args.history, TINY_FIT, LIKING, length, width, words, count])
+        args.seed, args.history, TINY_FIT, LIKING, length, width, vocabulary, count])
     with contextlib.suppress(UserError):
         if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
             load_language_model(str(folder), torch.float32, torch.device("cpu"))  # it opens, so it is whole
@@ -902,7 +927,7 @@ def train_tiny(dataset, folder, length, args):
     rng = seeded(args.seed, 2)
     rated = args.history == "rated"
     sentences = make_sentences(traits, items, count, length, rng, rated)
-    tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, words)
+    tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, vocabulary)
     ids, targets, _ = encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
     model = GPT2LMHeadModel(GPT2Config(
         vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=width, n_layer=2,

@@ -78,7 +78,8 @@ def test_a_cell_of_several_values_has_them_all(make, cell):
 @pytest.mark.parametrize("cell, values", [
     ('["P\\u00eache", "R\\u0026B"]', ["pêche", "r&b"]), ('["7\\" vinyl"]', ['7" vinyl']),
     ("[{\"id\": 1, \"name\": \"Rock 'n' Roll\"}]", ["rock 'n' roll"]), ('[{"genre": "Gear"}]', ["gear"]),
-    ("[]", []), ("[{[]: 1}]", ["{[]: 1}"]), ("a | N/A", ["a"])])
+    ("[]", []), ("[{[]: 1}]", ["{[]: 1}"]), ("a | N/A", ["a"]),
+    ("(no genres listed)", []), ("(Sub)urban | town", ["(sub)urban", "town"])])
 def test_lists_that_programs_write_are_read_as_they_are_meant(cell, values):
     assert prepare.values_of(cell, "|") == values
 
