@@ -31,7 +31,6 @@ Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns
         until all is done blocks-*/, one file for each block of users
 Run:    python 02_infer_profiles.py                   # the demo, with its tiny LM: 1 min
         python 02_infer_profiles.py --lm smollm2      # a real LLM from the package index
-        torchrun --nproc-per-node=8 -- 02_infer_profiles.py --lm llama2-7b
 """
 
 import functools
@@ -57,7 +56,7 @@ from common import (
 
 TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
-TASK_RATE = 0.6  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
+TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
@@ -83,8 +82,7 @@ def prompt_segments(tokenizer, dataset):
     for m, name in enumerate(names):
         segments.append(Segment("name", name, m))
         segments.append(Segment("theta", [0], m))
-    task = pieces_of(tokenizer, [dataset.task_prompt])[0]
-    segments.append(Segment("task", task))
+    segments.append(Segment("task", pieces_of(tokenizer, [dataset.task_prompt])[0]))
     return segments
 
 
@@ -142,7 +140,6 @@ def history_texts(dataset, splits, args):
     """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
     With --history all the disliked ones too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
-    Rows come in the order of time.
     DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
     here it is a user, with the titles that the user liked as y.
     """
@@ -185,10 +182,7 @@ class ProfileLikelihood:
         window = min(getattr(config, key, None) or 4096 for key in limits)
         self.room = window - self.prompt_length  # tokens of the longest history
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
-        task_ids = []
-        for segment in segments:
-            if segment.kind == "task":
-                task_ids += segment.ids
+        task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
         self.task = self.vectors(task_ids)
         self.layout = functools.lru_cache(maxsize=1)(self.build_layout)  # all steps of a block share it
 
@@ -251,7 +245,7 @@ class Space:
     origin (M, d): the mean user after squeeze(), before it the words' mean; basis (M, r, d): orthogonal
     directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
     words_mean (M, d): where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
-    its words, vectors: per profile their embeddings (words, d).
+    its words, vectors: per profile their embeddings (words, d); shrink (M, r): see squeeze().
     """
 
     origin: torch.Tensor
@@ -260,6 +254,7 @@ class Space:
     task: torch.Tensor
     words: list
     vectors: list
+    shrink: torch.Tensor | float = 1.0
 
     def theta(self, z):
         """z (B, M, r) -> theta (B, M, d)."""
@@ -271,8 +266,9 @@ class Space:
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def z(self, theta):
-        """theta (B, M, d) -> z (B, M, r) of the nearest points of the space."""
-        return torch.stack([self.nearest(theta[:, m], m) for m in range(theta.shape[1])], dim=1)
+        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, shrunk."""
+        nearest = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
+        return self.shrink * torch.stack(nearest, dim=1)
 
     def word_z(self, m):
         """z (words, r) of the words of profile m."""
@@ -314,15 +310,19 @@ def squeeze(space, z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
     z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
-    titles too well. Without what moves a few users a little, titles that were not seen become likelier.
+    titles too well. By that alone users vary in every direction as much as in the first that is dropped: this
+    share of a kept direction's variance is not believed, and z is shrunk by it (as in probabilistic PCA,
+    Tipping and Bishop 1999). Titles that were not seen become likelier.
     """
     mean = z.mean(0)  # Shape: (M, d)
-    _, _, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)  # by variance
-    origin = space.theta(mean[None])[0]
+    _, deviation, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    return Space(origin=origin, basis=basis, words_mean=space.words_mean, task=space.task,
-                 words=space.words, vectors=space.vectors)
+    variance = deviation ** 2
+    dropped = variance[:, kept:kept + 1].sum(1, keepdim=True)  # 0 where nothing is dropped
+    shrink = 1 - dropped / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
+    return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
+                 words=space.words, vectors=space.vectors, shrink=shrink)
 
 
 # -------- train
@@ -480,7 +480,7 @@ def parse_arguments():
         help="users: theta moves in all d directions, and those in which users differ are kept; words: theta "
         "moves among the words alone")
     add("--rank", type=at_least(0), default=16, help="most directions that are kept; 0: all (paper)")
-    add("--task-steps", type=at_least(0), default=24,
+    add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
     add("--history", choices=("liked", "all", "rated"), default="liked", help="rows in y; rated adds + or -")
@@ -879,6 +879,7 @@ def likeliest_words(likelihood, tokenizer, m):
 
 # -------- save
 
+SPACE_TENSORS = ("origin", "basis", "words_mean", "task", "shrink")
 FILES = ("profiles.npy", "profiles_users.json", "space.pt", "profiles.json")
 RECORDED = ("lm", "dtype", "steps", "lr", "prior", "space", "rank", "task_steps", "mask", "history",
             "max_history", "tiny_sentences", "seed")  # the settings on which theta depends
@@ -886,21 +887,21 @@ RECORDED = ("lm", "dtype", "steps", "lr", "prior", "space", "rank", "task_steps"
 
 def open_space(folder, device, name="space.pt"):
     """The Space in a file of a folder."""
-    saved = load(folder, name, ("origin", "basis", "words_mean", "task", "words", "vectors"))
-    tensors = {key: saved[key].to(device) for key in ("origin", "basis", "words_mean", "task")}
+    saved = load(folder, name, (*SPACE_TENSORS, "words", "vectors"))
+    tensors = {key: saved[key].to(device) for key in SPACE_TENSORS}
     return Space(**tensors, words=saved["words"], vectors=[found.to(device) for found in saved["vectors"]])
 
 
 def saved_space(space):
     """What space.pt holds."""
-    tensors = {key: getattr(space, key).cpu() for key in ("origin", "basis", "words_mean", "task")}
+    tensors = {key: torch.as_tensor(getattr(space, key)).cpu() for key in SPACE_TENSORS}
     return {**tensors, "words": space.words, "vectors": [found.cpu() for found in space.vectors]}
 
 
 def space_fingerprint(space):
     """Of all that space.pt holds."""
     saved = saved_space(space)
-    arrays = [saved[key].numpy() for key in ("origin", "basis", "words_mean", "task")]
+    arrays = [saved[key].numpy() for key in SPACE_TENSORS]
     return fingerprint(*arrays, *(found.numpy() for found in saved["vectors"]), saved["words"])
 
 

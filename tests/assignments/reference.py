@@ -87,7 +87,7 @@ def write_bank(run, name):
 
 
 def prior_of_words(vectors, counts, rank):
-    origin, basis = infer.gaussian_of(vectors, counts, rank)
+    origin, basis = infer.gaussian_of(vectors, infer.word_weights(counts), rank)
     space = infer.Space(origin[None], basis[None], origin[None], None, [], [vectors])
     return origin, basis, space.word_z(0)
 

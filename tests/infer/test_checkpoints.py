@@ -173,10 +173,10 @@ def test_window_and_layers_are_those_of_the_language_part(world, monkeypatch):
 
 
 def test_a_checkpoint_with_a_missing_layer_ends_stage_02_in_one_line(folder, prepared, tmp_path, capsys):
-    run = copy_run(prepared, tmp_path / "run")
+    run, path = copy_run(prepared, tmp_path / "run"), folder("llama", without("layers.1."))
+    capsys.readouterr()  # what saving it printed
     with pytest.raises(SystemExit) as stop:
-        common.guarded(lambda: call_stage(
-            infer, "--run", run, "--lm", folder("llama", without("layers.1."))))
+        common.guarded(lambda: call_stage(infer, "--run", run, "--lm", path))
     text = capsys.readouterr().err
     assert stop.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1
     assert not list(run.glob("blocks-*"))

@@ -206,10 +206,12 @@ def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
             assert abs(along) == pytest.approx(0.3, rel=1e-3)
         lengths = space.basis[m].norm(dim=1)
         assert torch.allclose(lengths, torch.full((2,), 0.3), rtol=1e-4)  # z keeps its unit
+        wanted = 1 - values[-3] / values[[-1, -2]]  # what the first dropped direction varies is not believed
+        assert torch.allclose(space.shrink[m], torch.tensor(wanted).float(), atol=1e-4)
     kept = space.z(start.theta(z))
     gap = (space.theta(kept) - start.theta(z)).norm(dim=2) / start.theta(z).norm(dim=2)
     assert gap.max() < 0.2  # what is dropped is the noise
-    assert torch.allclose(space.z(space.theta(kept)), kept, atol=1e-4)
+    assert torch.allclose(space.z(space.theta(kept)), space.shrink * kept, atol=1e-4)
     assert torch.allclose(kept.mean(0), torch.zeros(2, 2), atol=1e-4)
     whole = infer.whole_space(space)
     assert torch.allclose(whole.basis, start.basis, atol=1e-5) and torch.equal(whole.origin, start.origin)
