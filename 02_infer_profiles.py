@@ -13,7 +13,7 @@ only; the task and y see all before them. Five steps, put together by solve():
     wide.task = fit_task         what all users share, the format of the text, is learned once as soft tokens
     z = descend(wide, some)      each user's theta is found by gradient descent in all d directions
     space = squeeze(wide, z)     the r directions in which some 256 users differ
-    z = space.z(wide.theta(z))   where every user lies along these: this is kept
+    z = space.z(wide.theta(z))   where every user lies along these, shrunk: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r directions of a Space (all d during the descent, --rank of
 what is kept), T tokens of D_task; B users of a block, H tokens of their longest history, S tokens of prompt
@@ -58,6 +58,7 @@ TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
 TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
+NOISE_AT = 16  # the principal direction, of those from 0 on, that users are taken to vary in by chance alone
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 
@@ -140,8 +141,7 @@ def history_texts(dataset, splits, args):
     """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
     With --history all the disliked ones too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
-    DEVIATION(9): the paper does not say which interactions y holds; its data point is a user-item pair,
-    here it is a user, with the titles that the user liked as y.
+    DEVIATION(9): the paper's data point is a user-item pair, here it is a user; y is the user's titles.
     """
     plus, minus = (" +", " -") if args.history == "rated" else ("", "")
     liked_text = [f" {item['title']}{plus};" for item in dataset.items]
@@ -310,17 +310,16 @@ def squeeze(space, z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
     z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
-    titles too well. By that alone users vary in every direction as much as in the first that is dropped: this
-    share of a kept direction's variance is not believed, and z is shrunk by it (as in probabilistic PCA,
-    Tipping and Bishop 1999). Titles that were not seen become likelier.
+    titles too well. By that alone users vary in every direction as much as in the one at NOISE_AT: this share
+    of a kept direction's variance is not believed, and z is shrunk by it (the form of probabilistic PCA,
+    Tipping and Bishop 1999, with another noise). Titles that were not seen become likelier.
     """
     mean = z.mean(0)  # Shape: (M, d)
     _, deviation, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    variance = deviation ** 2
-    dropped = variance[:, kept:kept + 1].sum(1, keepdim=True)  # 0 where nothing is dropped
-    shrink = 1 - dropped / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
+    noise = deviation[:, max(kept, NOISE_AT):][:, :1].sum(1, keepdim=True)  # 0 where there are no so many
+    shrink = 1 - (noise / deviation[:, :kept].clamp(min=1e-30)) ** 2  # Shape: (M, r)
     return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
                  words=space.words, vectors=space.vectors, shrink=shrink)
 
@@ -479,7 +478,7 @@ def parse_arguments():
     add("--space", choices=("users", "words"), default="users",
         help="users: theta moves in all d directions, and those in which users differ are kept; words: theta "
         "moves among the words alone")
-    add("--rank", type=at_least(0), default=16, help="most directions that are kept; 0: all (paper)")
+    add("--rank", type=at_least(0), default=16, help="most directions kept; 0: all, unshrunk (paper)")
     add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")

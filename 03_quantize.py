@@ -6,10 +6,10 @@
     L     = l_llm + alpha l_vec                               Eq. (7)
 
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code of that profile (a
-user's code is its number k), y whether the user liked item i, E_obs the user's id, Rec^s a surrogate
-recommender, sg a value through which no gradient flows. theta and v are held by their coordinates z in the
-space of stage 02: theta = origin + z basis, in which the words that could name a profile (music, fishing)
-spread by 1. DEVIATION(k): row k of README's differences; the units are row 5.
+user's code is its number k), y whether the user liked item i, E_obs what else is observed, here the user's
+id, Rec^s a surrogate recommender, sg a value through which no gradient flows. theta and v are held by their
+coordinates z in the space of stage 02: theta = origin + z basis, in which the words that could name a profile
+(music, fishing) spread by 1. DEVIATION(k): row k of README's differences; the units are row 5.
 
 --quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
             warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
@@ -356,7 +356,7 @@ class SoftCodeEM(KMeans):
     c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_c is how common a code is, y here the text
     of the user's titles, as in Eq. (4), and not Eq. (5)'s label.
     Codebooks start as --start says; the users' z is not used after that. A round: an E-step over all users,
-    then an M-step: weights pi in closed form, codes by AdamW on -log P(y | c), c drawn from the
+    then an M-step: weights pi in closed form, codes by Adam on -log P(y | c), c drawn from the
     responsibilities. The likeliest round is kept. A user's code is the likeliest one, pi included.
     """
 

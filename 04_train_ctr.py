@@ -7,8 +7,8 @@ i is the item, c_m the user's code of profile m, E_obs the other fields (--field
 profiles are M small integers. --ids names what is compared, a row of the table each: `userip` (our codes),
 `none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted` (the demo's
 truth) or NAME: your own feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...],
-dataset_fingerprint, and for people made_by}; its controls: random-NAME, shuffled-NAME. A repetition is a seed
-of codes, weights and order. DEVIATION(k): row k of README's differences from the paper.
+dataset_fingerprint, made_by, which only people read}; its controls: random-NAME, shuffled-NAME. A repetition
+draws random codes, first weights and the order of rows anew. DEVIATION(k): row k of README's differences.
 
 What stands where; each part begins with a line of dashes:
     data, models, loss and train  fields and ids; LR, DCNv2 (DCN and Field: common.py); Eq. (9); what random

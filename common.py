@@ -777,8 +777,8 @@ class Trait:
         self.words = sorted(self.likes if self.likes else set().union(*values))
         row_of = {word: row for row, word in enumerate(self.words)}
         self.fits = np.zeros((len(self.words), len(items)), bool)
-        for column, found in enumerate(values):  # of a critic, whose words no item has, none is found
-            for word in found:
+        for column, found in enumerate(values):
+            for word in set(found) & row_of.keys():  # a critic's words are no item's
                 self.fits[row_of[word], column] = True
         if self.words:
             share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
@@ -786,7 +786,7 @@ class Trait:
             self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)
             frequency = self.fits.sum(1) ** 0.5  # Note: the root, so that rare words are learned too
             if self.likes:
-                frequency = np.ones(len(self.words))  # a critic's words are no item's
+                frequency = np.ones(len(self.words))
             self.frequency = frequency / frequency.sum()
 
 

@@ -130,7 +130,7 @@ class Explainer:
         self.lexicon = Lexicon(self.likelihood, self.tokenizer, self.problem.dataset)
         self.space = self.problem.space
         self.theta = self.problem.theta()
-        self.population = space.origin.cpu().numpy()  # where everybody started, (M, d)
+        self.population = space.origin.cpu().numpy()  # the mean user, (M, d)
 
     def words_of(self, z, m):
         """The profile's own words for each row of z (n, r), the one towards which it lies first: n lists."""

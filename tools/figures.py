@@ -302,7 +302,7 @@ def main():
     results = common.load(args.run, "results.json", ("summary", "rows"))
     bank = np.array(common.load(args.run, "feature_bank.npy"))
     likelihood, histories, space, tokenizer = problem.open_likelihood(torch.device("cpu"))
-    attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.origin)
+    attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.words_mean)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,
                "mask": mask_figure(problem, likelihood, tokenizer, histories),
                "recsysllm": blanks_figure(problem.dataset, tokenizer, len(likelihood.word_table.weight)),

@@ -15,8 +15,8 @@ vocabulary x d x targets. Peak = the fastest square matrix product of the same d
 
 A step of ours is a likelihood with its gradient; the forward pass at the end of a descent counts as half.
 
-Solving: a user is solved when the likelihood is within 1% of what the way itself reaches: ours in 40 steps in
-the words' space behind the learned task prompt, the authors' at the cap, in the whole space behind the text.
+Solving: a user is solved when the likelihood is within 1% of what the way itself reaches: ours in 40 steps
+behind the learned task prompt, the authors' at the cap, in the whole space behind the text.
 Random weights have nothing to say of a user, so the steps this takes are counted on a tiny LM that is trained
 here (--smollm2: on SmolLM2-135M, 12 users); users solved a second = rate / steps. The authors' loop has its
 own settings: theta starts at U(-.1, .1), AdamW at 1e-3 on one dense table, random batches of 8, mean loss,
@@ -467,7 +467,7 @@ def whole_runs(device, users):
             far = np.abs(z - other)
             found[f"{name}_farthest"] = float(far.max())
             print(f"{name}: {found[f'{name}_users_equal']:.0%} of the users equal to the bit, the farthest "
-                  f"coordinate {far.max():.2g} of the prior's sd away")
+                  f"coordinate {far.max():.2g} of the words' spread away")
         finish(stage("03", runs["unbroken"], "--quantizer", "kmeans", "--device", device.type))
         for where in dict.fromkeys((device.type, "cpu")):
             found[f"ctr_{where}_seconds"] = finish(stage(

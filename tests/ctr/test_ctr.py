@@ -93,8 +93,6 @@ def test_a_field_of_vectors_is_their_projection():
     assert torch.allclose(embed(torch.tensor([[1, 2]]))[0, 1], embed.projections["v"](vectors[2]))
 
 
-# ---------------------------------------------------------------- metrics
-
 # ---------------------------------------------------------------- features, controls and named banks
 
 @pytest.mark.parametrize("kind, names", [
@@ -372,7 +370,8 @@ def test_cells_side_by_side_are_bit_for_bit_those_of_one_process(inferred, tmp_p
         monkeypatch.setattr(common, "THREADS", threads)
         call_stage(ctr, "--run", run, "--seeds", 2, "--epochs", 2, "--ids", "none,random,userip")
         done = [path.name.split() for path in (tmp_path / f"{threads}-by").iterdir()]
-        assert len({pid for pid, *_ in done}) == threads and len(done) in (6, 7)  # one at most is done twice
+        assert len({pid for pid, *_ in done}) == threads
+        assert 6 <= len(done) <= 5 + threads  # two may begin the same one at once
         results = common.load(run, "results.json")
         found.append((measured(results), results["summary"], common.load(run, "ctr_dcn.pt"),
                       {path.name: path.read_bytes() for path in (run / "predictions").iterdir()}))

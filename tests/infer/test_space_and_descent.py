@@ -206,13 +206,18 @@ def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
             assert abs(along) == pytest.approx(0.3, rel=1e-3)
         lengths = space.basis[m].norm(dim=1)
         assert torch.allclose(lengths, torch.full((2,), 0.3), rtol=1e-4)  # z keeps its unit
-        wanted = 1 - values[-3] / values[[-1, -2]]  # what the first dropped direction varies is not believed
+        wanted = 1 - values[-17] / values[[-1, -2]]  # what the 17th direction varies is not believed
         assert torch.allclose(space.shrink[m], torch.tensor(wanted).float(), atol=1e-4)
     kept = space.z(start.theta(z))
     gap = (space.theta(kept) - start.theta(z)).norm(dim=2) / start.theta(z).norm(dim=2)
     assert gap.max() < 0.2  # what is dropped is the noise
     assert torch.allclose(space.z(space.theta(kept)), space.shrink * kept, atol=1e-4)
     assert torch.allclose(kept.mean(0), torch.zeros(2, 2), atol=1e-4)
+    more = infer.squeeze(start, z, 20)  # from there on the first that is dropped
+    variance = torch.linalg.svdvals((z - z.mean(0)).transpose(0, 1)) ** 2
+    assert torch.allclose(more.shrink, 1 - variance[:, 20:21] / variance[:, :20], atol=1e-4)
+    few = infer.squeeze(start, z[:9], 16)  # of whom nothing is dropped
+    assert few.basis.shape[1] == 8 and torch.equal(few.shrink, torch.ones(2, 8))
     whole = infer.whole_space(space)
     assert torch.allclose(whole.basis, start.basis, atol=1e-5) and torch.equal(whole.origin, start.origin)
 
@@ -522,6 +527,7 @@ def test_each_row_is_the_z_of_its_own_user(sparse):
     (dataset, likelihood, tokenizer, space), z = reopened(run), np.load(run / "profiles.npy")
     texts = texts_of(dataset, common.TRAIN)
     whole = infer.whole_space(space)
+    assert space.shrink.shape == z.shape[1:] and space.shrink.min() < 0.9 < 1.0 >= space.shrink.max()
     for user in sorted(texts)[::9]:
         ids = [np.array(tokenizer.encode(texts[user]))]
         alone, _ = solve_block(likelihood, whole, ids, [0], steps=2, prior=0.0)

@@ -115,12 +115,12 @@ def ml_csv(folder):
     return ["--dataset", "ml-1m", "--data-dir", folder]
 
 
-def own_csv(folder, separator=","):
+def own_csv(folder):
     folder.mkdir()
     with open(folder / "r.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=separator).writerows([["who", "what", "stars", "when"], *pairs()])
+        csv.writer(file).writerows([["who", "what", "stars", "when"], *pairs()])
     with open(folder / "i.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter=separator).writerows([["key", "name", "kinds", "tier"], *[
+        csv.writer(file).writerows([["key", "name", "kinds", "tier"], *[
             [f"I{i:02d}", f"Thing, {i}", f"A|B{i % 3}", "high" if i % 2 else "low"] for i in range(ITEMS)]])
     return ["--dataset", "csv", "--ratings-file", folder / "r.csv", "--items-file", folder / "i.csv",
             "--user-col", "who", "--item-col", "what", "--rating-col", "stars", "--time-col", "when",
