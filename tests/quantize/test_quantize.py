@@ -464,7 +464,7 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
                   ("--start", "random"), ("--epochs", 3), ("--warm-up", 2),
                   ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
         assert numbers(*flags) != base, flags
-    em = ("--assign", "likelihood", "--codes", "2,2", "--epochs", 1)
+    em = ("--assign", "likelihood", "--codes", "4,2", "--epochs", 1)
     base = numbers(*em)
     for flags in (("--start", "kmeans"), ("--start", "random"), ("--lr", 0.2), ("--epochs", 2)):
         assert numbers(*em, *flags) != base, flags
