@@ -318,7 +318,7 @@ def squeeze(space, z, rank):
     _, deviation, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    noise = deviation[:, max(kept, NOISE_AT):][:, :1].sum(1, keepdim=True)  # 0 where there are no so many
+    noise = deviation[:, max(kept, NOISE_AT):][:, :1].sum(1, keepdim=True)  # 0 where there are fewer
     shrink = 1 - (noise / deviation[:, :kept].clamp(min=1e-30)) ** 2  # Shape: (M, r)
     return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
                  words=space.words, vectors=space.vectors, shrink=shrink)
