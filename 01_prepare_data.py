@@ -137,7 +137,7 @@ def load_demo(args):
     generosity = rng.normal(0, 0.3, (n_users, 1))
     generosity += args.signal * (HOBBY_GENEROSITY[hobby] + BACKGROUND_GENEROSITY[background])
     exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
-    # Less its mean over items, so that the share of likes does not depend on --signal.
+    # Centred: over all items a taste adds nothing to the log odds.
     fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
     taste = quality + generosity + args.signal * fit
     liked = rng.random(taste.shape) < 1 / (1 + np.exp(-taste))

@@ -20,8 +20,8 @@ what is kept), T tokens of D_task; B users of a block, H tokens of their longest
 and history. DEVIATION(k): row k of README's differences. Note: what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Its
-                                  helpers make_blocks, pad, word_weights and TokenNLL stand further down.
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Helpers
+                                  as make_blocks, pad, word_weights and TokenNLL stand further down.
     evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
 
@@ -58,7 +58,7 @@ TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
 TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
-NOISE_AT = 16  # the principal direction, of those from 0 on, that users are taken to vary in by chance alone
+NOISE_AT = 16  # the principal direction (the first is 0) along which users are taken to vary by chance alone
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 
@@ -176,10 +176,10 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        # Our mask switches off the sliding window that some LLMs have, so that all must fit into it.
+        # Our mask shows more than the sliding window that some LLMs were trained with: all must fit into it.
         limits = "max_position_embeddings", "sliding_window", "window_size"
         config = model.config.get_text_config()  # of the language part, where the model has others
-        window = min(getattr(config, key, None) or 4096 for key in limits)
+        window = min(getattr(config, key, None) or 4096 for key in limits)  # 4096: no limit is named
         self.room = window - self.prompt_length  # tokens of the longest history
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
         task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
@@ -312,13 +312,14 @@ def squeeze(space, z, rank):
     z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
     titles too well. By that alone users vary in every direction as much as in the one at NOISE_AT: this share
     of a kept direction's variance is not believed, and z is shrunk by it (the form of probabilistic PCA,
-    Tipping and Bishop 1999, with another noise). Titles that were not seen become likelier.
+    Tipping and Bishop 1999, with another noise). Titles that were not seen become likelier. DEVIATION(4).
     """
     mean = z.mean(0)  # Shape: (M, d)
     _, deviation, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
     kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    noise = deviation[:, max(kept, NOISE_AT):][:, :1].sum(1, keepdim=True)  # 0 where there are fewer
+    at = max(kept, NOISE_AT)
+    noise = deviation[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where there are fewer directions
     shrink = 1 - (noise / deviation[:, :kept].clamp(min=1e-30)) ** 2  # Shape: (M, r)
     return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
                  words=space.words, vectors=space.vectors, shrink=shrink)
