@@ -45,14 +45,15 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    COLD, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded, progress,
-    save_json, save_npy, together)
+    COLD, SPLITS, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded,
+    progress, save_json, save_npy, together)
 
 # -------- settings
 
-# Every data set fills the paper's two profiles, "hobby" and "background", with what it has: genre and era,
-# brand and price. theta_m is the vector that stage 02 infers in the place of a word; codes: K_m, how many
-# codes stage 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
+# A profile is a dict. name: "hobby" or "background", the paper's two, whatever a data set fills them with
+# (genre and era, brand and price); items' attributes and the bank's columns go by it. prompt: the sentence of
+# this data set that theta completes, the vector that stage 02 infers in the place of a word. codes: K_m, how
+# many codes stage 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
 # Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
 # interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
 # sentence, for an LLM that has never seen the data. The demo has HOBBY and PRICE, csv PASTIME and BACKGROUND.
@@ -65,7 +66,9 @@ GENRE = {**HOBBY, "prompt": "This user's favorite movie genre is"}
 PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
 PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are"}
 ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
-# likes, for the tiny LM: the share of titles that somebody of this word likes.
+# --critic adds a third profile, how generous the user is, for `02 --history rated`, which writes + or -
+# behind each title. No item has it, so the words stand here. likes: the share of titles that somebody of this
+# word likes, for the tiny LM, which must know what harsh means.
 CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
 # Task prompts, the paper's D_task: the text between the profiles and the titles.
@@ -74,8 +77,7 @@ WATCHED = ".\nMovies that this user watched:"
 VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
 
-SPLITS = ("train", "validation", "test", "support", "cold")
-MAX_WORDS = 256  # of a profile, the most frequent: they span the space in which stage 02 looks for theta
+MAX_WORDS = 256  # of a profile, the most frequent: theta starts at their mean, and their spread is its unit
 
 
 # -------- data
@@ -106,8 +108,10 @@ DEMO_BACKGROUNDS = dict(
     cheap="Budget Basic Starter Compact Secondhand Mini".split(),
     ordinary="Classic Everyday Reliable Standard Practical Sturdy".split(),
     luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
-EXPOSURE = (0.95, 0.6)  # what an item's log weight gains, when items are met, by fitting hobby, background
-TASTE = (2.8, 2.2)  # what the log odds of liking it gain by that
+# A user meets items by chance, in proportion to exp(popularity + exposure), and likes each with the log odds
+# quality + generosity + taste. Pairs: what an item of the user's hobby gains, and one of the background.
+EXPOSURE = (0.95, 0.6)
+TASTE = (2.8, 2.2)
 HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # log odds with which each hobby likes anything
 BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each background
 
@@ -115,7 +119,7 @@ BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each backgro
 def load_demo(args):
     """A world of known profiles: 2,000 users of 4 hobbies x 3 backgrounds, 400 items, some 14 ratings a user.
 
-    Items whose category fits a user's hobby, or tier the background, are met and liked more.
+    An item is of one hobby and one background; where they are the user's, it is met and liked more.
     """
     rng = np.random.default_rng((args.seed, 1))
     n_users = 2000
@@ -123,15 +127,15 @@ def load_demo(args):
     hobby = rng.integers(4, size=(n_users, 1))
     background = rng.integers(3, size=(n_users, 1))
     kinds = rng.permutation(np.arange(n_items) % 12)
-    category, tier = np.divmod(kinds, 3)  # Shape: (I,)
+    item_hobby, item_background = np.divmod(kinds, 3)  # Shape: (I,)
     titles_of_kind = []  # in random order; each item takes the last one that is left
     for nouns, adjectives in itertools.product(DEMO_HOBBIES.values(), DEMO_BACKGROUNDS.values()):
         titles = [f"{adjective} {noun}" for adjective, noun in itertools.product(adjectives, nouns)]
         titles_of_kind.append(rng.permutation(titles).tolist())
     titles = [titles_of_kind[kind].pop() for kind in kinds]
 
-    fits_hobby = hobby == category  # Shape: (U, I)
-    fits_background = background == tier  # Shape: (U, I)
+    fits_hobby = hobby == item_hobby  # Shape: (U, I)
+    fits_background = background == item_background  # Shape: (U, I)
     popularity = rng.normal(0, 0.5, n_items)
     quality = rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
@@ -153,8 +157,8 @@ def load_demo(args):
     ratings = np.where(liked[users, items], high, low)
     raw_users = [f"u{user:04d}" for user in range(n_users)]
     raw_items = [f"i{item:03d}" for item in range(n_items)]
-    values = [{"hobby": [name], "background": [level]}
-              for name, level in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
+    values = [{"hobby": [name], "background": [price]}
+              for name, price in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
     return Source(
         raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
         {raw: values[kind] for raw, kind in zip(raw_items, kinds)}, (HOBBY, PRICE), BOUGHT,
@@ -164,8 +168,11 @@ def load_demo(args):
 # -------- filter and split
 
 def thin_out(source, args):
-    """Indices of the rows kept: random ones by flags; then users and items with too few rows are dropped,
-    again and again, until there is no such user or item."""
+    """Indices of the rows kept.
+
+    --max-per-user and --subsample-users choose at random; then users and items with too few rows are dropped,
+    again and again: without a user an item may have too few. So fewer users than asked for may stay.
+    """
     users = source.users
     items = source.items
     kept = np.arange(len(users))
@@ -205,11 +212,14 @@ def say_what_is_left(source, kept, args):
 
 
 def in_order(indices, raw_ids):
-    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet."""
+    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet.
+
+    So an index does not depend on the order of the rows in a file.
+    """
     def key(index):
         text = raw_ids[index]
         number = text.isascii() and text.isdecimal()
-        return not number, text.zfill(200) if number else text
+        return not number, text.zfill(LONGEST_ID) if number else text
 
     order = sorted(np.unique(indices).tolist(), key=key)
     renumber = np.zeros(len(raw_ids), np.int32)
@@ -226,11 +236,15 @@ def build(source, args):
     items, item_rows = in_order(source.items[kept], source.item_ids)
     split = np.empty(n, np.int32)
     order = np.random.default_rng(args.seed).permutation(n)
-    # Paper: 8:1:1. TRAIN is 0, VALIDATION 1, TEST 2.
+    # Paper: 8:1:1, of all rows. TRAIN is 0, VALIDATION 1, TEST 2: a user may have no row in one of them.
     split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])
     shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
-    cold = np.isin(user_rows, shuffled[:round(args.cold_users * len(users))])
-    # Recommenders do not know these users: stage 02 alone sees their training rows, evaluation the others.
+    n_cold = round(args.cold_users * len(users))
+    if args.cold_users and not n_cold:
+        raise UserError(f"this share of {len(users):,d} users is nobody", f"--cold-users {args.cold_users:g}",
+                        "give a larger one")
+    cold = np.isin(user_rows, shuffled[:n_cold])
+    # Recommenders do not know these users: profiles are inferred of their training rows, the others evaluate.
     split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
     labels = source.ratings[kept] > args.positive_above
     interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
@@ -255,7 +269,9 @@ def describe_items(source, raw_ids):
     described = []
     untitled = 0
     for raw in raw_ids:
-        attributes = source.attributes.get(raw, {})
+        attributes = {}
+        for name, values in source.attributes.get(raw, {}).items():
+            attributes[name] = [value for value in values if value.lower() not in MISSING]
         title = source.titles.get(raw)
         if not title:
             untitled += 1
@@ -312,6 +328,7 @@ def check_ratings(ratings, positive_above):
     if len(values) > 2 and not 0.4 <= place <= 0.85:
         print(f"WARNING: ratings go from {low:g} to {high:g}, and above {positive_above:g} is liked: "
               f"{liked:.0%} of the rows. Is --positive-above right for this scale?")
+    # A 0 beside ratings from 1 to 10, a 99 beside -10 to 10: some sources write "not rated" so.
     for value, count, others in ((low, counts[0], values[1:]), (high, counts[-1], values[:-1])):
         apart = len(others) > 1 and np.abs(others - value).min() >= 2 * np.diff(others).max()
         unrated = value <= 0 and len(others) > 1 and others.min() >= 1 and count == counts.max()
@@ -321,7 +338,7 @@ def check_ratings(ratings, positive_above):
 
 
 def show(dataset, facts):
-    """The paper's Table 1; splits; each profile's words; prompts of three users with six liked titles."""
+    """The paper's Table 1; splits; each profile's words; three users' prompts, with the last six titles."""
     print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
           "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
     for split, name in enumerate(SPLITS if "cold_users" in facts else SPLITS[:3]):
@@ -343,10 +360,11 @@ def show(dataset, facts):
 def show_words(profile, items):
     """The commonest words of a profile; WARNING where most items have none."""
     words = profile["words"]
+    enough = len(words) > 1  # a single word tells nobody apart: stage 02 then takes the LLM's own
     commonest = ", ".join(f"{word} {count:,d}" for word, count in list(words.items())[:6])
     without = sum(not item["attributes"].get(profile["name"]) for item in items)
     print(f"words of {profile['name']}: {len(words):,d}"
-          + (f", the commonest are {commonest}" if words else "; the LLM will choose its own"))
+          + (f", the commonest are {commonest}" if enough else "; the LLM will choose its own"))
     if words and 2 * without > len(items) and not profile.get("likes"):
         print(f"WARNING: {without:,d} of {len(items):,d} items have no value for {profile['name']}")
 
@@ -355,15 +373,15 @@ def show_words(profile, items):
 
 def save(run, dataset, truth, args, dropped):
     """Write all artifacts and return the facts. dropped: raw ids of the users whom the filter dropped."""
-    n = len(dataset.interactions)
-    users = len(dataset.users)
-    items = len(dataset.items)
+    n_rows = len(dataset.interactions)
+    n_users = len(dataset.users)
+    n_items = len(dataset.items)
     settings = "seed min_interactions positive_above max_per_user subsample_users critic signal".split()
     if args.cold_users:
         settings.append("cold_users")
     facts = {
-        "dataset": dataset.name, "n_users": users, "n_items": items, "n_interactions": n,
-        "sparsity": 1 - n / users / items, "positive_rate": dataset.interactions[:, 2].mean().item(),
+        "dataset": dataset.name, "n_users": n_users, "n_items": n_items, "n_interactions": n_rows,
+        "sparsity": 1 - n_rows / n_users / n_items, "positive_rate": dataset.interactions[:, 2].mean().item(),
         "profiles": dataset.profiles, "task_prompt": dataset.task_prompt,
         "fingerprint": dataset.fingerprint(),
         "truth_fingerprint": None if truth is None else fingerprint(truth),
@@ -390,8 +408,8 @@ def parse_arguments():
     add("--data-dir", type=Path, help="its files; else data/<dataset>, MovieLens downloaded")
     add("--min-interactions", type=at_least(1), default=4, help="fewest of a user or item (paper: 4)")
     add("--positive-above", type=at_least(-1e9, float), default=3.0, help="higher is liked (paper: 3)")
-    add("--max-per-user", type=at_least(1), help="keep so many random rows of a user")
-    add("--subsample-users", type=at_least(1), help="keep so many random users")
+    add("--max-per-user", type=at_least(1), help="at most so many random rows of a user")
+    add("--subsample-users", type=at_least(1), help="at most so many random users")
     add("--cold-users", type=at_least(0, float, 1), default=0.0, help="share of users new to recommenders")
     add("--critic", action="store_true", help="a third profile, for rated histories")
     add("--hobby-words", type=word_list, help="a,b,c: what could name it (default: the items' values)")
@@ -415,9 +433,12 @@ def parse_arguments():
         parser.error("--dataset csv needs --ratings-file")
     if args.dataset == "csv" and args.data_dir:
         parser.error("--data-dir does not go with --dataset csv: give --ratings-file and --items-file")
-    for flag in ("ratings_file", "items_file", "time_col", "title_col", "hobby_col", "background_col"):
-        if getattr(args, flag) and args.dataset != "csv":
+    for flag in ("ratings_file", "items_file", "user_col", "item_col", "rating_col", "time_col", "title_col",
+                 "hobby_col", "background_col", "value_sep"):
+        if getattr(args, flag) != parser.get_default(flag) and args.dataset != "csv":
             parser.error(f"--{flag.replace('_', '-')} needs --dataset csv")
+    if args.signal != 1 and args.dataset != "demo":
+        parser.error("--signal needs --dataset demo")
     if args.item_id_col and not args.items_file:
         parser.error("--item-id-col needs --items-file")
     if args.items_file and not (args.title_col or args.hobby_col or args.background_col):
@@ -431,7 +452,7 @@ def parse_arguments():
 
 def word_list(text):
     """argparse type: words separated by commas, each once."""
-    words = [" ".join(word.split()) for word in text.split(",")]
+    words = [" ".join(word.split()).lower() for word in text.split(",")]  # as values_of() spells values
     if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
         raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
     if "unknown" in words:
@@ -445,7 +466,7 @@ def rating(user, item, value, time=0, low=1.0, high=5.0):
     """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
     value = float(value)
     time = float(time or 0)
-    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
+    if not (low <= value <= high and abs(value) < 1e30 and math.isfinite(time)):
         raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
     return raw_id(user), raw_id(item), value, time
 
@@ -459,7 +480,7 @@ def csv_rating(user, item, value, time=""):
     """rating() on any scale. The number may have a decimal comma; the time is seconds or an ISO date."""
     value = {"true": "1", "false": "0"}.get(value.lower(), value)
     number = r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?"
-    if not re.fullmatch(number, value) or re.search(r",\d{3}$", value):  # 1,234 may be a thousand or one
+    if not re.fullmatch(number, value) or re.search(r"[1-9]\d*,\d{3}$", value):  # 1,234: a thousand or one?
         raise ValueError(f"{value!r:.40} is no rating")
     time = "" if time.strip().lower() in MISSING else time.strip()
     try:
@@ -516,8 +537,7 @@ def load_movielens(args):
     for raw, title, genres in movies:
         title, year = clean_title(clean_text(title))
         source.titles[raw] = title
-        source.attributes[raw] = {
-            "hobby": values_of(genres, "|"), "background": [era_of(year)] if year else []}
+        source.attributes[raw] = {"hobby": values_of(genres, "|"), "background": era_of(year)}
     return source
 
 
@@ -576,6 +596,7 @@ MAX_LINE = 2**22  # bytes, or characters of a decoded file; a longer line is no 
 MAX_BAD = 0.01  # share of bad records to skip; a larger one is an error
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
+LONGEST_ID = 200  # characters of a raw id
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
            "nat"}  # what exports write where there is nothing
@@ -610,12 +631,12 @@ def read_lines(path, encoding=None):
         raise UserError(f"cannot read {path.name}: {error}", path, "fetch it or mend the path") from None
 
 
-def good(records, parse, path):
-    """parse(record) of every good record; a few bad ones are skipped, the first is shown."""
+def good(found, parse, path):
+    """parse(record) of every good record that was found; a few bad ones are skipped, the first is shown."""
     count = 0
     bad = 0
     example = None
-    for count, record in enumerate(progress(records, path.name, "lines"), 1):
+    for count, record in enumerate(progress(found, path.name, "lines"), 1):
         try:
             yield parse(record)
         except Exception as error:
@@ -734,6 +755,7 @@ def read_table(path, columns, parse=lambda *cells: cells):
                         "take comments out, or convert JSON to csv")
     if not header or "\0" in header:
         raise UserError(f"{path.name} is empty or no text", path, "give a csv file in UTF-8 with a header")
+
     def columns_found(mark):
         names = {name.strip(' "') for name in header.split(mark)}
         return len(names & set(columns)), header.count(mark)
@@ -773,7 +795,7 @@ def read_table(path, columns, parse=lambda *cells: cells):
 def raw_id(value):
     """An id as text. Raises ValueError for what cannot be one."""
     text = str(value).strip()
-    if type(value) not in (str, int) or not 0 < len(text) <= 200 or not text.isprintable():
+    if type(value) not in (str, int) or not 0 < len(text) <= LONGEST_ID or not text.isprintable():
         raise ValueError(f"{value!r:.40} is no id")
     if text.lower() in NO_ID:
         raise ValueError(f"{text!r} is no id: it says that one is missing")
@@ -819,9 +841,9 @@ def clean_text(text):
 def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
-    if text.lower() in MISSING or re.fullmatch(r"[\d.,]+", text):
-        parts = [text]  # not to be split: n/a under the separator /, 1,5 under a comma
-    elif text[:1] + text[-1:] in ("[]", "()", "{}"):
+    if text.lower() in MISSING or re.fullmatch(r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?", text):
+        parts = [text]  # not to be split: n/a under the separator /, 1,5 and 1,234 under a comma
+    elif re.fullmatch(r"""\[.*\]|\{.*\}|\(\s*['"].*['"],?\s*\)|\([^()]*,[^()]*\)""", text, re.S):
         parts = listed_values(text)
     else:
         parts = text.split(separator)
@@ -851,7 +873,7 @@ def listed_values(text):
         found = sorted(found, key=str)
     if found is None:
         return [match[1].replace("\\'", "'") for match in QUOTED.findall(text)] or text[1:-1].split(",")
-    if isinstance(found, dict):
+    if not isinstance(found, (list, tuple)):
         found = [found]
     texts = []
     for part in found:
@@ -874,10 +896,10 @@ def clean_title(text):
 
 
 def era_of(year):
-    """The decade as one word, which could stand in theta's place; before 1930 and from 2030 on "twenties"."""
-    words = ("thirties forties fifties sixties seventies eighties nineties noughties "
-             "twenty-tens twenty-twenties").split()  # from 1930 on
-    return words[year // 10 - 193] if 1930 <= year < 2030 else "twenties"
+    """[the decade as one word, which could stand in theta's place]; [] of another century or no year."""
+    words = ("twenties thirties forties fifties sixties seventies eighties nineties noughties "
+             "twenty-tens twenty-twenties").split()  # from 1920 on
+    return [words[year // 10 - 192]] if year and 1920 <= year < 2030 else []
 
 
 GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
@@ -1042,8 +1064,8 @@ def describe_products(facts):
     titles = {}
     attributes = {}
     for raw, fact in facts.items():
-        level = fact["level"]
-        if fact["price"] is not None and not fact["level"]:
+        level = fact["level"]  # Yelp's own, which has no prices
+        if fact["price"] is not None:
             above = fact["price"] > bounds[tuple(fact["categories"][-1:])]  # of each of the two bounds
             level = ("cheap", "ordinary", "luxurious")[above.sum()]
         titles[raw] = fact["title"]
@@ -1067,8 +1089,9 @@ def main():
     dataset, truth = build(source, args)
     dropped = sorted(set(source.user_ids) - set(dataset.users))
     show(dataset, save(args.run, dataset, truth, args, dropped))
-    print(f"\nwrote dataset.json interactions.npy users.json items.json dropped_users.json to {args.run}\n"
-          f"next: python 02_infer_profiles.py --run {args.run}")
+    planted = "" if truth is None else " truth.npy"
+    print(f"\nwrote dataset.json interactions.npy users.json items.json dropped_users.json{planted} to "
+          f"{args.run}\nnext: python 02_infer_profiles.py --run {args.run}")
 
 
 if __name__ == "__main__":

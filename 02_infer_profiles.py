@@ -9,15 +9,16 @@ theta^m, one vector for each user and profile, stands in the place of a word and
 l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
 only; the task and y see all before them. Five steps, put together by solve():
 
-    wide = fit_space             theta begins at the mean of the words that could name it: music, fishing ...
-    wide.task = fit_task         what all users share, the format of the text, is learned once as soft tokens
-    z = descend(wide, some)      each user's theta is found by gradient descent in all d directions
-    space = squeeze(wide, z)     the r directions in which some 256 users differ
-    z = space.z(wide.theta(z))   where every user lies along these, shrunk: this is kept
+    wide = fit_space               theta begins at the mean of the words that could name it: music, fishing
+    wide.task = fit_task           what all users share, the format of the text, is learned as soft tokens
+    wide_z = descend(wide)         each user's theta is found by gradient descent in all its d coordinates
+    space = squeeze(wide, wide_z)  the r directions in which some 256 users differ most, and their mean
+    z = space.project(theta)       where every user lies along these directions, shrunk: this is kept
 
-Sizes: U users, M profiles, d the LLM's width, r directions of a Space (all d during the descent, --rank of
-what is kept), T tokens of D_task; B users of a block, H tokens of their longest history, S tokens of prompt
-and history. DEVIATION(k): row k of README's differences. Note: what is easily overlooked.
+Sizes: U users, M profiles, d the LLM's width, r directions of a Space (during the descent the d coordinates
+of an embedding, afterwards --rank principal directions), T tokens of D_task; B users of a block, H tokens of
+their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences. Note: what
+is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Helpers
@@ -74,11 +75,11 @@ class Segment:
 
 
 def prompt_segments(tokenizer, dataset):
-    """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after the begin token where the LLM has one."""
+    """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after the begin token if the tokenizer has one."""
     segments = []
     first = tokenizer.encode("any text")[0]
     if first == tokenizer.bos_token_id:
-        segments.append(Segment("begin", [first]))  # Note: every token may see it; it tells nothing
+        segments.append(Segment("begin", [first]))  # Note: all may see it: it is the same for everybody
     names = pieces_of(tokenizer, [profile["prompt"] for profile in dataset.profiles])  # without begin tokens
     for m, name in enumerate(names):
         segments.append(Segment("name", name, m))
@@ -140,7 +141,8 @@ def additive_mask(visible, dtype):
 def history_texts(dataset, splits, args):
     """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
-    With --history all the disliked ones too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
+    Latest by time or, where 01 knew no times, by the order of the rows. With --history all the disliked ones
+    too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
     DEVIATION(9): the paper's data point is a user-item pair, here it is a user; y is the user's titles.
     """
     plus, minus = (" +", " -") if args.history == "rated" else ("", "")
@@ -160,7 +162,7 @@ def history_texts(dataset, splits, args):
 class ProfileLikelihood:
     """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of each user, summed over y's tokens.
 
-    segments: the prompt without y; it alone gives embeddings, mask, positions and targets.
+    segments: the prompt without y; it alone gives embeddings, mask and positions.
     task: float32 (T, d), the embeddings of D_task: those of its text, or what fit_task made of them.
     """
 
@@ -179,7 +181,7 @@ class ProfileLikelihood:
         # Our mask shows more than the sliding window that some LLMs were trained with: all must fit into it.
         limits = "max_position_embeddings", "sliding_window", "window_size"
         config = model.config.get_text_config()  # of the language part, where the model has others
-        window = min(getattr(config, key, None) or 4096 for key in limits)  # 4096: no limit is named
+        window = min(getattr(config, key, None) or 4096 for key in limits)  # 4096 at most
         self.room = window - self.prompt_length  # tokens of the longest history
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
         task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
@@ -199,7 +201,7 @@ class ProfileLikelihood:
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
-            elif segment.kind == "task":  # of several each takes its own rows of task
+            elif segment.kind == "task":  # the first of several takes the first rows of task
                 part = task[:len(segment.ids)].expand(len(theta), -1, -1)  # Shape: (B, tokens, d)
                 task = task[len(segment.ids):]
             else:
@@ -222,7 +224,7 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        def user_nll(theta, task):
+        def user_nll(theta, task):  # Note: ScaledGradient differentiates by its arguments alone
             # The state before each history token predicts it. Shape: (B, H, d)
             states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
             is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
@@ -242,7 +244,7 @@ class ProfileLikelihood:
 class Space:
     """theta^m = origin^m + z^m basis^m: a user is z (M, r).
 
-    origin (M, d): the mean user after squeeze(), before it the words' mean; basis (M, r, d): orthogonal
+    origin (M, d): in the descent the words' mean, after squeeze() the mean user; basis (M, r, d): orthogonal
     directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
     words_mean (M, d): where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
     its words, vectors: per profile their embeddings (words, d); shrink (M, r): see squeeze().
@@ -265,13 +267,16 @@ class Space:
         squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # 0 where words span fewer directions
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
-    def z(self, theta):
-        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, shrunk."""
+    def project(self, theta):
+        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk.
+
+        Note: so it is no inverse of theta(), but in a space that is not shrunk.
+        """
         nearest = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
         return self.shrink * torch.stack(nearest, dim=1)
 
     def word_z(self, m):
-        """z (words, r) of the words of profile m."""
+        """z (words, r) of the words of profile m, not shrunk: they are no guesses."""
         return self.nearest(self.vectors[m], m)
 
 
@@ -279,9 +284,10 @@ class Space:
 def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
-    A word of several tokens is the mean of its tokens; its weight is the root of its count, and words of the
-    LLM's own weigh all the same. The words' mean is the origin; their spread, the root mean square deviation,
-    is the unit of every direction.
+    A word of several tokens is the mean of its tokens. It weighs the root of its count, halfway from all
+    words alike to the commonest alone; words of the LLM's own weigh all the same. The words' mean is the
+    origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the mean
+    (root mean square over words and coordinates; a whole word lies sqrt(d) spreads away).
     """
     origins = []
     bases = []
@@ -306,21 +312,23 @@ def fit_space(likelihood, tokenizer, profiles):
                  words=words, vectors=word_vectors)
 
 
-def squeeze(space, z, rank):
+def squeeze(space, wide_z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
-    z (n, M, d): the users in a space of all directions. Note: a descent in d directions fits a user's few
-    titles too well. By that alone users vary in every direction as much as in the one at NOISE_AT: this share
-    of a kept direction's variance is not believed, and z is shrunk by it (the form of probabilistic PCA,
-    Tipping and Bishop 1999, with another noise). Titles that were not seen become likelier. DEVIATION(4).
+    wide_z (n, M, d): these users in the space of the descent. Note: d coordinates also fit what a few titles
+    ask for by chance. We take it that chance alone varies z along the direction at NOISE_AT, and as much
+    along every other. Of the variance v of a direction only v - noise is then about users, so z is shrunk by
+    1 - noise / v (the form of probabilistic PCA, Tipping and Bishop 1999, with another noise). Titles that
+    were not seen become likelier. Of 17 users or fewer nothing is shrunk. DEVIATION(4).
     """
-    mean = z.mean(0)  # Shape: (M, d)
-    _, deviation, directions = torch.linalg.svd((z - mean).transpose(0, 1), full_matrices=False)
-    kept = max(1, min(rank, len(z) - 1))  # n users differ in at most n - 1 directions
+    mean = wide_z.mean(0)  # Shape: (M, d)
+    _, singular, directions = torch.linalg.svd((wide_z - mean).transpose(0, 1), full_matrices=False)
+    variance = singular ** 2  # Shape: (M, min(n, d)); times n, which the ratio below is free of
+    kept = max(1, min(rank, len(wide_z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    at = max(kept, NOISE_AT)
-    noise = deviation[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where there are fewer directions
-    shrink = 1 - (noise / deviation[:, :kept].clamp(min=1e-30)) ** 2  # Shape: (M, r)
+    at = max(kept, NOISE_AT)  # no direction that is kept
+    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where there is none
+    shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
     return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
                  words=space.words, vectors=space.vectors, shrink=shrink)
 
@@ -328,24 +336,26 @@ def squeeze(space, z, rank):
 # -------- train
 
 def shared_nll(likelihood, space, histories, users, args):
-    """Yield the NLL of these users' histories with theta at the origin, one sum for each block of users."""
+    """Yield the NLL of these users' histories with theta at its start, one sum for each block of users."""
     some = [histories[user] for user in users]
     for block in make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length):
-        theta = space.origin.expand(len(block), -1, -1)
+        theta = space.words_mean.expand(len(block), -1, -1)
         yield likelihood(theta, *pad(some, block, likelihood.device)).sum()
 
 
 def fit_task(likelihood, space, histories, args):
-    """Learn what all users share: soft tokens (T, d) of D_task, with theta at the origin. DEVIATION(11).
+    """Learn what all users share: soft tokens (T, d) of D_task, with theta at its start. DEVIATION(11).
 
-    Adam on -log P(y | x, origin, D_task). Some users are judges: the tokens kept, in likelihood.task too, are
-    those under which their histories are likeliest; of fewer than 5 users nobody judges, and the text stays.
+    Adam on -log P(y | x, theta, D_task). Some users are judges, on whom nothing is trained: every TASK_CHECK
+    steps the soft tokens are tried on the judges' histories, and the best ones are returned (and left in
+    likelihood.task). Note: where fewer than 5 users leave no judge, every trial is 0, and the text stays.
     Note: histories are of training (of cold users: support) rows; validation rows must not influence theta.
     """
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # What is shared may not take more histories through the LLM than the users' own descent does.
+    # What is shared may not take more histories through the LLM than the users' own descent does: 300 users
+    # of 3 steps leave 37 of the 48.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -377,9 +387,10 @@ def descend(likelihood, space, ids, lengths, args):
     """Minimise Eq. (4) and the prior over z.
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
-    (steps + 1, B)). Each user has a step size of their own: the first step goes as far as --lr allows, the
-    next to where the curvature along the last move puts the minimum (Barzilai and Borwein 1988), but no
-    further than that. A step that raises a user's loss is taken back and halved.
+    (steps + 1, B)). Each user has a step size of their own, one for all profiles. In the first step the
+    coordinate of the largest gradient moves by --lr, which no coordinate ever exceeds; a later step goes to
+    where the curvature along the last move puts the minimum (Barzilai and Borwein 1988). Where a step would
+    raise a user's loss, the user stays, keeps the gradient, and tries half the step size next.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -401,7 +412,7 @@ def descend(likelihood, space, ids, lengths, args):
         by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
-    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the origin
+    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the words' mean
     nll, loss, gradient = evaluate(z, True)
     step_size = longest_step(gradient)
     nlls = [nll]
@@ -474,11 +485,11 @@ def parse_arguments():
         help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
     add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
-        help="most that theta moves in a step along a direction, in the words' spread (paper: Adam's .001)")
+        help="most that a coordinate of theta moves in a step, in the words' spread (paper: Adam's .001)")
     add("--prior", type=at_least(0, float, 1e6), default=0.0, help="weight of a Gaussian prior (paper: 0)")
     add("--space", choices=("users", "words"), default="users",
-        help="users: theta moves in all d directions, and those in which users differ are kept; words: theta "
-        "moves among the words alone")
+        help="users: theta moves in all d coordinates, and directions in which users differ are kept; words: "
+        "it moves among the words alone")
     add("--rank", type=at_least(0), default=16, help="most directions kept; 0: all, unshrunk (paper)")
     add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
@@ -563,7 +574,7 @@ def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
     ids, lengths = pad(histories, users, likelihood.device)
     z, nlls = descend(likelihood, wide, ids, lengths, args)
     if space is not None:
-        z = space.z(wide.theta(z))
+        z = space.project(wide.theta(z))
     bad = [str(raw_ids[user]) for user, good in zip(users, nlls[-1].isfinite().tolist()) if not good]
     if bad:
         raise UserError(f"the likelihood is not finite for {len(bad)} users, among them {', '.join(bad[:5])}",
@@ -573,10 +584,13 @@ def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
 
 
 def first_blocks(blocks):
-    """Numbers of the blocks, of short and of long histories, that hold DIRECTION_USERS users or nearly."""
+    """Numbers of the blocks, of long and of short histories, that hold about DIRECTION_USERS users.
+
+    Three blocks at least, where there are so many: one block alone has histories of one length.
+    """
     users = sum(len(block) for block in blocks)
     share = min(1.0, DIRECTION_USERS / max(1, users))
-    count = math.ceil(share * len(blocks))
+    count = min(len(blocks), max(3, math.ceil(share * len(blocks))))
     return sorted(set(np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()))
 
 
@@ -982,7 +996,7 @@ def gather(work, blocks, old, rows, solved, n_users, before):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
         if number in first:  # solved before there were directions, so in the space of the descent
-            found = space.z(wide.theta(found.to(wide.origin.device))).cpu()
+            found = space.project(wide.theta(found.to(wide.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
     return z, sorted(chain(rows, *blocks)), sums

@@ -5,11 +5,11 @@
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code of that profile (a
-user's code is its number k), y whether the user liked item i, E_obs what else is observed, here the user's
-id, Rec^s a surrogate recommender, sg a value through which no gradient flows. theta and v are held by their
-coordinates z in the space of stage 02: theta = origin + z basis, in which the words that could name a profile
-(music, fishing) spread by 1. DEVIATION(k): row k of README's differences; the units are row 5.
+theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
+profile, c_m the user's code, which is the number of one; v_c^m is the code vector of this number. y: whether
+the user liked item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a
+value through which no gradient flows. theta and v are held by their coordinates z in the space of stage 02:
+theta = origin + z basis, whose unit is the words' spread. DEVIATION(k): row k of README's differences.
 
 --quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
             warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
@@ -75,15 +75,20 @@ def assign_all(z, codebooks):
 
 
 class VectorQuantizer(nn.Module):
-    """A codebook of K codes (van den Oord et al. 2017)."""
+    """A codebook: K code vectors (van den Oord et al. 2017)."""
 
     def __init__(self, codebook):
         super().__init__()
         self.codebook = nn.Parameter(codebook.clone())
 
     def forward(self, z):
-        """z (B, r) -> v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,)."""
+        """z (B, r) -> v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,).
+
+        Note: argmin has no gradient. So the recommender's gradient is handed to z as if no code stood between
+        them. It never reaches the codebook: the recommender moves z, and z draws its code vector after it.
+        """
         chosen = self.codebook[nearest(z, self.codebook)]
+        # Two terms of one value: they differ in what they move.
         codebook_term = ((z.detach() - chosen) ** 2).sum(1)  # moves v_c only
         commitment = ((z - chosen.detach()) ** 2).sum(1)     # moves z only
         straight_through = z + (chosen - z).detach()         # value v_c, gradient of the identity
@@ -127,27 +132,28 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
 
 # -------- loss and train
 
-def vec_loss(z, rows, quantizers, surrogate, beta):
+def vec_loss(z, user_rows, vq_layers, surrogate, beta):
     """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers), means over users.
 
-    z (B, M, r); rows: B arrays (n_u, 3) user, item, label, over which the recommender's part is a sum.
+    z (B, M, r); user_rows: B arrays (n_u, 3) user, item, label, over which the recommender's part is a sum;
+    vq_layers: M VectorQuantizers.
     """
-    quantized = []
+    of_profile = []
     codebook_terms = 0.0  # of each user, (B,)
     commitment_terms = 0.0
-    for m, quantizer in enumerate(quantizers):
-        code_vectors, codebook_term, commitment_term = quantizer(z[:, m])
-        quantized.append(code_vectors)
+    for m, layer in enumerate(vq_layers):
+        code_vectors, codebook_term, commitment_term = layer(z[:, m])
+        of_profile.append(code_vectors)
         codebook_terms = codebook_terms + codebook_term
         commitment_terms = commitment_terms + commitment_term
     codebook_loss = codebook_terms.mean()
     commitment_loss = commitment_terms.mean()
-    user_of_row = np.repeat(np.arange(len(rows)), [len(user_rows) for user_rows in rows])
-    quantized = torch.stack(quantized, dim=1)[user_of_row]  # Shape: (n, M, r)
-    rows_of_all = torch.from_numpy(np.concatenate(rows)).long().to(z.device)  # Shape: (n, 3)
-    logits = surrogate(rows_of_all[:, :2], quantized)
-    labels = rows_of_all[:, 2].float()
-    rec_loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(rows)
+    rows = torch.from_numpy(np.concatenate(user_rows)).long().to(z.device)  # Shape: (n, 3)
+    user_of_row = np.repeat(np.arange(len(z)), [len(own) for own in user_rows])  # a place in the minibatch
+    quantized = torch.stack(of_profile, dim=1)  # Shape: (B, M, r)
+    logits = surrogate(rows[:, :2], quantized[user_of_row])
+    labels = rows[:, 2].float()
+    rec_loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(z)
     parts = {"codebook": codebook_loss.item(), "commitment": commitment_loss.item(), "rec": rec_loss.item()}
     return codebook_loss + beta * commitment_loss + rec_loss, parts
 
@@ -166,25 +172,26 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
             optimizer.zero_grad()
 
 
-def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args, rng):
-    """Algorithm 1: minibatches of users update z (their rows only), codebooks and surrogate.
+def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng):
+    """Algorithm 1: minibatches of users update z (their own alone), codebooks and surrogate.
 
-    z: float (U, M, r), moved in place; rows: U arrays (n_u, 3); users: who has a history; add_llm_gradient:
-    what JointVQ.open_llm_loss returns, or None. Returns the log, a dict an epoch.
+    z: float (U, M, r), moved in place; user_rows: U arrays (n_u, 3); users: who has a history;
+    add_llm_gradient: what JointVQ.open_llm_loss returns, or None. Returns the log, a dict an epoch.
     """
-    codebooks = [quantizer.codebook for quantizer in quantizers]
+    codebooks = [layer.codebook for layer in vq_layers]
     squares = torch.zeros_like(z)
     optimizers = [torch.optim.Adam(codebooks, lr=args.lr), torch.optim.Adam(surrogate.parameters(), lr=1e-3)]
     log = []
     codes = assign_all(z[users], codebooks)
     for epoch in range(1, args.epochs + 1):
-        sums = {}
+        means = Counter()  # over the users of the epoch
         batches = np.array_split(rng.permutation(users), math.ceil(len(users) / args.batch_users))
         for batch in progress(batches, f"joint epoch {epoch}", "batch"):
             z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
-            loss, parts = vec_loss(z_batch, [rows[user] for user in batch], quantizers, surrogate, args.beta)
+            rows = [user_rows[user] for user in batch]
+            loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
             # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient;
-            # codebooks and surrogate have l_vec alone, whose scale Adam does not notice.
+            # codebooks and surrogate have l_vec alone, and Adam hardly notices the scale of a loss.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
@@ -197,12 +204,13 @@ def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args,
             # Adam over all of z would also move users who are not in the batch.
             squares[batch] += z_batch.grad ** 2
             z[batch] -= args.lr * z_batch.grad / (squares[batch].sqrt() + 1e-10)
+            share = len(batch) / len(users)
             for key, part in parts.items():
-                sums[key] = sums.get(key, 0.0) + part * len(batch) / len(users)
+                means[key] += part * share
         before = codes
         codes = assign_all(z[users], codebooks)
-        sums["users_changed"] = int((codes != before).any(1).sum())
-        log.append(epoch_report(epoch, sums, codes, codebooks))
+        figures = {**means, "users_changed": int((codes != before).any(1).sum())}
+        log.append(epoch_report(epoch, figures, codes, codebooks))
     return log
 
 
@@ -211,8 +219,9 @@ def train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args,
 class KMeans:
     """k-means over z, the start of vq and em: no recommender, no LLM."""
 
+    assigns = "nearest"  # as --assign: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # M tensors (K_m,), of a SoftCodeEM alone: what a code has beside its likelihood
+    log_weights = None  # M tensors (K_m, ...) of what else assign() needs; of SoftCodeEM log pi (K_m,)
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem  # a Problem: z, who has one, data set, Space
@@ -245,30 +254,30 @@ class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As KMeans.fit; problem.z becomes the trained z."""
+        """As KMeans.fit; problem.z becomes the trained z, by which these users get their codes."""
         args = self.args
         problem = self.problem
         device = self.device
-        # DEVIATION(5): in units of the words' spread lr, alpha and beta mean the same for every LLM.
+        # DEVIATION(5): in units of the words' spread, lr, alpha and beta do not depend on an LLM's scale.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
             add_llm_gradient = self.open_llm_loss()
-        rng = seeded(args.seed, 6)
-        quantizers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
+        rng = seeded(args.seed, 6)  # Note: torch's too; 6 tells these draws from others of this seed
+        vq_layers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         n_users, n_profiles, rank = z.shape
         surrogate = Surrogate(n_users, len(problem.dataset.items), n_profiles, rank).to(device)
-        rows = rows_by_user(problem.dataset.rows(TRAIN), len(z))
-        print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(quantizers):,d}, "
+        user_rows = rows_by_user(problem.dataset.rows(TRAIN), len(z))
+        print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(vq_layers):,d}, "
               f"surrogate {count_parameters(surrogate):,d}; LLM frozen")
         if args.epochs:
-            quantized = [quantizer(z[:, m])[0].detach() for m, quantizer in enumerate(quantizers)]
-            warm_up(surrogate, np.concatenate(rows), torch.stack(quantized, dim=1), args.warm_up, rng)
+            quantized = [layer(z[:, m])[0].detach() for m, layer in enumerate(vq_layers)]
+            warm_up(surrogate, np.concatenate(user_rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         users = np.flatnonzero(problem.inferred)
-        log = train_jointly(z, quantizers, surrogate, rows, users, add_llm_gradient, args, rng)
+        log = train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng)
         # Note: stage 02's file stays; a new user is assigned by the z that 02 infers.
         problem.z = z.cpu().numpy()
-        self.books = [quantizer.codebook.detach().cpu() for quantizer in quantizers]
+        self.books = [layer.codebook.detach().cpu() for layer in vq_layers]
         return self.assign(), log
 
     def open_llm_loss(self):
@@ -281,7 +290,7 @@ class JointVQ(KMeans):
         def add_llm_gradient(z, users):
             total = 0.0
             some = [histories[user] for user in users]
-            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):
+            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):  # by tokens alone
                 # Eq. (4) and the prior, DEVIATION(4)
                 nll = likelihood(space.theta(z[block]), *infer.pad(some, block, self.device))
                 loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
@@ -359,6 +368,8 @@ class SoftCodeEM(KMeans):
     then an M-step: weights pi in closed form, codes by Adam on -log P(y | c), c drawn from the
     responsibilities. The likeliest round is kept. A user's code is the likeliest one, pi included.
     """
+
+    assigns = "likelihood"
 
     def open(self):
         """Open the LLM; list combinations of codes (C, M) and blocks of users."""
@@ -495,7 +506,7 @@ def parse_arguments():
     add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step size of z, codes (paper: 0.001)")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
         help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
     add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
@@ -513,7 +524,7 @@ def parse_arguments():
         parser.error("--keep-codebooks goes without --assign: it assigns as before")
     if args.quantizer is None:
         args.quantizer = {"nearest": "vq", "likelihood": "em"}[args.assign or "nearest"]
-    assigns = "likelihood" if issubclass(QUANTIZERS[args.quantizer], SoftCodeEM) else "nearest"
+    assigns = QUANTIZERS[args.quantizer].assigns
     if args.assign not in (None, assigns):
         parser.error(f"--quantizer {args.quantizer} goes with --assign {assigns} alone")
     args.assign = assigns
@@ -696,14 +707,15 @@ def main():
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
         if not torch.cat(list(quantizer.books)).isfinite().all():
-            raise UserError("a code is not a finite number", f"--quantizer {args.quantizer}", "lower --lr")
+            raise UserError("a code vector is not finite", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
         centre = torch.tensor(problem.z[inferred].mean(0))
         word_z = [problem.space.word_z(m) for m in range(len(sizes))]
-        code_names = name_codes(quantizer.books, word_z, problem.space.words, centre)
         if isinstance(quantizer, Words):  # code k is the k-th word
             code_names = [texts[:size] for size, texts in zip(sizes, problem.space.words)]
+        else:
+            code_names = name_codes(quantizer.books, word_z, problem.space.words, centre)
     report = health(codes[inferred], sizes, dataset.profiles)
     for profile, names in zip(report, code_names):
         profile["words"] = names

@@ -3,17 +3,19 @@
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
     loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9) and its second term
 
-i is the item, c_m the user's code of profile m, E_obs the other fields (--fields). No LLM is loaded: a user's
-profiles are M small integers. --ids names what is compared, a row of the table each: `userip` (our codes),
-`none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted` (the demo's
-truth) or NAME: your own feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...],
-dataset_fingerprint, made_by, which only people read}; its controls: random-NAME, shuffled-NAME. A repetition
-draws random codes, first weights and the order of rows anew. DEVIATION(k): row k of README's differences.
+i is the item's id, c_m the user's code of profile m, E_obs the other fields: the user's id and, by --fields,
+the item's attributes. No LLM is loaded: a user's profiles are M small integers.
+
+--ids names what is compared, a row of the table each: `userip` (our codes), `none` (no codes), `random`
+(uniform codes), `shuffled` (our codes on other users), `planted` (the demo's truth) or NAME: your own
+feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...], dataset_fingerprint, made_by, which
+only people read}; its controls: random-NAME, shuffled-NAME. A repetition draws random codes, first weights
+and the order of rows anew. DEVIATION(k): row k of README's differences.
 
 What stands where; each part begins with a line of dashes:
     data, models, loss and train  fields and ids; LR, DCNv2 (DCN and Field: common.py); Eq. (9); what random
                                   and shuffled are. Read them first.
-    variants                      nine more models: a class and an entry in MODELS each
+    variants                      more models: a class and an entry in MODELS each
     running it                    flags, banks of codes, the table, files, main. Skip it at first.
 
 Reads:  01's files, truth.npy for planted; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
@@ -83,7 +85,8 @@ def build_features(dataset, observed, codes, sizes, z=None):
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # An unseen user has the unknown code K_m, an id like others: users without a history train it.
+        # An unseen user has the unknown code K_m, an id like others: users without a history, where there are
+        # any, have it too and train it.
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
@@ -102,20 +105,20 @@ def build_features(dataset, observed, codes, sizes, z=None):
     return [field for field, _ in user_tables + item_tables], lookup
 
 
-def rows_of(dataset, split, lookup, device, hide_as=None):
-    """A split's ids (n, columns), labels (n,). hide_as: None, or the id that replaces every user's."""
+def rows_of(dataset, split, lookup, device, unknown_user=None):
+    """A split's ids (n, columns), labels (n,). unknown_user: None, or the id that hides every user."""
     users, items, labels = dataset.rows(split).T
     ids = lookup(users, items)
-    if hide_as is not None:
-        ids[:, 0] = hide_as
+    if unknown_user is not None:
+        ids[:, 0] = unknown_user
     return ids.to(device), torch.tensor(labels, dtype=torch.float32, device=device)
 
 
 # -------- models: ids (B, columns) -> logits (B,)
 #
-# B rows of a batch; a field has one column, or some of which each holds one of an item's values. F fields,
-# D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i: field i's embedding; first order: b + sum_i w_i, where
-# w_i is an embedding of width 1.
+# DCN, the paper's recommender, stands in common.py. B rows of a batch; a field has one column, or some of
+# which each holds one of an item's values. F fields, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i:
+# field i's embedding; first order: b + sum_i w_i, where w_i is an embedding of width 1.
 
 class Recommender(nn.Module):
     """What models share: field embeddings, first order."""
@@ -184,11 +187,11 @@ def adam(model, args):
     return torch.optim.Adam(groups, lr=args.lr, fused=True)
 
 
-def train(model, train_rows, validation_rows, stranger, args):
+def train(model, train_rows, validation_rows, unknown_user, args):
     """Adam on Eq. (9) until validation AUC minus logloss stops rising.
 
-    train_rows, validation_rows: (ids (n, columns), labels (n,)); stranger: the id that hides a user in column
-    0, None where that column is no user. Returns (the best epoch and its figures, its weights).
+    train_rows, validation_rows: (ids (n, columns), labels (n,)); unknown_user: the id that hides a user in
+    column 0, None where that column is no user. Returns (the best epoch and its figures, its weights).
     """
     ids, labels = train_rows
     validation_labels = validation_rows[1].cpu()
@@ -201,9 +204,10 @@ def train(model, train_rows, validation_rows, stranger, args):
         order = torch.randperm(len(ids), device=ids.device)
         epoch_ids = ids[order]
         epoch_labels = labels[order]
-        if stranger is not None and args.user_dropout:
+        if unknown_user is not None and args.user_dropout:
             # DEVIATION(10): user dropout. Else the model memorizes users by their id and ignores the codes.
-            epoch_ids[torch.rand(len(ids), device=ids.device) < args.user_dropout, 0] = stranger
+            is_hidden = torch.rand(len(ids), device=ids.device) < args.user_dropout
+            epoch_ids[is_hidden, 0] = unknown_user
         # A last row that is alone is left out: BatchNorm needs two.
         for at in range(0, len(ids) - 1, args.batch_size):
             batch = slice(at, at + args.batch_size)
@@ -250,16 +254,17 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     """A result: {row of the table, state, test and cold probabilities}. ids_name: of --ids."""
     codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
-    stranger = len(dataset.users) if args.fields != "attributes" else None
-    # With cold users the user is hidden in validation rows too, so that the epoch suits hidden users; val_*
-    # is then not comparable with test_*.
+    unknown_user = len(dataset.users) if args.fields != "attributes" else None
+    # Cold users have no training rows, so their own ids were never trained: they are evaluated as unknown.
+    # The users of validation rows are then hidden too, so that the epoch suits unknown users; val_* is then
+    # not comparable with test_*.
     has_cold = len(dataset.rows(COLD)) > 0
-    hidden = {VALIDATION: stranger, COLD: stranger} if has_cold else {}
+    hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
-    seeded(args.seed, repetition, 5)
+    seeded(args.seed, repetition, 5)  # of torch: first weights, dropout, the order of rows
     model = MODELS[model_name](fields).to(device)
-    facts, state = train(model, data[TRAIN], data[VALIDATION], stranger, args)
+    facts, state = train(model, data[TRAIN], data[VALIDATION], unknown_user, args)
     row = {"model": model_name, "ids": ids_name, "fields": args.fields, "seed": repetition, **facts}
     evaluated = {"test": TEST}  # looked at once, at the best validation epoch
     if has_cold:
@@ -276,7 +281,7 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     return {"row": row, "state": state, **probabilities}
 
 
-# -------- here the method ends; variants: nine more models
+# -------- here the method ends; variants: more models
 
 class PairRecommender(Recommender):
     """A Recommender that knows the P = F (F - 1) / 2 pairs of fields i < j."""
@@ -687,11 +692,6 @@ def show(summary, base_logloss):
 
 # -------- save
 
-def quantizer_of(run):
-    """By which quantizer stage 03 made the bank of userip."""
-    return load(run, "quantize.json", ("quantizer",))["quantizer"]
-
-
 def save(args, dataset, inputs, files):
     """Write results.json, models and predictions from files {(model, name of ids, repetition): path}.
 
@@ -715,17 +715,20 @@ def save(args, dataset, inputs, files):
                 "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
         is_real_bank = ids_name != "none" and bank_name(ids_name) == ids_name
         if is_real_bank and row["best_epoch"] <= 2:
-            print(f"WARNING: {model} with {ids_name} ids, seed {repetition}, was best in epoch "
+            print(f"WARNING: {model} with {ids_name} ids, repetition {repetition}, was best in epoch "
                   f"{row['best_epoch']}: it hardly learned what codes and items have to do with each other; "
-                  "another --lr or more data may help")
+                  "a smaller --lr, more --user-dropout or more data may help")
+    quantizer = None  # by which 03 made the bank of userip
+    if "userip" in args.ids:
+        quantizer = load(args.run, "quantize.json", ("quantizer",))["quantizer"]
     labels = dataset.rows(TEST)[:, 2]
     summary = summarize(rows)
     base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
     save_json(args.run / "results.json", {
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
-        "quantizer": quantizer_of(args.run) if "userip" in args.ids else None,
-        "dataset_fingerprint": dataset.fingerprint(), "command": "python " + " ".join(sys.argv),
+        "quantizer": quantizer, "dataset_fingerprint": dataset.fingerprint(),
+        "command": "python " + " ".join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
     return summary, base_logloss

@@ -42,7 +42,8 @@ from tqdm import tqdm
 
 # Splits. Cold users are unknown to the recommender: their training rows are SUPPORT, all their others COLD.
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
-SEEN = (TRAIN, SUPPORT)  # what may be looked at by stage 02 and by the control codes of tools/controls.py
+SPLITS = ("train", "validation", "test", "support", "cold")
+SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and every control that stands beside it, may look at
 RANK = int(os.getenv("RANK", 0))
 RANKS = int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
@@ -53,15 +54,16 @@ SMALL = 20_000_000  # parameters; below, a second thread gains nothing
 
 @dataclass
 class Field:
-    """A feature of a CTR model: ids 0 to size - 1 in `width` columns; the id `size` is unknown, or padding.
+    """A feature of a CTR model: ids 0 to size - 1; the id `size` is unknown.
 
+    columns: how many ids of it a row has; of more than one the field is the mean, and `size` is padding.
     vectors: optional float (size, n), for one column: an id then stands for its row, projected to D, and
     there is no id `size`.
     """
 
     name: str
     size: int
-    width: int = 1
+    columns: int = 1
     vectors: torch.Tensor | None = None
 
 
@@ -75,27 +77,28 @@ class FieldEmbedding(nn.Module):
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
         self.fields = fields
-        # All fields share one table and one lookup. A field of vectors uses one row of it, which is not read.
-        has_table = [field.vectors is None for field in fields]
-        widths = [field.width for field in fields]
-        rows = [1 + (field.size if learned else 0) for field, learned in zip(fields, has_table)]
+        # All fields share one table and one lookup. A field of vectors has a single row in it, whose lookup
+        # is thrown away.
+        learned = [field.vectors is None for field in fields]
+        columns = [field.columns for field in fields]
+        rows = [field.size + 1 if own else 1 for field, own in zip(fields, learned)]
         starts = np.cumsum([0] + rows)
         # Both (columns,): the row at which a column's field begins; 1, or 0 for a column of vectors.
-        offsets = torch.tensor(np.repeat(starts[:-1], widths))
-        is_learned = torch.tensor(np.repeat(has_table, widths))
+        offsets = torch.tensor(np.repeat(starts[:-1], columns))
+        is_learned = torch.tensor(np.repeat(learned, columns))
         self.register_buffer("offsets", offsets.long(), persistent=False)
         self.register_buffer("is_learned", is_learned.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row starts at 0. User dropout trains it for unknown users; padding does not count,
-        # and gives it no gradient, nor does the AFN model of stage 04.
+        # A field's last row, of the id `size`, starts at 0. Unknown users have it: stage 04 trains it on rows
+        # whose user it hides. In a field of several columns it is padding, which forward() leaves out.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
                 self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
-        self.plain = all(has_table) and max(widths) == 1
+        self.plain = all(learned) and max(columns) == 1
 
     def forward(self, ids):
         embedded = self.table(ids * self.is_learned + self.offsets)  # Shape: (B, columns, D)
@@ -105,11 +108,11 @@ class FieldEmbedding(nn.Module):
         end = 0
         for field in self.fields:
             column = end
-            end = end + field.width
+            end = end + field.columns
             if field.vectors is not None:
                 vectors = getattr(self, f"vectors_{field.name}")
                 part = self.projections[field.name](vectors[ids[:, column]])
-            elif field.width > 1:
+            elif field.columns > 1:
                 present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
                 part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
             else:
@@ -268,7 +271,7 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-# How the names of folders begin that hold unfinished work, a file for each piece: 02, 04, tools/recsysllm.py.
+# Folders of unfinished work, of 02, 04 and tools/recsysllm.py, begin so; each holds a file a finished piece.
 UNFINISHED = ("blocks-", "rows-", "epochs-")
 
 
@@ -350,7 +353,12 @@ def remedy(run, name):
     if Path(run).name.startswith(UNFINISHED):  # a piece, which is made again
         return "run the same command again"
     makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
-    return f"run: python {makers[0]} --run {run}" if makers else "run the same command again"
+    if not makers:
+        return "run the same command again"
+    was_prepared = any((Path(run) / f"{kept}.json").exists() for kept in ("dataset", "users", "items"))
+    if makers[0].startswith("01") and was_prepared:  # without its flags 01 would put the demo in its place
+        return f"run {makers[0]} --run {run} again, with the flags of the first time"
+    return f"run: python {makers[0]} --run {run}"
 
 
 def load(run, name, keys=()):
@@ -364,7 +372,9 @@ def load(run, name, keys=()):
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
-        wrong = lacks(value, keys)
+        there = value if isinstance(value, dict) else {}
+        lacking = [key for key in keys if key not in there]
+        wrong = f"lacks {', '.join(lacking)}" if lacking else None
     except Exception as error:  # in many ways
         wrong = f"cannot be read: {error}"
     if wrong:
@@ -372,13 +382,6 @@ def load(run, name, keys=()):
             path.unlink()  # a piece is made again
         raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value
-
-
-def lacks(value, keys):
-    """What to say of a dict without some of these keys; None where all are there or none is wanted."""
-    there = value if isinstance(value, dict) else {}
-    lacking = [key for key in keys if key not in there]
-    return f"lacks {', '.join(lacking)}" if lacking else None
 
 
 def fingerprint(*parts):
@@ -731,7 +734,7 @@ def count_parameters(model):
 ANCHORS = (" 1", " a", "\n", " ;")  # what may stand before a text while it is encoded
 
 
-def pieces_of(tokenizer, texts, anchors=ANCHORS):
+def pieces_of(tokenizer, texts):
     """Token ids of each text as it stands in the middle of a sentence.
 
     Encoded alone, sentencepiece puts a space before a text. So an anchor and the text are encoded together,
@@ -739,9 +742,9 @@ def pieces_of(tokenizer, texts, anchors=ANCHORS):
     a digit is merged by few.
     """
     found = []
-    before = [tokenizer.encode(anchor, add_special_tokens=False) for anchor in anchors]
+    before = [tokenizer.encode(anchor, add_special_tokens=False) for anchor in ANCHORS]
     for text in texts:
-        for anchor, ids_before in zip(anchors, before):
+        for anchor, ids_before in zip(ANCHORS, before):
             ids = tokenizer.encode(anchor + text, add_special_tokens=False)
             if ids[:len(ids_before)] == ids_before:
                 found.append(ids[len(ids_before):])
@@ -889,6 +892,15 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
     return lost
 
 
+def new_tiny(vocabulary, width, longest):
+    """A GPT-2 of random weights whose window holds two texts of the longest length."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=vocabulary, n_positions=max(512, 2 * longest), n_embd=width, n_layer=2, n_head=4,
+        activation_function="gelu_pytorch_tanh", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+        bos_token_id=None, eos_token_id=None))
+
+
 def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
     """AdamW, a one-cycle step size, batches of like length."""
     by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()
@@ -916,29 +928,32 @@ def train_tiny(dataset, folder, length, args):
     prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
     key = fingerprint(items, prompts, dataset.task_prompt, [
         args.seed, args.history, TINY_FIT, LIKING, length, width, vocabulary, count])
-    with contextlib.suppress(UserError):
-        if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
-            load_language_model(str(folder), torch.float32, torch.device("cpu"))  # it opens, so it is whole
-            return
+    if is_kept(folder, key):
+        return
     traits = [Trait(profile, items) for profile in dataset.profiles]
     if not any(trait.words for trait in traits):
         raise UserError("no item has a value for any profile", "items.json", "take --lm gpt2")
-    from transformers import GPT2Config, GPT2LMHeadModel
     rng = seeded(args.seed, 2)
     rated = args.history == "rated"
     sentences = make_sentences(traits, items, count, length, rng, rated)
     tokenizer = tiny_tokenizer(traits, dataset.task_prompt, sentences, vocabulary)
     ids, targets, _ = encode_sentences(tokenizer, traits, dataset.task_prompt, sentences)
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=width, n_layer=2,
-        n_head=4, activation_function="gelu_pytorch_tanh", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=None, eos_token_id=None))
+    model = new_tiny(len(tokenizer), width, ids.shape[1])
     print(f"training the tiny LM of {count_parameters(model):,d} parameters on {len(ids):,d} sentences")
     fit_tiny(model, ids, targets, rng)
     fresh = make_sentences(traits, items, 400, length, rng, rated)
     save_tiny(folder, model.eval(), tokenizer, {
         "fingerprint": key, "parameters": count_parameters(model),
         "sensitivity": sensitivity(model, tokenizer, traits, dataset.task_prompt, fresh, rng)})
+
+
+def is_kept(folder, key):
+    """Does the folder hold the tiny LM of this key, whole?"""
+    with contextlib.suppress(UserError):  # what is missing or damaged is made again
+        if load(folder, "tiny.json", ("fingerprint",))["fingerprint"] == key:
+            load_language_model(str(folder), torch.float32, torch.device("cpu"))
+            return True
+    return False
 
 
 def save_tiny(folder, model, tokenizer, facts):

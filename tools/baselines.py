@@ -127,7 +127,7 @@ def kar_text(world, histories, answer):
 def save_theta(world, theta):
     """RUN/kar: stage 01's files, the tiny LM and KAR's theta in the whole space, as 02 would have left it."""
     space = infer.whole_space(world.space)
-    z = space.z(torch.from_numpy(theta).to(world.device)).cpu().numpy()
+    z = space.project(torch.from_numpy(theta).to(world.device)).cpu().numpy()
     run = world.args.run / "kar"
     changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None,
                "space_fingerprint": infer.space_fingerprint(space)}

@@ -160,7 +160,10 @@ class Explainer:
         sharing = int((self.bank[:, m] == code).sum())
         share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
         near = self.words_of(z, m)[0][:4]
-        moved = f"{near[0]}, by {np.linalg.norm(z):.2f} of the words' spread; then {' | '.join(near[1:])}"
+        # How far theta lies from the mean user, in units of how far the words lie from their mean.
+        of_words = (self.space.vectors[m] - self.space.words_mean[m]).norm(dim=1).mean()
+        distance = float((torch.as_tensor(z) @ self.space.basis[m]).norm() / of_words)
+        moved = f"{near[0]}, {distance:.0%} of a word's distance; then {' | '.join(near[1:])}"
         return [*lines, f"    theta moved towards {moved}",
                 "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),
                 f"    {'code ' + str(code):19s} {self.names[m][code]}, {share}",

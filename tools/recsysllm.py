@@ -636,10 +636,8 @@ def train_tiny(dataset, folder, args):
     prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
     sizes = [width, vocabulary, count, common.TINY_FIT, common.LIKING]
     key = common.fingerprint(items, prompts, leads, [str(wordings), args.seed, args.titles, sizes])
-    with contextlib.suppress(common.UserError):  # what is missing or damaged is made again
-        if common.load(folder, "tiny.json", ("fingerprint",))["fingerprint"] == key:
-            common.load_language_model(str(folder), torch.float32, torch.device("cpu"))
-            return
+    if common.is_kept(folder, key):
+        return
     rng = common.seeded(args.seed, 26)
     people = common.make_sentences(traits, items, count, args.titles, rng, rated=True)
     said = []  # in each wording, its people: (words, texts)
@@ -655,11 +653,7 @@ def train_tiny(dataset, folder, args):
         rows += [row[real] for row, real in zip(ids, targets != -100)]
     ids = nn.utils.rnn.pad_sequence(rows, True, 0)
     targets = nn.utils.rnn.pad_sequence(rows, True, -100)
-    from transformers import GPT2Config, GPT2LMHeadModel
-    model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=len(tokenizer), n_positions=max(512, 2 * ids.shape[1]), n_embd=width, n_layer=2, n_head=4,
-        activation_function="gelu_pytorch_tanh", resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
-        bos_token_id=None, eos_token_id=None))
+    model = common.new_tiny(len(tokenizer), width, ids.shape[1])
     print(f"training a tiny LM that knows verdicts on {len(ids):,d} sentences")
     common.fit_tiny(model, ids, targets, rng)
     common.save_tiny(folder, model.eval(), tokenizer, {"fingerprint": key})

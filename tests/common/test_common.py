@@ -198,7 +198,7 @@ def test_gauc_is_the_auc_within_a_user_weighted_by_his_rows(rounded):
     assert common.gauc(np.arange(4), np.array([0, 1, 1, 0]), np.arange(4.0)) is None
 
 
-MANY = [Field("user", 4), Field("genres", 5, width=3), Field("item", 6)]
+MANY = [Field("user", 4), Field("genres", 5, columns=3), Field("item", 6)]
 
 
 def test_a_many_valued_field_is_the_mean_of_its_values_and_padding_is_never_trained():
@@ -243,13 +243,13 @@ def test_the_unknown_id_of_a_single_valued_field_is_trained_where_it_is_met(pena
 def test_unseen_ids_are_0_and_no_two_fields_share_a_row(fields):
     torch.manual_seed(0)
     embed = FieldEmbedding(fields, 3)
-    unseen = torch.tensor([[field.size for field in fields for _ in range(field.width)]])
+    unseen = torch.tensor([[field.size for field in fields for _ in range(field.columns)]])
     assert not embed(unseen).any()
     rows = set()
     for at, field in enumerate(fields):
         for value in range(field.size):
-            ids = [other.size for other in fields for _ in range(other.width)]
-            ids[sum(other.width for other in fields[:at])] = value
+            ids = [other.size for other in fields for _ in range(other.columns)]
+            ids[sum(other.columns for other in fields[:at])] = value
             out = embed(torch.tensor([ids]))[0]
             assert out[at].any() and not np.delete(out.detach().numpy(), at, axis=0).any()
             rows.add(tuple(out[at].tolist()))

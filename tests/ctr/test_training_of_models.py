@@ -520,7 +520,7 @@ def test_an_item_of_many_values_has_them_all(world):
     fields, lookup = ctr.build_features(
         dataclasses.replace(dataset, items=items), "ids+attributes", None, None
     )
-    assert [(field.name, field.size, field.width) for field in fields[2:]] == [("item_hobby", 3, 3)]
+    assert [(field.name, field.size, field.columns) for field in fields[2:]] == [("item_hobby", 3, 3)]
     ids = lookup(np.zeros(5, int), np.array([0, 1, 2, 3, len(items)]))[:, 2:].tolist()
     assert [sorted(row) for row in ids] == [[0, 1, 3], [2, 3, 3], [3, 3, 3], [0, 1, 2], [3, 3, 3]]
 

@@ -229,11 +229,15 @@ def test_without_signal_a_planted_type_is_not_even_more_generous():
 
 
 @pytest.mark.parametrize("year, word", [
-    (1899, "twenties"), (1922, "twenties"), (1930, "thirties"), (1939, "thirties"), (1940, "forties"),
+    (1922, "twenties"), (1930, "thirties"), (1939, "thirties"), (1940, "forties"),
     (1955, "fifties"), (1969, "sixties"), (1970, "seventies"), (1989, "eighties"), (1990, "nineties"),
     (1999, "nineties"), (2000, "noughties"), (2019, "twenty-tens")])
 def test_an_era_is_one_word_for_ten_years(year, word):
-    assert prepare.era_of(year) == word
+    assert prepare.era_of(year) == [word]
+
+
+def test_a_year_of_another_century_or_none_has_no_era():
+    assert [prepare.era_of(year) for year in (1895, 1919, 2030, None)] == [[], [], [], []]
 
 
 def test_movielens_genres_are_those_flagged(tmp_path):

@@ -430,7 +430,7 @@ def test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays(inferred, t
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
     before = (run / "quantize.json").read_bytes()
     monkeypatch.setitem(quantize.QUANTIZERS, "fewer", Fewer)
-    with pytest.raises(common.UserError, match="a code is not a finite number .--quantizer fewer."):
+    with pytest.raises(common.UserError, match="a code vector is not finite .--quantizer fewer."):
         call_stage(quantize, "--run", run, "--quantizer", "fewer")
     assert (run / "quantize.json").read_bytes() == before
 
