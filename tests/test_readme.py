@@ -13,17 +13,19 @@ import common
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+CLASSROOM = (ROOT / "tests" / "assignments" / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ["01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py"]
 OTHERS = [*(f"tools/{name}.py" for name in ("baselines", "controls", "explain", "figures", "lm_both",
                                             "recsysllm", "score", "tables")),
-          *(f"tests/bench/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare"))]
+          *(f"tests/bench/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare")),
+          "tests/mutants.py"]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help",
            "--no-deps"}
 
 
 def test_every_flag_they_name_exists():
     offered = "".join(ok(fork_stage(name, "--help")).stdout for name in (*SCRIPTS, *OTHERS))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT + PAGE)) - FOREIGN
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", TEXT + PAGE + CLASSROOM)) - FOREIGN
     assert len(named) > 20 and not [flag for flag in named if not re.search(rf"{flag}[\s,\]]", offered)]
 
 
@@ -98,12 +100,12 @@ def test_the_code_it_quotes_is_the_code():
             assert at, (name, line)
 
 
-SWAPS = re.findall(r"```python\n# swap (.*?): python mine\.py ?(.*?)\n(.*?)```", TEXT, re.S)
+SWAPS = re.findall(r"```python\n# swap (.*?): python mine\.py ?(.*?)\n(.*?)```", CLASSROOM, re.S)
 
 
 def test_every_part_has_an_example_of_a_swap():
     assert [part for part, *_ in SWAPS] == ["the prompt", "the mask", "the LLM", "the quantizer",
-                                            "the recommender"]
+                                            "the recommender", "the data set"]
 
 
 @pytest.mark.parametrize("part, flags, code", SWAPS, ids=[part for part, *_ in SWAPS])
@@ -113,11 +115,22 @@ def test_a_part_can_be_swapped_as_it_says(part, flags, code, inferred, lm_folder
     (tmp_path / "mine.py").write_text(code.replace("runs/demo/lm-tiny", str(lm_folders["gpt2"])))
     lm = [] if "--lm" in flags else ["--lm", lm_folders["gpt2"]]
     small = {"prompt": [*lm, "--steps", 3], "mask": [*lm, "--steps", 3], "LLM": ["--steps", 3],
-             "quantizer": [], "recommender": ["--seeds", 1, "--epochs", 2]}
+             "quantizer": [], "recommender": ["--seeds", 1, "--epochs", 2], "data set": []}
+    (tmp_path / "plays").mkdir()
+    plays = "".join(f"{user}\t{artist}\t{3 * user % 17 * artist + 1}\n"
+                    for user in range(1, 31) for artist in range(1, 16))
+    (tmp_path / "plays" / "plays.tsv").write_text("user\tartist\tplays\n" + plays)
+    artists = "".join(f"{artist}\tBand {artist}\t{'rock|indie' if artist % 2 else 'unknown'}\n"
+                      for artist in range(1, 16))
+    (tmp_path / "plays" / "artists.tsv").write_text("artist\tname\ttags\n" + artists)
     ok(fork_stage(tmp_path / "mine.py", "--run", run, *flags.split(), *small[part.removeprefix("the ")],
                   cwd=tmp_path))
     if "recommender" in part:
         assert json.loads((run / "results.json").read_text())["rows"][0]["model"] == "wide_deep"
+    elif "data set" in part:
+        dataset = common.load_dataset(run)
+        assert len(dataset.users) == 30 and dataset.items[0]["title"] == "Band 1"
+        assert dataset.profiles[0]["words"] == {"indie": 8, "rock": 8}
     else:
         changed = "feature_bank.npy" if "quantizer" in part else "profiles.npy"
         assert (run / changed).read_bytes() != (inferred / changed).read_bytes()
@@ -145,7 +158,7 @@ def test_the_bank_joins_to_a_table_of_ones_own_as_it_says(inferred, tmp_path):
 
 
 def test_every_file_and_place_they_link_to_exists():
-    for text, folder in ((TEXT, ROOT), (PAGE, ROOT / "docs")):
+    for text, folder in ((TEXT, ROOT), (PAGE, ROOT / "docs"), (CLASSROOM, ROOT / "tests" / "assignments")):
         for target in re.findall(r"\]\(([^)#\s]+)\)", text):
             assert target.startswith("http") or (folder / target).exists(), target
         titles = [line.lstrip("# ") for line in text.split("\n") if line.startswith("#")]
@@ -155,7 +168,7 @@ def test_every_file_and_place_they_link_to_exists():
 
 def test_lines_of_the_lesson_are_short():
     fence, long = False, []
-    for line in TEXT.split("\n"):
+    for line in [*TEXT.split("\n"), *CLASSROOM.split("\n")]:
         fence ^= line.startswith("```")
         long += [line] if len(line) > 120 and not fence and not line.startswith("|") else []
     assert not long
