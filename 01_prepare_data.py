@@ -426,7 +426,7 @@ def parse_arguments():
     add("--hobby-col", help="column of the hobby's values")
     add("--background-col", help="column of the background's values")
     add("--item-id-col", help="column of the item in --items-file (default: --item-col)")
-    add("--value-sep", default="|", help="between values of one cell")
+    add("--value-sep", default="|", help="between values of one cell; a comma cuts no number (1,5)")
     args = parser.parse_args()
     args.value_sep = args.value_sep.replace("\\t", "\t")
     if args.dataset == "csv" and not args.ratings_file:
@@ -466,7 +466,7 @@ def rating(user, item, value, time=0, low=1.0, high=5.0):
     """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
     value = float(value)
     time = float(time or 0)
-    if not (low <= value <= high and abs(value) < 1e30 and math.isfinite(time)):
+    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
         raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
     return raw_id(user), raw_id(item), value, time
 
@@ -480,7 +480,7 @@ def csv_rating(user, item, value, time=""):
     """rating() on any scale. The number may have a decimal comma; the time is seconds or an ISO date."""
     value = {"true": "1", "false": "0"}.get(value.lower(), value)
     number = r"[-+]?(\d+([.,]\d*)?|[.,]\d+)([eE][-+]?\d+)?"
-    if not re.fullmatch(number, value) or re.search(r"[1-9]\d*,\d{3}$", value):  # 1,234: a thousand or one?
+    if not re.fullmatch(number, value) or re.search(r",\d{3}$", value):  # 1,234 may be a thousand or one
         raise ValueError(f"{value!r:.40} is no rating")
     time = "" if time.strip().lower() in MISSING else time.strip()
     try:
@@ -492,7 +492,7 @@ def csv_rating(user, item, value, time=""):
             raise ValueError(f"time {time!r:.40} is neither seconds nor an ISO date like 2020-12-31; convert "
                              "it or leave --time-col out") from None
         seconds = (date if date.tzinfo else date.replace(tzinfo=datetime.timezone.utc)).timestamp()
-    return rating(user, item, value.replace(",", "."), seconds, -math.inf, math.inf)
+    return rating(user, item, value.replace(",", "."), seconds, -1e30, 1e30)
 
 
 def collect(rows, profiles, task_prompt):
@@ -597,6 +597,7 @@ MAX_BAD = 0.01  # share of bad records to skip; a larger one is an error
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 LONGEST_ID = 200  # characters of a raw id
+NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"  # 1,5  1,234.50  1.234,50
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
            "nat"}  # what exports write where there is nothing
@@ -841,9 +842,9 @@ def clean_text(text):
 def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
-    if text.lower() in MISSING or re.fullmatch(r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?", text):
+    if text.lower() in MISSING or re.fullmatch(NUMBER, text):
         parts = [text]  # not to be split: n/a under the separator /, 1,5 and 1,234 under a comma
-    elif re.fullmatch(r"""\[.*\]|\{.*\}|\(\s*['"].*['"],?\s*\)|\([^()]*,[^()]*\)""", text, re.S):
+    elif is_list(text):
         parts = listed_values(text)
     else:
         parts = text.split(separator)
@@ -855,6 +856,22 @@ def values_of(cell, separator):
         if value not in MISSING:
             values[value] = True
     return list(values)
+
+
+def is_list(text):
+    """Did a program write a list, a tuple, a set or an array here? (comedy)|(drama) and (5) are none."""
+    ends = text[:1] + text[-1:]
+    if ends not in ("[]", "()", "{}"):
+        return False
+    try:
+        return isinstance(ast.literal_eval(text), (list, tuple, set, dict, str))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass  # as numpy and JSON write them, or without quotation marks
+    depth = 0
+    for place, char in enumerate(text):
+        depth += (char == ends[0]) - (char == ends[1])
+        if not depth:  # here the first bracket closes
+            return place == len(text) - 1 and (ends != "()" or "," in text)
 
 
 def listed_values(text):

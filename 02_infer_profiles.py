@@ -13,12 +13,12 @@ only; the task and y see all before them. Five steps, put together by solve():
     wide.task = fit_task           what all users share, the format of the text, is learned as soft tokens
     wide_z = descend(wide)         each user's theta is found by gradient descent in all its d coordinates
     space = squeeze(wide, wide_z)  the r directions in which some 256 users differ most, and their mean
-    z = space.project(theta)       where every user lies along these directions, shrunk: this is kept
+    z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r directions of a Space (during the descent the d coordinates
-of an embedding, afterwards --rank principal directions), T tokens of D_task; B users of a block, H tokens of
-their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences. Note: what
-is easily overlooked.
+of an embedding, or --space words; afterwards --rank principal directions), T tokens of D_task; B users of a
+block, H tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's
+differences. Note: what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Helpers
@@ -67,7 +67,7 @@ LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 @dataclass
 class Segment:
-    """A run of tokens. kind: begin, name, theta, task or history; profile: whose name or theta it is."""
+    """A run of tokens. kind: begin, name (x^m), theta, task or history; profile: m, where it is of one."""
 
     kind: str
     ids: list  # of a theta: [0], which holds its place
@@ -80,9 +80,9 @@ def prompt_segments(tokenizer, dataset):
     first = tokenizer.encode("any text")[0]
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: all may see it: it is the same for everybody
-    names = pieces_of(tokenizer, [profile["prompt"] for profile in dataset.profiles])  # without begin tokens
-    for m, name in enumerate(names):
-        segments.append(Segment("name", name, m))
+    sentences = [profile["prompt"] for profile in dataset.profiles]
+    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # without begin tokens
+        segments.append(Segment("name", ids, m))
         segments.append(Segment("theta", [0], m))
     segments.append(Segment("task", pieces_of(tokenizer, [dataset.task_prompt])[0]))
     return segments
@@ -201,7 +201,7 @@ class ProfileLikelihood:
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
-            elif segment.kind == "task":  # the first of several takes the first rows of task
+            elif segment.kind == "task":  # of several segments, which a prompt may have, in their order
                 part = task[:len(segment.ids)].expand(len(theta), -1, -1)  # Shape: (B, tokens, d)
                 task = task[len(segment.ids):]
             else:
@@ -224,7 +224,7 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        def user_nll(theta, task):  # Note: ScaledGradient differentiates by its arguments alone
+        def user_nll(theta, task):  # both are arguments: ScaledGradient, below, differentiates by these
             # The state before each history token predicts it. Shape: (B, H, d)
             states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
             is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
@@ -264,7 +264,7 @@ class Space:
 
     def nearest(self, vectors, m):
         """z (n, r) of the points of profile m's space nearest to vectors (n, d)."""
-        squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # 0 where words span fewer directions
+        squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # 0 where --space words fills up
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def project(self, theta):
@@ -284,10 +284,10 @@ class Space:
 def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
-    A word of several tokens is the mean of its tokens. It weighs the root of its count, halfway from all
-    words alike to the commonest alone; words of the LLM's own weigh all the same. The words' mean is the
-    origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the mean
-    (root mean square over words and coordinates; a whole word lies sqrt(d) spreads away).
+    A word of several tokens is the mean of its tokens. It weighs the root of how many items have it, between
+    all words alike and as often as they occur; words of the LLM's own weigh all the same. The words' mean is
+    the origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the
+    mean (root mean square over words and coordinates; a whole word lies sqrt(d) spreads away).
     """
     origins = []
     bases = []
@@ -316,10 +316,11 @@ def squeeze(space, wide_z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
     wide_z (n, M, d): these users in the space of the descent. Note: d coordinates also fit what a few titles
-    ask for by chance. We take it that chance alone varies z along the direction at NOISE_AT, and as much
-    along every other. Of the variance v of a direction only v - noise is then about users, so z is shrunk by
-    1 - noise / v (the form of probabilistic PCA, Tipping and Bishop 1999, with another noise). Titles that
-    were not seen become likelier. Of 17 users or fewer nothing is shrunk. DEVIATION(4).
+    ask for by chance. We assume that the direction at NOISE_AT (or, if more are kept, the first that is not)
+    is chance alone, and that chance gives every direction this variance, noise. Of the variance v of a
+    direction only v - noise is then about users, and z is multiplied by 1 - noise / v (the form of
+    probabilistic PCA, Tipping and Bishop 1999, with another noise). Titles that were not seen become
+    likelier. So few users that there is no such direction are not shrunk. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
     _, singular, directions = torch.linalg.svd((wide_z - mean).transpose(0, 1), full_matrices=False)
@@ -354,8 +355,8 @@ def fit_task(likelihood, space, histories, args):
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # What is shared may not take more histories through the LLM than the users' own descent does: 300 users
-    # of 3 steps leave 37 of the 48.
+    # No more histories get a gradient here than in the users' own descent: 300 users in 3 steps are as many
+    # as 37 steps of 24 users, of the 48 that --task-steps allows.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -388,7 +389,7 @@ def descend(likelihood, space, ids, lengths, args):
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size of their own, one for all profiles. In the first step the
-    coordinate of the largest gradient moves by --lr, which no coordinate ever exceeds; a later step goes to
+    coordinate of the largest gradient moves by --lr, the most for any in one step; a later step goes to
     where the curvature along the last move puts the minimum (Barzilai and Borwein 1988). Where a step would
     raise a user's loss, the user stays, keeps the gradient, and tries half the step size next.
     """
@@ -584,9 +585,9 @@ def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
 
 
 def first_blocks(blocks):
-    """Numbers of the blocks, of long and of short histories, that hold about DIRECTION_USERS users.
+    """Numbers of the blocks, of long and of short histories, that hold some DIRECTION_USERS users.
 
-    Three blocks at least, where there are so many: one block alone has histories of one length.
+    Three blocks at least, however large, where there are so many: one alone has histories of one length.
     """
     users = sum(len(block) for block in blocks)
     share = min(1.0, DIRECTION_USERS / max(1, users))
@@ -1037,7 +1038,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
-    work = args.run / f"blocks-{fingerprint(settings, blocks, list(old_rows))[:12]}"
+    work = args.run / f"blocks-{fingerprint(settings, blocks, first_blocks(blocks), list(old_rows))[:12]}"
     if not (args.users or args.fresh or work.exists()) and is_done(args.run, settings):
         print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return

@@ -6,7 +6,7 @@
     L     = l_llm + alpha l_vec                               Eq. (7)
 
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
-profile, c_m the user's code, which is the number of one; v_c^m is the code vector of this number. y: whether
+profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether
 the user liked item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a
 value through which no gradient flows. theta and v are held by their coordinates z in the space of stage 02:
 theta = origin + z basis, whose unit is the words' spread. DEVIATION(k): row k of README's differences.
@@ -111,10 +111,10 @@ class Surrogate(nn.Module):
 
 
 def first_codebooks(z, sizes, start, seed, word_z=None):
-    """M codebooks (K_m, r): k-means over z (users, M, r), or U(-1/K, 1/K). DEVIATION(6).
+    """M codebooks (K_m, r): k-means over z (users, M, r), or uniform in +-1/K. DEVIATION(6).
 
-    word_z: M tensors (n_words, r), the words' own z, the most frequent word first. With start "words" k-means
-    begins at the first K_m of them; where these are too few, and with "kmeans", by k-means++.
+    word_z: M tensors (n_words, r), the words' own z, the most frequent word first. Start "words": k-means
+    begins at the first K_m of them; "kmeans", or too few words: by k-means++.
     """
     codebooks = []
     for m, size in enumerate(sizes):
@@ -133,10 +133,10 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
 # -------- loss and train
 
 def vec_loss(z, user_rows, vq_layers, surrogate, beta):
-    """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers), means over users.
+    """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers).
 
-    z (B, M, r); user_rows: B arrays (n_u, 3) user, item, label, over which the recommender's part is a sum;
-    vq_layers: M VectorQuantizers.
+    Sums over a user's profiles or rows, then means over users. z (B, M, r); user_rows: B arrays (n_u, 3) of
+    user, item, label; vq_layers: M VectorQuantizers.
     """
     of_profile = []
     codebook_terms = 0.0  # of each user, (B,)
@@ -190,8 +190,8 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
-            # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient;
-            # codebooks and surrogate have l_vec alone, and Adam hardly notices the scale of a loss.
+            # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient
+            # alone: codebooks and surrogate have l_vec only, whose scale Adam hardly notices.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
@@ -221,7 +221,7 @@ class KMeans:
 
     assigns = "nearest"  # as --assign: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # M tensors (K_m, ...) of what else assign() needs; of SoftCodeEM log pi (K_m,)
+    log_weights = None  # of some variants: M tensors (K_m, ...) that assign() needs, as a code's log prior
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem  # a Problem: z, who has one, data set, Space
@@ -263,7 +263,7 @@ class JointVQ(KMeans):
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
             add_llm_gradient = self.open_llm_loss()
-        rng = seeded(args.seed, 6)  # Note: torch's too; 6 tells these draws from others of this seed
+        rng = seeded(args.seed, 6)  # seeds torch too; 6 keeps these draws apart from others of --seed
         vq_layers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         n_users, n_profiles, rank = z.shape
         surrogate = Surrogate(n_users, len(problem.dataset.items), n_profiles, rank).to(device)
@@ -275,14 +275,16 @@ class JointVQ(KMeans):
             warm_up(surrogate, np.concatenate(user_rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         users = np.flatnonzero(problem.inferred)
         log = train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng)
-        # Note: stage 02's file stays; a new user is assigned by the z that 02 infers.
+        # Note: profiles.npy stays as it is, so a new user is assigned by a z that was not moved.
         problem.z = z.cpu().numpy()
         self.books = [layer.codebook.detach().cpu() for layer in vq_layers]
         return self.assign(), log
 
     def open_llm_loss(self):
-        """A function (z (B, M, r), users (B,)) -> l_llm and the prior, a mean over users, that adds its
-        gradient to z.grad. Block by block: a graph of all would not fit."""
+        """A function of (z (B, M, r), users (B,)): l_llm and the prior, a mean over users.
+
+        It also adds the gradient to z.grad, block by block: a graph of all would not fit into memory.
+        """
         likelihood, histories, space, _ = self.problem.open_likelihood(self.device)
         budget = infer.token_budget_of(likelihood)
         prior = self.problem.facts["prior"]
@@ -291,7 +293,7 @@ class JointVQ(KMeans):
             total = 0.0
             some = [histories[user] for user in users]
             for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):  # by tokens alone
-                # Eq. (4) and the prior, DEVIATION(4)
+                # Eq. (4), and the prior of stage 02
                 nll = likelihood(space.theta(z[block]), *infer.pad(some, block, self.device))
                 loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
                 (loss.sum() / len(users)).backward()

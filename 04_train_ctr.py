@@ -1,10 +1,10 @@
 """Stage 04: train recommenders with the feature bank's codes as sparse features. Paper: sections 2.5, 3.
 
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
-    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9) and its second term
+    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), DEVIATION(1)
 
-i is the item's id, c_m the user's code of profile m, E_obs the other fields: the user's id and, by --fields,
-the item's attributes. No LLM is loaded: a user's profiles are M small integers.
+i is the item's id, c_m the user's code of profile m, E_obs the other fields: the user's id, the item's
+attributes or both (--fields). No LLM is loaded: a user's profiles are M small integers.
 
 --ids names what is compared, a row of the table each: `userip` (our codes), `none` (no codes), `random`
 (uniform codes), `shuffled` (our codes on other users), `planted` (the demo's truth) or NAME: your own
@@ -69,7 +69,7 @@ def attribute_table(dataset, name):
 def build_features(dataset, observed, codes, sizes, z=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns).
 
-    The numbers U and I stand for an unseen user and item. observed: of FIELDS. codes: None or int (U, M).
+    The numbers U and I stand for an unseen user and item. observed: --fields. codes: None or int (U, M).
     sizes: K_m. z: None, or theta's coordinates, float (U, M, r), in the place of codes.
     """
     user_numbers = np.arange(len(dataset.users) + 1)[:, None]
@@ -85,8 +85,8 @@ def build_features(dataset, observed, codes, sizes, z=None):
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # An unseen user has the unknown code K_m, an id like others: users without a history, where there are
-        # any, have it too and train it.
+        # An unseen user has the unknown code K_m. It is an id like others (hence size + 1), which users
+        # without a history, where there are any, train.
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
@@ -116,8 +116,8 @@ def rows_of(dataset, split, lookup, device, unknown_user=None):
 
 # -------- models: ids (B, columns) -> logits (B,)
 #
-# DCN, the paper's recommender, stands in common.py. B rows of a batch; a field has one column, or some of
-# which each holds one of an item's values. F fields, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i:
+# DCN, the paper's recommender, stands in common.py. B rows of a batch; a field has one column or, for the
+# several values of an item, one for each. F fields, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i:
 # field i's embedding; first order: b + sum_i w_i, where w_i is an embedding of width 1.
 
 class Recommender(nn.Module):
@@ -141,7 +141,7 @@ class Recommender(nn.Module):
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: times eight is a larger step size, for nothing else moves the logit.
+    Note: times eight makes the steps of the logit larger, and the L2 penalty weaker.
     """
 
     def __init__(self, fields):
@@ -235,7 +235,7 @@ def train(model, train_rows, validation_rows, unknown_user, args):
 
 
 def bank_name(ids_name):
-    """Whose codes a row takes: random and shuffled userip's, random-NAME and shuffled-NAME those of NAME."""
+    """The bank behind a row: userip of random and shuffled, NAME of random-NAME and shuffled-NAME."""
     control, _, name = ids_name.partition("-")
     return (name or "userip") if control in ("random", "shuffled") else ids_name
 
@@ -247,17 +247,16 @@ def codes_of(ids_name, banks, rng):
         return codes, sizes
     if ids_name.startswith("random"):  # as many codes, uniform: what a meaningless id does
         return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
-    return rng.permutation(codes), sizes  # the real counts on the wrong users
+    return rng.permutation(codes), sizes  # each user has another's real codes
 
 
 def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
-    """A result: {row of the table, state, test and cold probabilities}. ids_name: of --ids."""
+    """{row of the table, state, test and cold probabilities}. inputs: an Inputs; ids_name: of --ids."""
     codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     unknown_user = len(dataset.users) if args.fields != "attributes" else None
-    # Cold users have no training rows, so their own ids were never trained: they are evaluated as unknown.
-    # The users of validation rows are then hidden too, so that the epoch suits unknown users; val_* is then
-    # not comparable with test_*.
+    # Cold users' ids were never trained: they are evaluated as unknown. With cold users validation rows hide
+    # theirs too, so that the epoch suits unknown users, and val_* is not comparable with test_*.
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))

@@ -355,8 +355,8 @@ def remedy(run, name):
     makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
     if not makers:
         return "run the same command again"
-    was_prepared = any((Path(run) / f"{kept}.json").exists() for kept in ("dataset", "users", "items"))
-    if makers[0].startswith("01") and was_prepared:  # without its flags 01 would put the demo in its place
+    is_used = Path(run).is_dir() and any(path.suffix in READERS for path in Path(run).iterdir())
+    if makers[0].startswith("01") and is_used:  # without its flags 01 would put the demo in its place
         return f"run {makers[0]} --run {run} again, with the flags of the first time"
     return f"run: python {makers[0]} --run {run}"
 
@@ -950,7 +950,7 @@ def train_tiny(dataset, folder, length, args):
 def is_kept(folder, key):
     """Does the folder hold the tiny LM of this key, whole?"""
     with contextlib.suppress(UserError):  # what is missing or damaged is made again
-        if load(folder, "tiny.json", ("fingerprint",))["fingerprint"] == key:
+        if load(folder, "tiny.json", ("fingerprint", "sensitivity"))["fingerprint"] == key:
             load_language_model(str(folder), torch.float32, torch.device("cpu"))
             return True
     return False

@@ -656,7 +656,7 @@ def train_tiny(dataset, folder, args):
     model = common.new_tiny(len(tokenizer), width, ids.shape[1])
     print(f"training a tiny LM that knows verdicts on {len(ids):,d} sentences")
     common.fit_tiny(model, ids, targets, rng)
-    common.save_tiny(folder, model.eval(), tokenizer, {"fingerprint": key})
+    common.save_tiny(folder, model.eval(), tokenizer, {"fingerprint": key, "sensitivity": {}})
 
 
 def said_as(text, wording):

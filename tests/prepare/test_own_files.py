@@ -81,14 +81,18 @@ def test_a_cell_of_several_values_has_them_all(make, cell):
     ("[]", []), ("[{[]: 1}]", ["{[]: 1}"]), ("a | N/A", ["a"]),
     ("(no genres listed)", []), ("(Sub)urban | town", ["(sub)urban", "town"]), ("(5)", ["(5)"]),
     ("('Action')", ["action"]), ("('Rock (UK)', 'Pop')", ["rock (uk)", "pop"]), ("{'a': 5}", []),
-    ("(comedy)|(drama)", ["(comedy)", "(drama)"]), ("(indie) rock (uk)", ["(indie) rock (uk)"])])
+    ("(comedy)|(drama)", ["(comedy)", "(drama)"]), ("(indie) rock (uk)", ["(indie) rock (uk)"]),
+    ("[comedy]|[drama]", ["[comedy]", "[drama]"]), ("()", []), ("( )", []), ("(indie)", ["(indie)"]),
+    ("(Rock (UK), Pop)", ["rock (uk)", "pop"]), ("('Rock (UK)', None)", ["rock (uk)"]),
+    ("({'name': 'Drama'}, {'name': 'Comedy (dark)'})", ["drama", "comedy (dark)"]),
+    ('["Drama", null]', ["drama"])])
 def test_lists_that_programs_write_are_read_as_they_are_meant(cell, values):
     assert prepare.values_of(cell, "|") == values
 
 
 def test_a_separator_does_not_cut_what_means_missing_nor_numbers():
     assert prepare.values_of("N/A", "/") == []
-    for number in ("12,50", "1,234", "1,234,567.50", "7"):
+    for number in ("12,50", "1,234", "1,234,567.50", "1.234,50", "7"):
         assert prepare.values_of(number, ",") == [number]
     assert prepare.values_of("3,7,12", ",") == ["3", "7", "12"]
     assert prepare.values_of("1990,1991", ",") == ["1990", "1991"]
