@@ -158,7 +158,7 @@ STUDIES = {  # name: {variant: flags}
         "fixed task prompt": ablation("--task-steps 0"),
         "the words' space": ablation("--space words --prior 1"),
         "words of the LLM itself": ablation("", words=False),
-        "rank 1": ablation("--rank 1"), "rank 3": ablation("--rank 3"), "rank 8": ablation("--rank 8"),
+        "rank 1": ablation("--rank 1"), "rank 3": ablation("--rank 3"),
         "a prior": ablation("--prior 1"), "1 step": ablation("--steps 1"), "6 steps": ablation("--steps 6")},
     "real-ml-100k": {
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
@@ -171,8 +171,7 @@ STUDIES = {  # name: {variant: flags}
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
-ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ablations",
-             "real-ml-100k")
+ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ablations")
 TINY = "--lm tiny --rank 32 --alpha 64 --lr 0.005 --epochs 20 --test-users 400 --rows 1500"
 SMOL = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 80 --rows 300"
 FEW = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 12 --rows 200"
@@ -194,7 +193,8 @@ RECSYSLLM = {  # name: {variant: flags of 01, of 02 (None: no bank), of tools/re
         "tiny LM, causal mask": (ML, "--lm tiny", f"{TINY} --attention causal", 1),
         "SmolLM2": (f"{ML} --subsample-users 100", None, FEW, 1)},
 }
-FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines")  # of the data
+FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines",
+         "real-ml-100k")  # of the data
 
 
 # ---------------------------------------------------------------- run
