@@ -347,8 +347,10 @@ def test_every_bank_has_names_and_they_stand_in_the_csv(name, sparse, tmp_path):
     assert [user for user, *_ in lines] == common.load(run, "users.json")
 
 
-def test_a_code_of_the_words_that_were_asked_is_called_by_its_word(sparse, tmp_path):
+def test_a_code_of_the_words_that_were_asked_is_called_by_its_word(sparse, tmp_path, monkeypatch):
+    """Wherever the users' mean lies: no direction is looked at."""
     run = copy_run(sparse, tmp_path / "run")
+    monkeypatch.setattr(quantize, "name_codes", None)
     call_stage(quantize, "--run", run, "--quantizer", "words")
     found = [profile["words"] for profile in common.load(run, "quantize.json")["profiles"]]
     assert found == [list(profile["words"]) for profile in common.load(run, "dataset.json")["profiles"]]
