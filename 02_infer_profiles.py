@@ -587,11 +587,11 @@ def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
 def first_blocks(blocks):
     """Numbers of the blocks, of long and of short histories, that hold some DIRECTION_USERS users.
 
-    Three blocks at least, however large, where there are so many: one alone has histories of one length.
+    Two blocks at least, however large, the longest and the shortest: one alone has histories of one length.
     """
     users = sum(len(block) for block in blocks)
     share = min(1.0, DIRECTION_USERS / max(1, users))
-    count = min(len(blocks), max(3, math.ceil(share * len(blocks))))
+    count = min(len(blocks), max(2, math.ceil(share * len(blocks))))
     return sorted(set(np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()))
 
 

@@ -1343,7 +1343,7 @@ for added_to, mutants in {
         ("the words stay the origin", "origin=space.theta(mean[None])[0]",
          "origin=space.origin",
          "test_a_space_is_squeezed_to_the_directions_in_which_users_differ"),
-        ("few large blocks tell the directions alone", "max(3, math.ceil(", "max(1, math.ceil(",
+        ("few large blocks tell the directions alone", "max(2, math.ceil(", "max(1, math.ceil(",
          "test_first_blocks_are_of_all_lengths_and_hold_enough_users"),
         ("directions are of the longest histories alone", "np.linspace(0, len(blocks) - 1, count)",
          "np.arange(float(count))",
