@@ -30,15 +30,14 @@ Reads:  dataset.json interactions.npy users.json items.json (01)
 Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns z into theta;
         profiles.json, settings and likelihoods; profiles_users.json, who was inferred; lm-tiny/;
         until all is done blocks-*/, one file for each block of users
-Run:    python 02_infer_profiles.py                   # the demo, with its tiny LM: 1 min
-        python 02_infer_profiles.py --lm smollm2      # a real LLM from the package index
+Run:    python 02_infer_profiles.py  # the demo, with its tiny LM: 1 min; --lm smollm2: a real LLM
 """
 
 import functools
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -63,7 +62,7 @@ NOISE_AT = 16  # the principal direction (the first is 0) along which users are 
 LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
 
 
-# -------- data: the prompt
+# -------- data: the prompt and the histories
 
 @dataclass
 class Segment:
@@ -136,8 +135,6 @@ def additive_mask(visible, dtype):
     return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)[None, None]
 
 
-# -------- data: the histories
-
 def history_texts(dataset, splits, args):
     """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
@@ -178,11 +175,7 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        # Our mask shows more than the sliding window that some LLMs were trained with: all must fit into it.
-        limits = "max_position_embeddings", "sliding_window", "window_size"
-        config = model.config.get_text_config()  # of the language part, where the model has others
-        window = min(getattr(config, key, None) or 4096 for key in limits)  # 4096 at most
-        self.room = window - self.prompt_length  # tokens of the longest history
+        self.room = window_of(model) - self.prompt_length  # tokens of the longest history
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
         task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
         self.task = self.vectors(task_ids)
@@ -268,10 +261,7 @@ class Space:
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def project(self, theta):
-        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk.
-
-        Note: so it is no inverse of theta(), but in a space that is not shrunk.
-        """
+        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk."""
         nearest = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
         return self.shrink * torch.stack(nearest, dim=1)
 
@@ -319,8 +309,7 @@ def squeeze(space, wide_z, rank):
     ask for by chance. We assume that the direction at NOISE_AT (or, if more are kept, the first that is not)
     is chance alone, and that chance gives every direction this variance, noise. Of the variance v of a
     direction only v - noise is then about users, and z is multiplied by 1 - noise / v (the form of
-    probabilistic PCA, Tipping and Bishop 1999, with another noise). Titles that were not seen become
-    likelier. So few users that there is no such direction are not shrunk. DEVIATION(4).
+    probabilistic PCA, Tipping and Bishop 1999). Titles not seen become likelier. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
     _, singular, directions = torch.linalg.svd((wide_z - mean).transpose(0, 1), full_matrices=False)
@@ -330,8 +319,7 @@ def squeeze(space, wide_z, rank):
     at = max(kept, NOISE_AT)  # no direction that is kept
     noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where there is none
     shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
-    return Space(origin=space.theta(mean[None])[0], basis=basis, words_mean=space.words_mean, task=space.task,
-                 words=space.words, vectors=space.vectors, shrink=shrink)
+    return replace(space, origin=space.theta(mean[None])[0], basis=basis, shrink=shrink)
 
 
 # -------- train
@@ -355,8 +343,7 @@ def fit_task(likelihood, space, histories, args):
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # No more histories get a gradient here than in the users' own descent: 300 users in 3 steps are as many
-    # as 37 steps of 24 users, of the 48 that --task-steps allows.
+    # No more histories get a gradient than in the users' descent: 300 users in 3 steps leave 37 steps of 24.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -771,6 +758,14 @@ class ScaledGradient(torch.autograd.Function):
 
 
 # -------- opening the LLM
+
+def window_of(model):
+    """Tokens that this LLM can read, 4096 at most."""
+    # Our mask shows more than the sliding window that some LLMs were trained with: all must fit into it.
+    limits = "max_position_embeddings", "sliding_window", "window_size"
+    config = model.config.get_text_config()  # of the language part, where the model has others
+    return min(getattr(config, key, None) or 4096 for key in limits)
+
 
 @torch.no_grad()
 def find_flaw(likelihood):
