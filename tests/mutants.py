@@ -510,7 +510,7 @@ MUTANTS["02_infer_profiles.py"] = [
     ("the check of the LLM's head removed", "if not torch.allclose(plain.float()",
      "if False and torch.allclose(plain.float()", "test_an_lm_that_rescales_its_logits_is_refused"),
     ("no room is left for the prompt", "self.room = window_of(model) - self.prompt_length",
-     "self.room = window",
+     "self.room = window_of(model)",
      "test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context[gpt2]"),
     ("cold users have no history", "texts = history_texts(dataset, SEEN, args)",
      "texts = history_texts(dataset, TRAIN, args)",
