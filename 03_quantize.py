@@ -6,10 +6,10 @@
     L     = l_llm + alpha l_vec                               Eq. (7)
 
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
-profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether
-the user liked item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a
-value through which no gradient flows. theta and v are held by their coordinates z in the space of stage 02:
-theta = origin + z basis, whose unit is the words' spread. DEVIATION(k): row k of README's differences.
+profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether the user liked
+item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a value through which
+no gradient flows. theta and v are held by their coordinates z in the space of stage 02: theta = origin +
+z basis, whose unit is the words' spread. DEVIATION(k): row k of README's differences.
 
 --quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
             warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
@@ -85,7 +85,7 @@ class VectorQuantizer(nn.Module):
         """z (B, r) -> v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,).
 
         Note: argmin has no gradient. So the recommender's gradient is handed to z as if no code stood between
-        them. It never reaches the codebook: the recommender moves z, and z draws its code vector after it.
+        them. It never reaches the codebook: the recommender moves z, and z pulls its code vector along.
         """
         chosen = self.codebook[nearest(z, self.codebook)]
         # Two terms of one value: they differ in what they move.

@@ -1,6 +1,7 @@
 """Stage 01 on files of one's own: what exports, spreadsheets and other people's scripts do to them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,23 @@ def test_a_cell_of_several_values_has_them_all(make, cell):
     ('["Drama", null]', ["drama"])])
 def test_lists_that_programs_write_are_read_as_they_are_meant(cell, values):
     assert prepare.values_of(cell, "|") == values
+
+
+def test_given_words_are_spelled_as_values_are_and_a_rating_has_a_size():
+    assert prepare.word_list("Music, Film  Noir") == ["music", "film noir"]
+    with pytest.raises(ValueError, match="not within"):
+        prepare.csv_rating("u", "i", "1e39")
+
+
+def test_a_value_that_means_missing_is_no_word_whatever_a_loader_gives():
+    source = SimpleNamespace(attributes={"a": {"hobby": ["", "Unknown", "rock"]}}, titles={"a": "A"})
+    assert prepare.describe_items(source, ["a"])[0]["attributes"] == {"hobby": ["rock"]}
+
+
+def test_a_file_that_is_gone_does_not_advise_to_put_the_demo_over_other_data(tmp_path):
+    assert common.remedy(tmp_path, "users.json") == f"run: python 01_prepare_data.py --run {tmp_path}"
+    (tmp_path / "interactions.npy").touch()
+    assert "the flags of the first time" in common.remedy(tmp_path, "users.json")
 
 
 def test_a_separator_does_not_cut_what_means_missing_nor_numbers():
