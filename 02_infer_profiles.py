@@ -34,7 +34,6 @@ Run:    python 02_infer_profiles.py  # the demo, with its tiny LM: 1 min; --lm s
 """
 
 import functools
-import math
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -375,10 +374,11 @@ def descend(likelihood, space, ids, lengths, args):
     """Minimise Eq. (4) and the prior over z.
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
-    (steps + 1, B)). Each user has a step size of their own, one for all profiles. In the first step the
-    coordinate of the largest gradient moves by --lr, the most for any in one step; a later step goes to
-    where the curvature along the last move puts the minimum (Barzilai and Borwein 1988). Where a step would
-    raise a user's loss, the user stays, keeps the gradient, and tries half the step size next.
+    (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
+    depends most would hold the others back. In the first step the coordinate of a profile's largest gradient
+    moves by --lr, the most for any in one step; a later step goes to where the curvature along the last move
+    puts the minimum (Barzilai and Borwein 1988). Where a step would raise a user's loss, the user stays,
+    keeps the gradient, and tries half the step sizes next.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -396,8 +396,8 @@ def descend(likelihood, space, ids, lengths, args):
         return nll, loss, gradient
 
     def longest_step(gradient):
-        """The largest step size (B,): no coordinate moves by more than --lr, nor beyond a prior's minimum."""
-        by_lr = args.lr / gradient.abs().amax((1, 2)).clamp(min=1e-30)
+        """The largest step sizes (B, M): no coordinate moves by over --lr, nor beyond a prior's minimum."""
+        by_lr = args.lr / gradient.abs().amax(2).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
     z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the words' mean
@@ -405,17 +405,17 @@ def descend(likelihood, space, ids, lengths, args):
     step_size = longest_step(gradient)
     nlls = [nll]
     for step in range(1, args.steps + 1):
-        trial = z - step_size[:, None, None] * gradient
+        trial = z - step_size[:, :, None] * gradient
         trial_nll, trial_loss, trial_gradient = evaluate(trial, step < args.steps)
         improved = trial_loss < loss  # Shape: (B,); false for NaN too
         if step < args.steps:
             move = trial - z
             change = trial_gradient - gradient
-            curvature = (move * change).sum((1, 2)) / (move ** 2).sum((1, 2)).clamp(min=1e-30)
+            curvature = (move * change).sum(2) / (move ** 2).sum(2).clamp(min=1e-30)  # Shape: (B, M)
             # A curvature that is not positive says nothing of how far the minimum is.
             by_curvature = torch.where(curvature > 0, 1 / curvature, torch.inf)
             next_size = by_curvature.minimum(longest_step(trial_gradient))
-            step_size = torch.where(improved, next_size, step_size / 2)
+            step_size = torch.where(improved[:, None], next_size, step_size / 2)
             gradient = torch.where(improved[:, None, None], trial_gradient, gradient)
         z = torch.where(improved[:, None, None], trial, z)
         nll = torch.where(improved, trial_nll, nll)
@@ -571,27 +571,35 @@ def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
             "tokens": int(lengths.sum()), "seconds": time.perf_counter() - clock}
 
 
-def first_blocks(blocks):
-    """Numbers of the blocks, of long and of short histories, that hold some DIRECTION_USERS users.
-
-    Two blocks at least, however large, the longest and the shortest: one alone has histories of one length.
-    """
-    users = sum(len(block) for block in blocks)
-    share = min(1.0, DIRECTION_USERS / max(1, users))
-    count = min(len(blocks), max(2, math.ceil(share * len(blocks))))
-    return sorted(set(np.linspace(0, len(blocks) - 1, count).round().astype(int).tolist()))
-
-
 def is_squeezed(args):
     """Is less kept of a user than all directions of the descent?"""
     return args.space == "users" and args.rank > 0
 
 
-def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
+def plan_blocks(likelihood, histories, args):
+    """(blocks of users, how many of them come first): of DIRECTION_USERS users, drawn at random.
+
+    Note: drawn, and not the first blocks of all, which would be the users of the longest histories.
+    """
+    def blocks_of(users):
+        some = [ids[:0] for ids in histories]
+        for user in users:
+            some[user] = histories[user]
+        return make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
+
+    users = np.arange(len(histories))
+    if args.users or not is_squeezed(args):  # a space is there, or needs nobody's theta
+        return blocks_of(users), 0
+    drawn = seeded(args.seed, 4).permutation([user for user in users if len(histories[user])])
+    first = blocks_of(drawn[:DIRECTION_USERS])
+    return first + blocks_of(drawn[DIRECTION_USERS:]), len(first)
+
+
+def solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args):
     """Infer what has no file yet in `work`; processes share the blocks.
 
-    Some blocks come first: their users tell the directions of the space to which all are squeezed. Returns
-    (the Space that is kept; the Space of the descent; the numbers of these blocks, whose z is in the latter).
+    blocks, n_first: of plan_blocks(). The users of the first blocks tell the directions of the space to which
+    all are squeezed. Returns (the Space that is kept, the Space of the descent).
     """
     def make_wide():
         if (work / "space.pt").exists():  # --users: new users live in the space of the first run
@@ -608,7 +616,7 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     def make_space():
         if not is_squeezed(args):
             return saved_space(wide)
-        z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in first]
+        z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in range(n_first)]
         return saved_space(squeeze(wide, torch.cat(z).to(likelihood.device), args.rank))
 
     def infer_blocks(numbers, space, what):
@@ -626,10 +634,8 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
     wait_for_all()
     wide = open_space(work, likelihood.device, "wide.pt")
     likelihood.task = wide.task
-    first = []
-    if is_squeezed(args) and not args.users:
-        first = first_blocks(blocks)
-        infer_blocks(first, None, "inferring the first users")
+    if n_first:
+        infer_blocks(range(n_first), None, "inferring the first users")
         wait_for_all()
     if RANK == 0:
         once(work / "space.pt", make_space)
@@ -637,9 +643,8 @@ def solve(work, blocks, likelihood, tokenizer, histories, dataset, args):
             print(f"words of {profile['name']}: {', '.join(words)}")
     wait_for_all()
     space = open_space(work, likelihood.device)
-    others = [number for number in range(len(blocks)) if number not in first]
-    infer_blocks(others, space if is_squeezed(args) else None, "inferring")
-    return space, wide, first
+    infer_blocks(range(n_first, len(blocks)), space if is_squeezed(args) else None, "inferring")
+    return space, wide
 
 
 def check_finite(gradient, dtype):
@@ -977,12 +982,12 @@ def say_who_is_missing(run, strangers, path):
               "not in the data set; run 01 with their rows")
 
 
-def gather(work, blocks, old, rows, solved, n_users, before):
+def gather(work, blocks, n_first, old, rows, solved, n_users, before):
     """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
 
-    solved: what solve returned. Who has no history holds 0, the origin.
+    solved: what solve() returned. Who has no history holds 0, the origin.
     """
-    space, wide, first = solved
+    space, wide = solved
     z = np.zeros((n_users, *space.basis.shape[:2]), np.float32)
     for user, row in rows.items():
         z[user] = old[row]
@@ -991,7 +996,7 @@ def gather(work, blocks, old, rows, solved, n_users, before):
     for number, users in enumerate(blocks):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
-        if number in first:  # solved before there were directions, so in the space of the descent
+        if number < n_first:  # solved before there were directions, so in the space of the descent
             found = space.project(wide.theta(found.to(wide.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
@@ -1032,19 +1037,19 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     if args.users:
         before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
-    blocks = make_blocks(histories, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
-    work = args.run / f"blocks-{fingerprint(settings, blocks, first_blocks(blocks), list(old_rows))[:12]}"
+    blocks, n_first = plan_blocks(likelihood, histories, args)
+    work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
     if not (args.users or args.fresh or work.exists()) and is_done(args.run, settings):
         print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return
     if args.users and RANK == 0:
         once(work / "space.pt", lambda: saved_space(open_space(args.run, "cpu")))
-    solved = solve(work, blocks, likelihood, tokenizer, histories, dataset, args)
+    solved = solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first process would publish while another still writes
     if RANK > 0:
         return
     space = solved[0]
-    z, known, sums = gather(work, blocks, old_z, old_rows, solved, len(histories), before)
+    z, known, sums = gather(work, blocks, n_first, old_z, old_rows, solved, len(histories), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     users = sorted(chain(*blocks))
     heldout = heldout_nll(likelihood, space, z, validation, users, dataset.profiles, seeded(args.seed, 3))

@@ -5,11 +5,12 @@
     python tools/tables.py demo --again                # run it anew: after a change of the code
 
 A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
-codebooks, the random and shuffled codes and the recommender. In a study of folds, seed s makes the split and
-the cold users too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a
-list of variants; where a variant's flags for a stage are None, it takes the artifacts of the same repetition
-from the first variant, or from the first variant of the study that stands in FROM. Where tools/baselines.py
-scores pairs by itself, its rows stand beside those of the recommender.
+codebooks, the random and shuffled codes and the recommenders: RECOMMENDERS are trained, and a repetition's
+figures are their means. In a study of folds, seed s makes the split and the cold users too. Studies of
+ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a list of variants; where a
+variant's flags for a stage are None, it takes the artifacts of the same repetition from the first variant, or
+from the first variant of the study that stands in FROM. Where tools/baselines.py scores pairs by itself, its
+rows stand beside those of the recommender.
 
 p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
 controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
@@ -44,6 +45,7 @@ KEPT = ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
+RECOMMENDERS = 3  # trained in each repetition: in the demo the AUC of one is some .01 off their mean by luck
 CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
             "mf")  # no claims of ours
 RIVALS = ("metadata", "text", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
@@ -263,7 +265,7 @@ def repeat(study, name, seed, data_dir, threads=1):
         call("tools/controls.py", run, f"{' '.join(controls)} --seed {seed}", log, threads)
     for method in settings["baselines"].split():
         call("tools/baselines.py", run, f"{method} --seed {seed}", log, threads)
-    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds 1", log, threads)
+    call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds {RECOMMENDERS}", log, threads)
     common.save_json(run / "code.json", code_fingerprint())
 
 
@@ -324,15 +326,23 @@ def weighted_auc(ranks, labels, weights):
 def bootstrap(repetitions, seed=0):
     """95% interval of the mean over repetitions of AUC(first) - AUC(second), users and repetitions resampled.
 
-    repetitions: a list of (users, labels, first, second), arrays over the evaluated rows. None where most
-    resamples hold one class alone.
+    repetitions: a list of (users, labels, first, second), arrays over the n evaluated rows; first and second
+    may be scores of several recommenders, (k, n), the mean of whose AUCs is taken. None where most resamples
+    hold one class alone.
     """
+    def mean_auc(ranks, labels, weights):
+        return np.mean([weighted_auc(of_one, labels, weights) for of_one in ranks])
+
+
     rng = np.random.default_rng(seed)
     prepared = []
     differences = []
     for users, labels, first, second in repetitions:
-        ranks = [np.unique(scores, return_inverse=True)[1] for scores in (first, second)]
-        prepared.append((np.unique(users, return_inverse=True)[1], np.asarray(labels), *ranks))
+        users = np.unique(users, return_inverse=True)[1]
+        both = []
+        for scores in (first, second):
+            both.append([np.unique(of_one, return_inverse=True)[1] for of_one in np.atleast_2d(scores)])
+        prepared.append((users, np.asarray(labels), *both))
     for _ in range(BOOTSTRAP):
         found = []
         for at in rng.integers(len(prepared), size=len(prepared)):
@@ -340,7 +350,7 @@ def bootstrap(repetitions, seed=0):
             count = users.max() + 1
             weights = np.bincount(rng.integers(count, size=count), minlength=count)[users].astype(float)
             if 0 < (weights * labels).sum() < weights.sum():
-                found.append(weighted_auc(first, labels, weights) - weighted_auc(second, labels, weights))
+                found.append(mean_auc(first, labels, weights) - mean_auc(second, labels, weights))
         differences += [np.mean(found)] if found else []
     return np.quantile(differences, (0.025, 0.975)).tolist() if len(differences) > BOOTSTRAP // 2 else None
 
@@ -487,7 +497,7 @@ def collect(study, seeds):
         runs[name, seed] = results
         quantized = common.load(run, "quantize.json")
         profiles = common.load(run, "profiles.json")
-        for row in results["rows"]:
+        for row in mean_rows(results["rows"]):
             rows.append({**row, "variant": name, "seed": seed})
         if len(results["rows"]) and "userip" in {row["ids"] for row in results["rows"]}:
             rows[-1] |= {"health": {
@@ -509,14 +519,32 @@ def collect(study, seeds):
     first = next(iter(STUDIES[study]))
     data = common.load(folder(study, first, 0), "dataset.json")
     metric = "cold" if "cold_auc" in rows[0] else "test"
+    recommenders = 1 + max(row["seed"] for row in runs[first, 0]["rows"])
     base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
-            "intervals": intervals(study, rows, seeds, metric), "stability": stability(study, seeds),
+            "intervals": intervals(study, rows, seeds, metric, recommenders),
+            "stability": stability(study, seeds),
             "lm_both": mean_of_all(both), "costs": mean_costs(costs),
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
+            "recommenders": recommenders,
             "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
             "date": datetime.date.today().isoformat(),
             "code": common.load(folder(study, first, 0), "code.json")[:12]}
+
+
+def mean_rows(rows):
+    """One row for each model and name of ids: of what its recommenders measured the means."""
+    found = {}
+    for row in rows:
+        found.setdefault((row["model"], row["ids"]), []).append(row)
+    means = []
+    for some in found.values():
+        row = dict(some[0])
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = float(np.mean([other[key] for other in some]))
+        means.append(row)
+    return means
 
 
 def mean_of_all(both):
@@ -556,14 +584,16 @@ def references_of(rows, metric):
     return ("none", "metadata") if has_metadata and metric == "cold" else ("none", "random")
 
 
-def intervals(study, rows, seeds, metric):
+def intervals(study, rows, seeds, metric, recommenders):
     """{"variant|model|ids": {control: interval}} for the rows that claim something."""
     first = next(iter(STUDIES[study]))
     found = {}
     split, ending = (common.COLD, "-cold") if metric == "cold" else (common.TEST, "")
 
     def scores(name, model, ids, seed):
-        return np.load(folder(study, name, seed) / "predictions" / f"{model}-{ids}-0{ending}.npy")
+        predictions = folder(study, name, seed) / "predictions"
+        return np.stack([np.load(predictions / f"{model}-{ids}-{number}{ending}.npy")
+                         for number in range(recommenders)])
 
     for name, model, ids in dict.fromkeys((row["variant"], row["model"], row["ids"]) for row in rows):
         if ids in CONTROLS or not (folder(study, name, 0) / "predictions" / f"{model}-{ids}-0.npy").exists():
@@ -710,6 +740,7 @@ def notes(data, cells):
     kind = "folds" if data["study"] in FOLDS else "repetitions"
     kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    kind += f" with {data.get('recommenders', 1)} recommenders each"
     found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
                  f"{data['date']}, {versions}")

@@ -222,13 +222,27 @@ def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
     assert torch.allclose(whole.basis, start.basis, atol=1e-5) and torch.equal(whole.origin, start.origin)
 
 
-def test_first_blocks_are_of_all_lengths_and_hold_enough_users():
-    blocks = [list(range(at, at + 10)) for at in range(0, 1000, 10)]
-    first = infer.first_blocks(blocks)
-    assert len(first) == 26 and first[0] == 0 and first[-1] == 99
-    assert infer.first_blocks(blocks[:7]) == list(range(7)) and infer.first_blocks([]) == []
-    large = [list(range(800)) for _ in range(9)]  # a GPU's: one alone would be of the longest histories
-    assert infer.first_blocks(large) == [0, 8] and infer.first_blocks(large[:1]) == [0]
+def test_directions_are_of_users_drawn_at_random_whatever_their_histories_and_blocks(world, monkeypatch):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    rng = np.random.default_rng(0)
+    histories = [rng.integers(300, size=length) for length in rng.permutation(60)]  # one of them is empty
+    monkeypatch.setattr(infer, "DIRECTION_USERS", 20)
+
+    def plan(**changes):
+        blocks, count = infer.plan_blocks(
+            likelihood, histories, settings(**{"users": None, "space": "users", "rank": 16, **changes}))
+        assert sorted(sum(blocks, [])) == [user for user in range(60) if len(histories[user])]  # all, once
+        return blocks, sorted(sum(blocks[:count], []))
+
+    for size in (1, 7, 1000):  # also where a block has room for everybody
+        blocks, first = plan(block_size=size)
+        assert len(first) == 20 and max(map(len, blocks)) <= size
+        assert np.mean([len(histories[user]) for user in first]) == pytest.approx(30, abs=8)
+    assert first == plan(block_size=7)[1] != plan(seed=1)[1]
+    for changes in ({"rank": 0}, {"space": "words"}, {"users": "file"}):  # no directions are wanted
+        assert plan(**changes)[1] == []
+    monkeypatch.setattr(infer, "DIRECTION_USERS", 100)
+    assert len(plan()[1]) == 59  # all there are
 
 
 def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world):
@@ -336,7 +350,7 @@ def test_the_task_prompt_is_reproducible_and_costs_no_more_than_the_users(world,
 # ---------------------------------------------------------------- the descent
 
 def by_hand(likelihood, space, ids, steps, lr, prior):
-    """Barzilai and Borwein's steps on Eq. (4) and prior / 2 ||z||^2; one that raises it is halved."""
+    """Each profile's own steps (Barzilai and Borwein) on Eq. (4) and prior / 2 ||z||^2, halved on a rise."""
     lengths = torch.tensor([ids.shape[1]])
 
     def evaluate(z):
@@ -351,18 +365,19 @@ def by_hand(likelihood, space, ids, steps, lr, prior):
 
     z = torch.zeros(space.basis.shape[:2])
     nll, loss, gradient = evaluate(z)
-    path, size = [nll], longest(gradient)
+    path, sizes = [nll], [longest(part) for part in gradient]
     for _ in range(steps):
-        trial = z - size * gradient
+        trial = torch.stack([part - size * slope for part, size, slope in zip(z, sizes, gradient)])
         trial_nll, trial_loss, trial_gradient = evaluate(trial)
         if trial_loss < loss:
-            move, change = (trial - z).flatten(), (trial_gradient - gradient).flatten()
-            size = longest(trial_gradient)
-            if move @ change > 0:
-                size = min(size, float(move @ move / (move @ change)))
+            for m in range(len(z)):
+                move, change = trial[m] - z[m], trial_gradient[m] - gradient[m]
+                sizes[m] = longest(trial_gradient[m])
+                if move @ change > 0:
+                    sizes[m] = min(sizes[m], float(move @ move / (move @ change)))
             z, nll, loss, gradient = trial, trial_nll, trial_loss, trial_gradient
         else:
-            size /= 2
+            sizes = [size / 2 for size in sizes]
         path.append(nll)
     return z, path
 

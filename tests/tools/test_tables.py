@@ -65,6 +65,16 @@ def test_the_bootstrap_draws_repetitions_too():
     assert low == pytest.approx(-gap, abs=0.05) and high == pytest.approx(gap, abs=0.05) and gap > 0.1
 
 
+def test_of_several_recommenders_the_bootstrap_takes_the_mean_auc():
+    """Two that are paired with themselves the other way round: no difference, whoever is drawn."""
+    users, labels, better, worse = scores_of(0)
+    both, turned = np.stack([better, worse]), np.stack([worse, better])
+    assert np.allclose(tables.bootstrap([(users, labels, both, turned)]), 0, atol=1e-12)
+    alone = tables.bootstrap([(users, labels, better, worse)])
+    halved = tables.bootstrap([(users, labels, both, np.stack([worse, worse]))])
+    assert halved == pytest.approx([bound / 2 for bound in alone])
+
+
 def test_there_is_no_interval_where_one_class_is_missing():
     rng = np.random.default_rng(0)
     for labels, given in (([1] * 5, False), ([0] * 5, False), ([1, 0, 0, 0, 0], True)):
@@ -298,11 +308,12 @@ class Pretender:
         rng, rows = np.random.default_rng((seed, len(words))), []
         metrics = [f"{split}_{key}" for split in ("test", "cold")[:1 + ("--cold" in words)]
                    for key in ("auc", "gauc", "logloss")]
-        for ids in words[words.index("--ids") + 1].split(","):
+        recommenders = range(int(words[words.index("--seeds") + 1]))
+        for ids, number in itertools.product(words[words.index("--ids") + 1].split(","), recommenders):
             for ending in ("", "-cold"):
-                common.save_npy(run / "predictions" / f"dcn-{ids}-0{ending}.npy", rng.random(24))
+                common.save_npy(run / "predictions" / f"dcn-{ids}-{number}{ending}.npy", rng.random(24))
             figures = dict(zip(metrics, 0.5 + rng.random(len(metrics)) / 10))
-            rows.append({"model": "dcn", "ids": ids, "seed": 0, **figures})
+            rows.append({"model": "dcn", "ids": ids, "seed": number, "best_epoch": 5, **figures})
         common.save_json(run / "results.json", {"rows": rows, "base_rate_logloss": 0.69, "versions": {},
                                                 "fields": "ids", "user_dropout": 0.7})
 
@@ -346,9 +357,9 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     for seed in (0, 1):
         assert of["default", seed] == [
             ("01", "--signal 0.5"), ("02", f"--steps 2 --seed {seed}"), ("03", f"--seed {seed}"),
-            ("co", f"text mf --seed {seed}"), ("04", f"--ids {IDS} --seed {seed} --seeds 1")]
+            ("co", f"text mf --seed {seed}"), ("04", f"--ids {IDS} --seed {seed} --seeds 3")]
         assert of["k-means", seed] == [("03", f"--quantizer kmeans --seed {seed}"),
-                                       ("04", f"--ids userip --seed {seed} --seeds 1")]
+                                       ("04", f"--ids userip --seed {seed} --seeds 3")]
         assert of["no-prior", seed][0] == ("02", f"--prior 0 --seed {seed}")
         assert [stage for stage, _ in of["no-prior", seed]] == ["02", "03", "04"]
         run = module.folder("small", "K means", seed)
@@ -359,6 +370,29 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     before = len(calls)
     command(module, monkeypatch, "small", "--seeds", "3", "--jobs", "2")
     assert {int(run.name) for _, run, _ in calls[before:]} == {2} and len(calls) == before + 10
+
+
+def test_a_repetition_s_figures_are_the_means_of_its_recommenders(studies, monkeypatch, capsys):
+    module, _ = studies
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    kept = json.loads((module.KEPT / "small.json").read_text())
+    assert kept["recommenders"] == 3 and "2 repetitions with 3 recommenders each" in capsys.readouterr().out
+    for row in kept["rows"]:
+        results = common.load(module.folder("small", row["variant"], row["seed"]), "results.json")
+        trained = [other for other in results["rows"] if other["ids"] == row["ids"]]
+        assert len(trained) == 3 and row["best_epoch"] == 5
+        for key in ("test_auc", "test_gauc", "test_logloss"):
+            assert row[key] == pytest.approx(np.mean([other[key] for other in trained]))
+    assert len({(row["variant"], row["ids"], row["seed"]) for row in kept["rows"]}) == len(kept["rows"])
+    columns = []
+    for seed in range(2):
+        run = module.folder("small", "K means", seed)
+        base = module.folder("small", "default", seed)
+        users, _, labels = common.load_dataset(run).rows(common.TEST).T
+        ours = [np.load(run / "predictions" / f"dcn-userip-{number}.npy") for number in range(3)]
+        none = [np.load(base / "predictions" / f"dcn-none-{number}.npy") for number in range(3)]
+        columns.append((users, labels, ours, none))
+    assert kept["intervals"]["K means|dcn|userip"]["none"] == pytest.approx(module.bootstrap(columns))
 
 
 def test_controls_that_ask_a_large_llm_are_made_once_for_all_repetitions(studies, monkeypatch):
@@ -413,9 +447,13 @@ def test_a_fold_is_another_split_too(studies, monkeypatch):
     cold = [liked for *_, liked, split in ROWS if split == common.COLD]
     assert kept["metric"] == "cold" and kept["stability"] is None
     users, _, labels, _ = WORLD.interactions[WORLD.interactions[:, 3] == common.COLD].T
-    scores = [[np.load(module.folder("folds", "default", seed) / "predictions" / f"dcn-{ids}-0-cold.npy")
-               for ids in ("userip", "random")] for seed in (0, 1)]
-    expected = module.bootstrap([(users, labels, *pair) for pair in scores])
+    columns = []
+    for seed in (0, 1):
+        predictions = module.folder("folds", "default", seed) / "predictions"
+        pair = [[np.load(predictions / f"dcn-{ids}-{number}-cold.npy") for number in range(3)]
+                for ids in ("userip", "random")]
+        columns.append((users, labels, *pair))
+    expected = module.bootstrap(columns)
     assert kept["intervals"]["default|dcn|userip"]["random"] == expected  # of cold rows too
     assert kept["base_rate_logloss"] == pytest.approx(log_loss(cold, [rate] * len(cold)))  # of the rows shown
 

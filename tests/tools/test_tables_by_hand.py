@@ -195,7 +195,7 @@ def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables
     assert flags["base", "tools"] == ["metadata", "--seed", "1"]
     assert flags["other-data", "tools"] == ["words", "--seed", "1"]
     for name in stages:
-        assert flags[name, "04"][-4:] == ["--seed", "1", "--seeds", "1"]
+        assert flags[name, "04"][-4:] == ["--seed", "1", "--seeds", "3"]
     assert flags["base", "01"] == ["--dataset", "ml-100k", "--data-dir", "/data"]  # the same data for all
     assert {"ml-100k", "--critic", "--data-dir", "/data"} <= set(flags["other-data", "01"])
     count = len(started)
@@ -221,7 +221,7 @@ def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkey
                 np.save(folder / "predictions" / f"dcn-{each}-0.npy", given[name, each, seed])
     seen = []
     monkeypatch.setattr(tables, "bootstrap", lambda repetitions: seen.append(repetitions) or [0, 1])
-    found = tables.intervals("own", rows, 2, "test")
+    found = tables.intervals("own", rows, 2, "test", 1)
     assert list(found) == [f"{name}|dcn|userip" for name in ("base", "Same Theta", "other theta")]
     expected = [("base", "base"), ("base", "base"), ("Same Theta", "base"), ("Same Theta", "base"),
                 ("other theta", "other theta"), ("other theta", "base")]
@@ -229,8 +229,8 @@ def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkey
         assert len(repetitions) == 2
         for seed, (users, labels, first, second) in enumerate(repetitions):
             assert np.array_equal(users, data[:, 0]) and np.array_equal(labels, data[:, 2])
-            assert np.array_equal(first, given[name, "userip", seed])
-            assert np.array_equal(second, given[where, control, seed])
+            assert np.array_equal(first, [given[name, "userip", seed]])
+            assert np.array_equal(second, [given[where, control, seed]])
 
 
 def test_intervals_of_cold_users_are_against_the_rows_that_their_table_names(tables, monkeypatch, prepared):
@@ -249,11 +249,11 @@ def test_intervals_of_cold_users_are_against_the_rows_that_their_table_names(tab
         np.save(folder / "predictions" / f"dcn-{each}-0.npy", np.zeros(3))
     rows, seen = [{"variant": "base", "model": "dcn", "ids": each, "seed": 0} for each in ids], []
     monkeypatch.setattr(tables, "bootstrap", lambda repetitions: seen.append(repetitions[0]) or [0, 1])
-    assert tables.intervals("own", rows, 1, "cold") == {
+    assert tables.intervals("own", rows, 1, "cold", 1) == {
         "base|dcn|userip": {"none": [0, 1], "metadata": [0, 1]}}
     for control, (users, labels, first, second) in zip(("none", "metadata"), seen):
         assert np.array_equal(users, cold[::2, 0]) and np.array_equal(labels, cold[::2, 2])
-        assert np.array_equal(first, given["userip"]) and np.array_equal(second, given[control])
+        assert np.array_equal(first, [given["userip"]]) and np.array_equal(second, [given[control]])
 
 
 def test_stability_is_the_agreement_of_two_repetitions_codes(tables, monkeypatch):
