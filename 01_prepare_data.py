@@ -2,7 +2,7 @@
 
 Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random split
 that all stages obey: training, validation and test rows, 8:1:1. An item gets a title and, for each latent
-profile, words that could name it: a film's genre and era, a product's brand and price.
+profile, words that could stand behind its prompt: a film's genre and era, a product's brand and price.
 
 What stands where; each part begins with a line of dashes:
     settings, data     the prompts; what a source is; the demo's planted world. Read them first.
@@ -18,7 +18,7 @@ Writes to --run (U users, I items, N interactions, M profiles):
     truth.npy           int16 (U, 2) the demo's planted hobby and background, for evaluation
 
 Run:
-    python 01_prepare_data.py  # the demo, 1 s
+    python 01_prepare_data.py  # the demo, some seconds
 """
 
 import argparse
@@ -45,18 +45,21 @@ from pathlib import Path
 import numpy as np
 
 from common import (
-    COLD, SPLITS, SUPPORT, TRAIN, Dataset, Parser, UserError, announce, at_least, fingerprint, guarded,
-    progress, save_json, save_npy, together)
+    COLD, SPLITS, SUPPORT, TEST, TRAIN, VALIDATION, Dataset, Parser, UserError, announce, at_least,
+    fingerprint, guarded, progress, save_json, save_npy, together)
 
 # -------- settings
 
-# A profile is a dict. name: "hobby" or "background", the paper's two, whatever a data set fills them with
-# (genre and era, brand and price); items' attributes and the bank's columns go by it. prompt: the sentence of
-# this data set that theta completes, the vector that stage 02 infers in the place of a word. codes: K_m, how
-# many codes stage 03 makes of it. DEVIATION(k): row k of README's differences from the paper.
+# A profile is a dict:
+#     name    hobby or background, the paper's two, whatever a data set fills them with (genre and era, brand
+#             and price), or --critic's critic; items' attributes and the bank's columns go by it
+#     prompt  the paper's x^m, the text before theta^m, the vector that stage 02 infers in a word's place. The
+#             prompts are joined: prompt^1 <theta^1> prompt^2 <theta^2> task prompt, hence their punctuation.
+#     codes   K_m, how many codes stage 03 makes of it
 # Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
 # interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
 # sentence, for an LLM that has never seen the data. The demo has HOBBY and PRICE, csv PASTIME and BACKGROUND.
+# DEVIATION(k): row k of README's differences from the paper.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
@@ -67,17 +70,17 @@ PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
 PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are"}
 ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
 # --critic adds a third profile, how generous the user is, for `02 --history rated`, which writes + or -
-# behind each title. No item has it, so the words stand here. likes: the share of titles that somebody of this
-# word likes, for the tiny LM, which must know what harsh means.
+# behind each title. No item has it, so its words are the keys of likes: the share of titles that somebody of
+# this word likes, for the tiny LM (a small GPT-2 that stage 02 can train), which must know what harsh means.
 CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-# Task prompts, the paper's D_task: the text between the profiles and the titles.
+# Task prompts, the paper's D_task: the text between the profiles and the titles. (Stage 02 begins with it.)
 BOUGHT = ". Products that this user bought:"
 WATCHED = ".\nMovies that this user watched:"
 VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
 
-MAX_WORDS = 256  # of a profile, the most frequent: theta starts at their mean, and their spread is its unit
+MAX_WORDS = 256  # of a profile, the most frequent. Stage 02 starts theta at the mean of their embeddings.
 
 
 # -------- data
@@ -108,8 +111,9 @@ DEMO_BACKGROUNDS = dict(
     cheap="Budget Basic Starter Compact Secondhand Mini".split(),
     ordinary="Classic Everyday Reliable Standard Practical Sturdy".split(),
     luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
-# A user meets items by chance, in proportion to exp(popularity + exposure), and likes each with the log odds
-# quality + generosity + taste. Pairs: what an item of the user's hobby gains, and one of the background.
+# A user meets items by chance, in proportion to exp(popularity + EXPOSURE where they fit), and likes each
+# with the log odds quality + generosity + TASTE where it fits; --signal scales what depends on profiles.
+# Pairs: what an item of the user's hobby gains, and one of the user's background.
 EXPOSURE = (0.95, 0.6)
 TASTE = (2.8, 2.2)
 HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # log odds with which each hobby likes anything
@@ -126,7 +130,7 @@ def load_demo(args):
     n_items = 400
     hobby = rng.integers(4, size=(n_users, 1))
     background = rng.integers(3, size=(n_users, 1))
-    kinds = rng.permutation(np.arange(n_items) % 12)
+    kinds = rng.permutation(np.arange(n_items) % 12)  # 3 x hobby + background, as itertools.product has them
     item_hobby, item_background = np.divmod(kinds, 3)  # Shape: (I,)
     titles_of_kind = []  # in random order; each item takes the last one that is left
     for nouns, adjectives in itertools.product(DEMO_HOBBIES.values(), DEMO_BACKGROUNDS.values()):
@@ -140,16 +144,16 @@ def load_demo(args):
     quality = rng.normal(0, 0.3, n_items)
     generosity = rng.normal(0, 0.3, (n_users, 1))
     generosity += args.signal * (HOBBY_GENEROSITY[hobby] + BACKGROUND_GENEROSITY[background])
-    exposure = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
-    # Centred: over all items a taste adds nothing to the log odds.
-    fit = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
-    taste = quality + generosity + args.signal * fit
-    liked = rng.random(taste.shape) < 1 / (1 + np.exp(-taste))
+    weights = np.exp(popularity + args.signal * (EXPOSURE[0] * fits_hobby + EXPOSURE[1] * fits_background))
+    # Centred, so that taste adds nothing to the log odds of all items together.
+    taste = TASTE[0] * (fits_hobby - 1 / 4) + TASTE[1] * (fits_background - 1 / 3)
+    log_odds = quality + generosity + args.signal * taste
+    liked = rng.random(log_odds.shape) < 1 / (1 + np.exp(-log_odds))
 
     items_met = []  # of each user
-    for weights in exposure:
+    for of_user in weights:
         count = 6 + rng.poisson(8)
-        items_met.append(rng.choice(n_items, size=count, replace=False, p=weights / weights.sum()))
+        items_met.append(rng.choice(n_items, size=count, replace=False, p=of_user / of_user.sum()))
     users = np.repeat(np.arange(n_users), [len(met) for met in items_met])  # Shape: (N,)
     items = np.concatenate(items_met)  # Shape: (N,)
     high = rng.integers(4, 6, len(users))
@@ -159,10 +163,11 @@ def load_demo(args):
     raw_items = [f"i{item:03d}" for item in range(n_items)]
     values = [{"hobby": [name], "background": [price]}
               for name, price in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
-    return Source(
-        raw_users, raw_items, users, items, ratings, None, dict(zip(raw_items, titles)),
-        {raw: values[kind] for raw, kind in zip(raw_items, kinds)}, (HOBBY, PRICE), BOUGHT,
-        truth=dict(zip(raw_users, np.hstack([hobby, background]))))
+    attributes = {raw: values[kind] for raw, kind in zip(raw_items, kinds)}
+    truth = dict(zip(raw_users, np.hstack([hobby, background])))
+    return Source(user_ids=raw_users, item_ids=raw_items, users=users, items=items, ratings=ratings,
+                  times=None, titles=dict(zip(raw_items, titles)), attributes=attributes,
+                  profiles=(HOBBY, PRICE), task_prompt=BOUGHT, truth=truth)
 
 
 # -------- filter and split
@@ -219,7 +224,7 @@ def in_order(indices, raw_ids):
     def key(index):
         text = raw_ids[index]
         number = text.isascii() and text.isdecimal()
-        return not number, text.zfill(LONGEST_ID) if number else text
+        return not number, text.zfill(LONGEST_ID) if number else text, text
 
     order = sorted(np.unique(indices).tolist(), key=key)
     renumber = np.zeros(len(raw_ids), np.int32)
@@ -232,25 +237,28 @@ def build(source, args):
     kept = thin_out(source, args)
     say_what_is_left(source, kept, args)
     n = len(kept)
-    users, user_rows = in_order(source.users[kept], source.user_ids)
-    items, item_rows = in_order(source.items[kept], source.item_ids)
-    split = np.empty(n, np.int32)
+    user_ids, users = in_order(source.users[kept], source.user_ids)
+    item_ids, items = in_order(source.items[kept], source.item_ids)
+    # Paper: 8:1:1, of all rows in random order. A user may have no row in one of the three.
     order = np.random.default_rng(args.seed).permutation(n)
-    # Paper: 8:1:1, of all rows. TRAIN is 0, VALIDATION 1, TEST 2: a user may have no row in one of them.
-    split[order] = np.digitize(np.arange(n), [int(n * 0.8), int(n * 0.9)])
-    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(users))
-    n_cold = round(args.cold_users * len(users))
-    if args.cold_users and not n_cold:
-        raise UserError(f"this share of {len(users):,d} users is nobody", f"--cold-users {args.cold_users:g}",
-                        "give a larger one")
-    cold = np.isin(user_rows, shuffled[:n_cold])
-    # Recommenders do not know these users: profiles are inferred of their training rows, the others evaluate.
+    split = np.full(n, TRAIN, np.int32)
+    split[order[int(n * 0.8):]] = VALIDATION
+    split[order[int(n * 0.9):]] = TEST
+    # Recommenders do not know cold users. Their profiles are inferred from what were training rows, and all
+    # their other rows evaluate.
+    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(user_ids))
+    n_cold = round(args.cold_users * len(user_ids))
+    if args.cold_users and n_cold in (0, len(user_ids)):
+        who, remedy = ("everybody", "smaller") if n_cold else ("nobody", "larger")
+        raise UserError(f"this share of {len(user_ids):,d} users is {who}",
+                        f"--cold-users {args.cold_users:g}", f"give a {remedy} one")
+    cold = np.isin(users, shuffled[:n_cold])
     split[cold] = np.where(split[cold] == TRAIN, SUPPORT, COLD)
     labels = source.ratings[kept] > args.positive_above
-    interactions = np.stack([user_rows, item_rows, labels, split], axis=1)
+    interactions = np.stack([users, items, labels, split], axis=1)
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
-    described = describe_items(source, items)
+    described = describe_items(source, item_ids)
     profiles = list(source.profiles)
     if args.critic:
         profiles.append(CRITIC)
@@ -259,13 +267,13 @@ def build(source, args):
     profiles = [profile | {"words": words_of(profile, training_items, args)} for profile in profiles]
     truth = None
     if source.truth is not None:
-        truth = np.array([source.truth[raw] for raw in users], np.int16)
-    return Dataset(interactions, users, described, profiles, source.task_prompt, args.dataset), truth
+        truth = np.array([source.truth[raw] for raw in user_ids], np.int16)
+    return Dataset(interactions, user_ids, described, profiles, source.task_prompt, args.dataset), truth
 
 
 def describe_items(source, raw_ids):
     """{id, title, attributes} of each item; without a title a value of the hobby or the id stands in."""
-    check_joined(source, raw_ids)
+    check_joined(source, raw_ids)  # below: are the ids of both files written alike?
     described = []
     untitled = 0
     for raw in raw_ids:
@@ -285,11 +293,12 @@ def describe_items(source, raw_ids):
 
 
 def words_of(profile, items, args):
-    """{word: number of items that have it}, the most frequent first: what could name the profile's values.
+    """{word: number of items that have it}, the most frequent first: what could stand in theta's place.
 
     items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
     """
-    given = getattr(args, f"{profile['name']}_words", None) or list(profile.get("likes", ()))
+    by_flag = getattr(args, f"{profile['name']}_words", None)  # --hobby-words, --background-words
+    given = by_flag or list(profile.get("likes", ()))
     if given:
         return dict.fromkeys(given, 1)
     counts = Counter()

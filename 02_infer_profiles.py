@@ -7,22 +7,22 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by y, the title
 
 theta^m, one vector for each user and profile, stands in the place of a word and minimises
 l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
-only; the task and y see all before them. Five steps, put together by solve():
+only; the task and y see all before them. Five steps, put together by solve() and by infer_block():
 
     wide = fit_space               theta begins at the mean of the words that could name it: music, fishing
     wide.task = fit_task           what all users share, the format of the text, is learned as soft tokens
     wide_z = descend(wide)         each user's theta is found by gradient descent in all its d coordinates
-    space = squeeze(wide, wide_z)  the r directions in which some 256 users differ most, and their mean
+    space = squeeze(wide, wide_z)  the r directions in which 256 users differ most, and their mean
     z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
-Sizes: U users, M profiles, d the LLM's width, r directions of a Space (during the descent the d coordinates
-of an embedding, or --space words; afterwards --rank principal directions), T tokens of D_task; B users of a
-block, H tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's
-differences. Note: what is easily overlooked.
+Sizes: U users, M profiles, d the LLM's width, r directions of a Space (of `wide`, where users descend, d or
+those of --space words; of `space`, which is kept, --rank), T tokens of D_task; B users of a block, H tokens
+of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences from
+the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Helpers
-                                  as make_blocks, pad, word_weights and TokenNLL stand further down.
+                                  such as make_blocks, pad, word_weights and TokenNLL stand further down.
     evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
 
@@ -73,13 +73,13 @@ class Segment:
 
 
 def prompt_segments(tokenizer, dataset):
-    """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after the begin token if the tokenizer has one."""
+    """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after a begin token if the tokenizer writes one."""
     segments = []
     first = tokenizer.encode("any text")[0]
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: all may see it: it is the same for everybody
     sentences = [profile["prompt"] for profile in dataset.profiles]
-    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # without begin tokens
+    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # tokens as in mid-sentence
         segments.append(Segment("name", ids, m))
         segments.append(Segment("theta", [0], m))
     segments.append(Segment("task", pieces_of(tokenizer, [dataset.task_prompt])[0]))
@@ -159,7 +159,7 @@ class ProfileLikelihood:
     """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of each user, summed over y's tokens.
 
     segments: the prompt without y; it alone gives embeddings, mask and positions.
-    task: float32 (T, d), the embeddings of D_task: those of its text, or what fit_task made of them.
+    task: float32 (T, d), the embeddings of D_task in use: of its text or from fit_task. Space.task is saved.
     """
 
     def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
@@ -174,7 +174,7 @@ class ProfileLikelihood:
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
         self.prompt_length = sum(len(segment.ids) for segment in segments)
-        self.room = window_of(model) - self.prompt_length  # tokens of the longest history
+        self.room = window_of(model) - self.prompt_length  # a history may have this many tokens
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
         task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
         self.task = self.vectors(task_ids)
@@ -193,7 +193,7 @@ class ProfileLikelihood:
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
-            elif segment.kind == "task":  # of several segments, which a prompt may have, in their order
+            elif segment.kind == "task":  # the next of several, if a prompt of your own has them
                 part = task[:len(segment.ids)].expand(len(theta), -1, -1)  # Shape: (B, tokens, d)
                 task = task[len(segment.ids):]
             else:
@@ -202,7 +202,7 @@ class ProfileLikelihood:
         return torch.cat(parts + [self.word_table(history_ids)], dim=1)
 
     def vectors(self, ids=None):
-        """float32 embeddings (n, d) of these tokens or of all. Note: some LLMs scale what the table holds."""
+        """float32 embeddings (n, d) of these tokens or all. Note: Gemma's layer scales its table's rows."""
         if ids is None:
             ids = range(len(self.word_table.weight))
         return self.word_table(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
@@ -216,7 +216,7 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        def user_nll(theta, task):  # both are arguments: ScaledGradient, below, differentiates by these
+        def user_nll(theta, task):  # a function: ScaledGradient, of fp16, differentiates it by both
             # The state before each history token predicts it. Shape: (B, H, d)
             states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
             is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
@@ -237,8 +237,8 @@ class Space:
     """theta^m = origin^m + z^m basis^m: a user is z (M, r).
 
     origin (M, d): in the descent the words' mean, after squeeze() the mean user; basis (M, r, d): orthogonal
-    directions, each as long as the words' spread (--space words: their standard deviation along it, or 0);
-    words_mean (M, d): where every descent begins; task (T, d): the soft tokens of D_task; words: per profile
+    directions, each as long as the words' spread (--space words: as their standard deviation along it, or 0);
+    words_mean (M, d): where all descents begin; task (T, d): the soft tokens of D_task; words: per profile
     its words, vectors: per profile their embeddings (words, d); shrink (M, r): see squeeze().
     """
 
@@ -261,8 +261,8 @@ class Space:
 
     def project(self, theta):
         """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk."""
-        nearest = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
-        return self.shrink * torch.stack(nearest, dim=1)
+        z = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
+        return self.shrink * torch.stack(z, dim=1)
 
     def word_z(self, m):
         """z (words, r) of the words of profile m, not shrunk: they are no guesses."""
@@ -273,10 +273,10 @@ class Space:
 def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
-    A word of several tokens is the mean of its tokens. It weighs the root of how many items have it, between
-    all words alike and as often as they occur; words of the LLM's own weigh all the same. The words' mean is
-    the origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the
-    mean (root mean square over words and coordinates; a whole word lies sqrt(d) spreads away).
+    A word of several tokens is the mean of its tokens. Its weight is the root of how many items have it,
+    between equal weights and frequencies; words of the LLM's own weigh all the same. The words' mean is the
+    origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the mean
+    (root mean square over coordinates and, by weight, words; a whole word lies sqrt(d) spreads away).
     """
     origins = []
     bases = []
@@ -311,12 +311,13 @@ def squeeze(space, wide_z, rank):
     probabilistic PCA, Tipping and Bishop 1999). Titles not seen become likelier. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
+    # Of (M, n, d): singular values (M, min(n, d)), directions (M, min(n, d), d)
     _, singular, directions = torch.linalg.svd((wide_z - mean).transpose(0, 1), full_matrices=False)
-    variance = singular ** 2  # Shape: (M, min(n, d)); times n, which the ratio below is free of
+    variance = singular ** 2  # times n, which the ratio below is free of
     kept = max(1, min(rank, len(wide_z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
     at = max(kept, NOISE_AT)  # no direction that is kept
-    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where there is none
+    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where few users have none
     shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
     return replace(space, origin=space.theta(mean[None])[0], basis=basis, shrink=shrink)
 
@@ -324,11 +325,11 @@ def squeeze(space, wide_z, rank):
 # -------- train
 
 def shared_nll(likelihood, space, histories, users, args):
-    """Yield the NLL of these users' histories with theta at its start, one sum for each block of users."""
-    some = [histories[user] for user in users]
-    for block in make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length):
+    """Yield the NLL of these users with theta at its start: a sum for each block, one graph at a time."""
+    chosen = [histories[user] for user in users]
+    for block in make_blocks(chosen, args.block_size, token_budget_of(likelihood), likelihood.prompt_length):
         theta = space.words_mean.expand(len(block), -1, -1)
-        yield likelihood(theta, *pad(some, block, likelihood.device)).sum()
+        yield likelihood(theta, *pad(chosen, block, likelihood.device)).sum()
 
 
 def fit_task(likelihood, space, histories, args):
@@ -342,7 +343,7 @@ def fit_task(likelihood, space, histories, args):
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # No more histories get a gradient than in the users' descent: 300 users in 3 steps leave 37 steps of 24.
+    # At most as many gradients of a history as in the descent: 300 users x 3 steps are 37 steps x 24 users.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -390,17 +391,17 @@ def descend(likelihood, space, ids, lengths, args):
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
-        # Where low precision overflowed, the loss becomes NaN, which never counts as improved.
+        # Where low precision overflowed, the loss becomes NaN: `trial_loss < loss` below is then false.
         overflowed = ~gradient.isfinite().flatten(1).all(1)
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
 
     def longest_step(gradient):
-        """The largest step sizes (B, M): no coordinate moves by over --lr, nor beyond a prior's minimum."""
+        """The largest sizes (B, M): no coordinate moves by over --lr, nor past a prior's own minimum."""
         by_lr = args.lr / gradient.abs().amax(2).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
-    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # theta begins at the words' mean
+    z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # at space.origin, the words' mean
     nll, loss, gradient = evaluate(z, True)
     step_size = longest_step(gradient)
     nlls = [nll]
@@ -577,9 +578,9 @@ def is_squeezed(args):
 
 
 def plan_blocks(likelihood, histories, args):
-    """(blocks of users, how many of them come first): of DIRECTION_USERS users, drawn at random.
+    """(blocks of users, how many of them come first). The first hold DIRECTION_USERS users drawn at random.
 
-    Note: drawn, and not the first blocks of all, which would be the users of the longest histories.
+    Note: drawn, for the first blocks of all users would hold those of the longest histories.
     """
     def blocks_of(users):
         some = [ids[:0] for ids in histories]
@@ -1098,7 +1099,7 @@ def report(steps, heldout, sensitivity, speed, note):
     """Print the likelihoods and what failed."""
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}{note}; {speed:,d} tokens x steps/s")
     for what, values in (("validation NLL per token", heldout),
-                         ("tiny LM, loss under a wrong word", sensitivity)):
+                         ("tiny LM, nats a token that a wrong word costs", sensitivity)):
         if values:
             print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     for warning in warnings_of(steps, heldout):

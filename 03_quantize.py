@@ -8,18 +8,20 @@
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
 profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether the user liked
 item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a value through which
-no gradient flows. theta and v are held by their coordinates z in the space of stage 02: theta = origin +
-z basis, whose unit is the words' spread. DEVIATION(k): row k of README's differences.
+no gradient flows. theta and v are held by r coordinates in stage 02's space of the profile, theta = origin
++ z basis, in units of its words' spread: the users' are called z, the codes' a codebook. DEVIATION(k): row k
+of README's differences.
 
---quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words themselves; a surrogate DCN is
-            warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
+--quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words of most items; a surrogate DCN
+            is warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
             kmeans: that start alone. em, words: the LLM itself judges codes; see the variants.
-A code is named after the word towards which it lies.
+A code is named after the word towards which it lies, seen from the users' mean.
 
 Sizes: U users, M profiles, r coordinates, K_m codes of profile m; B users of a minibatch, n rows (user, item,
 label), n_u of one user.
 
 What stands where; each part begins with a line of dashes:
+    (common.py          Field, FieldEmbedding, DCN, its first 175 lines: the Surrogate is this DCN)
     model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
     quantizers          k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
     data                what a quantizer may look at: a Problem
@@ -64,7 +66,7 @@ infer = importlib.import_module("02_infer_profiles")
 @torch.no_grad()
 def nearest(z, codebook):
     """Eq. (6): c = argmin_k ||z - v_k||^2. z (B, r), codebook (K, r) -> (B,)."""
-    # Note: torch's faster way, |z|^2 + |v|^2 - 2 z v, cancels where users lie close together.
+    # Note: torch's faster way, |z|^2 + |v|^2 - 2 z v, loses its digits where users lie close together.
     return torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
 
 
@@ -111,10 +113,10 @@ class Surrogate(nn.Module):
 
 
 def first_codebooks(z, sizes, start, seed, word_z=None):
-    """M codebooks (K_m, r): k-means over z (users, M, r), or uniform in +-1/K. DEVIATION(6).
+    """M codebooks (K_m, r): by k-means over z, numpy (users, M, r). DEVIATION(6).
 
-    word_z: M tensors (n_words, r), the words' own z, the most frequent word first. Start "words": k-means
-    begins at the first K_m of them; "kmeans", or too few words: by k-means++.
+    word_z: M tensors (n_words, r), the words' own z, the word of the most items first. Start "words": k-means
+    begins at the first K_m of them; "kmeans", or too few words: by k-means++; "random": no k-means, +-1/K.
     """
     codebooks = []
     for m, size in enumerate(sizes):
@@ -122,9 +124,9 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, z.shape[2]))
         else:
             check_users_differ(z[:, m], size, m)
-            from_words = start == "words" and size <= len(word_z[m])
-            begin = word_z[m][:size].numpy() if from_words else "k-means++"
-            kmeans = cluster.KMeans(size, init=begin, n_init=1 if from_words else 10, random_state=seed)
+            kmeans = cluster.KMeans(size, n_init=10, random_state=seed)
+            if start == "words" and size <= len(word_z[m]):
+                kmeans = cluster.KMeans(size, init=word_z[m][:size].numpy(), n_init=1)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
     return codebooks
@@ -164,9 +166,9 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
     rows = torch.from_numpy(rows).long().to(quantized.device)
     size = min(1024, max(128, len(rows) // 160))  # some 160 batches an epoch, of 128 to 1,024 rows
     for _ in progress(range(epochs), "warming up the surrogate", "epoch"):
-        for chosen in torch.from_numpy(rng.permutation(len(rows))).split(size):
-            logits = surrogate(rows[chosen, :2], quantized[rows[chosen, 0]])
-            loss = F.binary_cross_entropy_with_logits(logits, rows[chosen, 2].float())
+        for batch in torch.from_numpy(rng.permutation(len(rows))).split(size):
+            logits = surrogate(rows[batch, :2], quantized[rows[batch, 0]])
+            loss = F.binary_cross_entropy_with_logits(logits, rows[batch, 2].float())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -190,12 +192,12 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
-            # Eq. (7): the gradients of its terms add up. alpha weighs l_vec against l_llm in z's gradient
-            # alone: codebooks and surrogate have l_vec only, whose scale Adam hardly notices.
+            # Eq. (7): the gradients of its terms add up. alpha matters for z alone, which gets both: for
+            # codebooks and surrogate, which get l_vec's only, Adam divides it out.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
-            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):
+            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # if any of them is not
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
@@ -217,14 +219,14 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
 # -------- quantizers: fit learns, assign applies
 
 class KMeans:
-    """k-means over z, the start of vq and em: no recommender, no LLM."""
+    """The codebooks with which vq and em begin, and no more: no recommender, no LLM."""
 
-    assigns = "nearest"  # as --assign: "nearest" to z, or by the LLM's "likelihood"
+    assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
     log_weights = None  # of some variants: M tensors (K_m, ...) that assign() needs, as a code's log prior
 
     def __init__(self, problem, sizes, args, device):
-        self.problem = problem  # a Problem: z, who has one, data set, Space
+        self.problem = problem  # a Problem: z numpy (U, M, r), inferred (U,) who has one, data set, Space
         self.sizes = sizes
         self.args = args
         self.device = device
@@ -258,7 +260,7 @@ class JointVQ(KMeans):
         args = self.args
         problem = self.problem
         device = self.device
-        # DEVIATION(5): in units of the words' spread, lr, alpha and beta do not depend on an LLM's scale.
+        # DEVIATION(5): z's unit is the words' spread, so lr, alpha and beta suit LLMs of any scale.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
@@ -275,7 +277,8 @@ class JointVQ(KMeans):
             warm_up(surrogate, np.concatenate(user_rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         users = np.flatnonzero(problem.inferred)
         log = train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng)
-        # Note: profiles.npy stays as it is, so a new user is assigned by a z that was not moved.
+        # Note: of the moved z only the codes are saved. A user who comes later (--keep-codebooks) was not
+        # trained here and is assigned by stage 02's own z.
         problem.z = z.cpu().numpy()
         self.books = [layer.codebook.detach().cpu() for layer in vq_layers]
         return self.assign(), log
@@ -292,10 +295,10 @@ class JointVQ(KMeans):
         def add_llm_gradient(z, users):
             total = 0.0
             some = [histories[user] for user in users]
-            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):  # by tokens alone
-                # Eq. (4), and the prior of stage 02
+            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):  # places in `some`
+                # Eq. (4), summed over the tokens of a user's history
                 nll = likelihood(space.theta(z[block]), *infer.pad(some, block, self.device))
-                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
+                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))  # with stage 02's prior
                 (loss.sum() / len(users)).backward()
                 total += loss.sum().item() / len(users)
             return total

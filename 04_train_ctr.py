@@ -6,11 +6,11 @@
 i is the item's id, c_m the user's code of profile m, E_obs the other fields: the user's id, the item's
 attributes or both (--fields). No LLM is loaded: a user's profiles are M small integers.
 
---ids names what is compared, a row of the table each: `userip` (our codes), `none` (no codes), `random`
-(uniform codes), `shuffled` (our codes on other users), `planted` (the demo's truth) or NAME: your own
-feature_bank_NAME.npy, int (U, M'), with its .json {codes: [K_1, ...], dataset_fingerprint, made_by, which
-only people read}; its controls: random-NAME, shuffled-NAME. A repetition draws random codes, first weights
-and the order of rows anew. DEVIATION(k): row k of README's differences.
+--ids names what is compared, one row of the table each: `userip` (our codes), `none` (no codes), `random`
+(uniform codes), `shuffled` (our codes on other users), `planted` (the demo's truth) or NAME, a bank of your
+own: feature_bank_NAME.npy, int (U, M'), and its .json {codes: [K_1, ...], dataset_fingerprint, made_by, which
+only people read}; random-NAME and shuffled-NAME are its controls. A repetition draws anew: random codes, the
+shuffle, first weights, dropout, the order of rows. DEVIATION(k): row k of README's differences.
 
 What stands where; each part begins with a line of dashes:
     data, models, loss and train  fields and ids; LR, DCNv2 (DCN and Field: common.py); Eq. (9); what random
@@ -20,9 +20,9 @@ What stands where; each part begins with a line of dashes:
 
 Reads:  01's files, truth.npy for planted; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
         profiles.json (02), for --profile-input embedding profiles.npy
-Writes: results.json (a row per model x ids x repetition, a summary); ctr_<model>.pt, weights of the best
+Writes: results.json (an entry per model x ids x repetition, a summary); ctr_<model>.pt, weights of the best
         epoch of repetition 0 with userip (else the first of --ids), .json what they were made from;
-        predictions/ (of test and cold rows); until done rows-*/, a file for each row
+        predictions/ (of test and cold rows); until done rows-*/, a file for each entry
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -50,6 +50,9 @@ from common import (
 
 
 # -------- data
+#
+# ids (n, columns): numbers of n rows, the columns of each field side by side: user, codes, item, attributes;
+# ids_name: a name of --ids. A Field(name, size, columns=1) takes the ids 0 to size - 1; `size` is "unknown".
 
 def attribute_table(dataset, name):
     """(int64 (I + 1, width), size): the numbers of an attribute's values for each item.
@@ -74,7 +77,7 @@ def build_features(dataset, observed, codes, sizes, z=None):
     """
     user_numbers = np.arange(len(dataset.users) + 1)[:, None]
     item_numbers = np.arange(len(dataset.items) + 1)[:, None]
-    user_tables = []  # (field, its ids of each user (U + 1, columns of the field))
+    user_tables = []  # pairs (field, table (U + 1, its columns)): table[user] are the user's ids
     item_tables = []
     if observed != "attributes":
         user_tables.append((Field("user", len(dataset.users)), user_numbers))
@@ -85,17 +88,18 @@ def build_features(dataset, observed, codes, sizes, z=None):
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # An unseen user has the unknown code K_m. It is an id like others (hence size + 1), which users
-        # without a history, where there are any, train.
+        # K_m is the unknown code: of unseen users and of those without a history, who train it. So it starts
+        # as the codes do, one of size + 1 ids; the field's own unknown id, size + 1, is never used.
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
     item_tables.append((Field("item", len(dataset.items)), item_numbers))
     if observed != "ids":
-        for profile in dataset.profiles:
+        for profile in dataset.profiles:  # an item's attribute has the name of the profile that it shows
             table, size = attribute_table(dataset, profile["name"])
-            if size:  # some profiles, as 01's critic, are no attribute of items
-                item_tables.append((Field(f"item_{profile['name']}", size, table.shape[1]), table))
+            if size:  # 01's critic is no attribute of items
+                field = Field(f"item_{profile['name']}", size, columns=table.shape[1])
+                item_tables.append((field, table))
 
     def lookup(users, items):
         parts = [table[users] for _, table in user_tables]
@@ -141,7 +145,7 @@ class Recommender(nn.Module):
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: times eight makes the steps of the logit larger, and the L2 penalty weaker.
+    Note: the logit is eight times the sum, which makes its steps larger and the L2 penalty weaker.
     """
 
     def __init__(self, fields):
@@ -208,7 +212,7 @@ def train(model, train_rows, validation_rows, unknown_user, args):
             # DEVIATION(10): user dropout. Else the model memorizes users by their id and ignores the codes.
             is_hidden = torch.rand(len(ids), device=ids.device) < args.user_dropout
             epoch_ids[is_hidden, 0] = unknown_user
-        # A last row that is alone is left out: BatchNorm needs two.
+        # A last row that is alone is left out: the BatchNorm of some models needs two.
         for at in range(0, len(ids) - 1, args.batch_size):
             batch = slice(at, at + args.batch_size)
             logits = model(epoch_ids[batch])
@@ -243,20 +247,23 @@ def bank_name(ids_name):
 def codes_of(ids_name, banks, rng):
     """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
     codes, sizes = banks.get(bank_name(ids_name), (None, None))
-    if bank_name(ids_name) == ids_name:
+    if bank_name(ids_name) == ids_name:  # no control
         return codes, sizes
     if ids_name.startswith("random"):  # as many codes, uniform: what a meaningless id does
         return np.stack([rng.integers(size, size=len(codes)) for size in sizes], axis=1), sizes
-    return rng.permutation(codes), sizes  # each user has another's real codes
+    return rng.permutation(codes), sizes  # real codes, on other users
 
 
 def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
-    """{row of the table, state, test and cold probabilities}. inputs: an Inputs; ids_name: of --ids."""
-    codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))
+    """One training: {"row": its figures, "state": its weights, "test" and "cold": probabilities}.
+
+    inputs: an Inputs, whose of() gives codes_of() and, with --profile-input embedding, z.
+    """
+    codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))  # 4, 5: see seeded()
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     unknown_user = len(dataset.users) if args.fields != "attributes" else None
-    # Cold users' ids were never trained: they are evaluated as unknown. With cold users validation rows hide
-    # theirs too, so that the epoch suits unknown users, and val_* is not comparable with test_*.
+    # Cold users are evaluated under the unknown id, for theirs was never trained. Then the warm users of
+    # validation rows are hidden as well: the epoch shall suit unknown users. val_* is not like test_* then.
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
@@ -501,7 +508,7 @@ def parse_arguments():
     add("--models", type=nonempty_names, default="dcn", help=f"all, or of {', '.join(MODELS)}")
     add("--ids", type=nonempty_names,
         help=f"banks of codes: {','.join(IDS)} (default: those that there are), or the NAME of your own")
-    add("--seeds", type=at_least(1), default=5, help="repetitions, paired over --ids")
+    add("--seeds", type=at_least(1), default=5, help="repetitions, with the same seeds for each of --ids")
     add("--fields", choices=FIELDS, default="ids",
         help="ids: of user and item (paper); attributes: of the item and its attributes, without the user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",

@@ -47,18 +47,18 @@ SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and every control that stand
 RANK = int(os.getenv("RANK", 0))
 RANKS = int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
-SMALL = 20_000_000  # parameters; below, a second thread gains nothing
+SMALL = 20_000_000  # parameters; below, neither a second thread nor half precision gains anything
 
 
 # -------- fields and the DCN recommender
 
 @dataclass
 class Field:
-    """A feature of a CTR model: ids 0 to size - 1; the id `size` is unknown.
+    """A feature of a CTR model: the ids 0 to size - 1, and the id `size`, which means "unknown".
 
-    columns: how many ids of it a row has; of more than one the field is the mean, and `size` is padding.
-    vectors: optional float (size, n), for one column: an id then stands for its row, projected to D, and
-    there is no id `size`.
+    columns: how many ids of it a row has; with more than one, their mean is taken, and the id `size` means
+    "no value". vectors: optional float (size, n), for one column: the id i is embedded as a projection of
+    vectors[i], and there is no id `size`.
     """
 
     name: str
@@ -81,7 +81,7 @@ class FieldEmbedding(nn.Module):
         # is thrown away.
         learned = [field.vectors is None for field in fields]
         columns = [field.columns for field in fields]
-        rows = [field.size + 1 if own else 1 for field, own in zip(fields, learned)]
+        rows = [field.size + 1 if has_rows else 1 for field, has_rows in zip(fields, learned)]
         starts = np.cumsum([0] + rows)
         # Both (columns,): the row at which a column's field begins; 1, or 0 for a column of vectors.
         offsets = torch.tensor(np.repeat(starts[:-1], columns))
@@ -90,15 +90,16 @@ class FieldEmbedding(nn.Module):
         self.register_buffer("is_learned", is_learned.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row, of the id `size`, starts at 0. Unknown users have it: stage 04 trains it on rows
-        # whose user it hides. In a field of several columns it is padding, which forward() leaves out.
+        # A field's last row, of the id `size`, starts at 0. It is what unknown users get; stage 04 trains it
+        # by putting this id in the place of some rows' user. In a field of several columns forward() leaves
+        # it out.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
                 self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
-        self.plain = all(learned) and max(columns) == 1
+        self.plain = all(learned) and max(columns) == 1  # then the lookup is all
 
     def forward(self, ids):
         embedded = self.table(ids * self.is_learned + self.offsets)  # Shape: (B, columns, D)
@@ -193,7 +194,7 @@ def guarded(main, when_full="take fewer users"):
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted: what is finished is kept; the same command goes on", 130)
+        fail("interrupted: finished files are kept; run the same command again", 130)
     except UserError as error:
         fail(f"error: {error}")
     except BrokenPipeError:  # of `| head`
@@ -216,8 +217,10 @@ def fail(message, status=2):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the flags that every stage has, and errors in one line. device: --device's default, or
-    False for a stage that needs none."""
+    """argparse with the flags that every stage has, and errors in one line.
+
+    device: --device's default, or False for a stage that needs none.
+    """
 
     def __init__(self, doc, device="auto"):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
@@ -263,7 +266,7 @@ def announce(stage, args, reads):
 
 
 def progress(items, what, unit):
-    """A tqdm bar over items; none where stderr is no terminal: a log stays a log."""
+    """A tqdm bar over items; none where stderr is no terminal, nor in torchrun's processes but the first."""
     disable = True if RANK > 0 else None  # None: tqdm looks whether stderr is a terminal
     return tqdm(items, desc=what, unit=unit, leave=False, disable=disable)
 
@@ -271,7 +274,8 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-# Folders of unfinished work, of 02, 04 and tools/recsysllm.py, begin so; each holds a file a finished piece.
+# Folders of unfinished work, of 02, 04 and tools/recsysllm.py, begin so. They hold one file for each finished
+# piece of the work: a block of users, a row of a table, an epoch (see once).
 UNFINISHED = ("blocks-", "rows-", "epochs-")
 
 
@@ -309,7 +313,9 @@ def finish(run):
         return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            if path.name.startswith("."):  # half-written by a process of torchrun in stage 02's work folder
+            # Stage 02 renames its whole work folder to READY: a process of torchrun that was killed may have
+            # left a half-written file in it.
+            if path.name.startswith("."):
                 path.unlink()
             else:
                 os.replace(path, ready.parent / path.name)
@@ -436,6 +442,7 @@ def load_dataset(run):
 
 def load_truth(run):
     """int16 (U, 2) planted profiles of a demo run, or None; for evaluation alone."""
+    finish(run)
     if not (Path(run) / "truth.npy").exists():
         return None
     truth = np.array(load(run, "truth.npy"))
@@ -455,9 +462,10 @@ def once(path, make, *args):
 def do_all(pieces, what, unit, device):
     """once(*piece) for all pieces (path, make, *args), with a bar.
 
-    Under torchrun each process begins with its own share of the pieces. Where one core serves a model, this
-    process forks a worker for each other core: they take pieces of the share that nobody has begun. At the
-    end this process makes what is still missing: of a worker that was killed, or of a process that is slower.
+    Under torchrun each process begins with its own share of the pieces. On Linux CPUs, where a model uses one
+    thread, this process forks one worker for each core that is left; all work through this share and skip
+    what another has begun. At the end this process makes what is still missing: of a worker that was killed,
+    or of a process that is slower.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
@@ -616,7 +624,7 @@ def check_checkpoint(name, model, tokenizer, loading):
 def is_small(name):
     """Is this folder of an LLM so small that half precision gains nothing?"""
     files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
-    return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL  # bytes a number, fp32
+    return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL  # 4 bytes for each number
 
 
 def has_fast_bf16():
@@ -770,7 +778,8 @@ def tiny_sizes(n_items):
 
 
 class Trait:
-    """A profile of invented people. words: its values; fits: bool (words, items)."""
+    """A profile of invented people. words: all values of the items (no flag changes them, unlike the words of
+    stage 01); fits: bool (words, items)."""
 
     def __init__(self, profile, items):
         self.name = profile["name"]
@@ -796,12 +805,13 @@ class Trait:
 def make_sentences(traits, items, count, length, rng, rated):
     """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
 
-    Half have a word for each profile, half for one only: under stage 02's mask a profile's name has to be
-    understood alone. Many texts are short: the word has to tell what other titles cannot. Titles may repeat.
+    Half have a word for each profile, half for one alone, for in stage 02 theta sees the prompt of its own
+    profile only. Many texts are short: the word has to tell what other titles cannot. Titles may repeat.
     rated: each ends in + or -.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    # Seven of them: what is told of people repeats with an even period, so that each length meets all of it.
+    # Which profiles are told repeats with an even period, lengths repeat with one of seven. So every length
+    # meets every choice of profiles.
     lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]
     sentences = []
     for number in range(count):
@@ -826,7 +836,7 @@ def make_sentences(traits, items, count, length, rng, rated):
 
 def encode_sentences(tokenizer, traits, task_prompt, sentences):
     """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 is none."""
-    names = pieces_of(tokenizer, [trait.prompt for trait in traits])
+    prompts = pieces_of(tokenizer, [trait.prompt for trait in traits])
     task = pieces_of(tokenizer, [task_prompt])[0]
     texts = set()
     for words, titles in sentences:
@@ -839,7 +849,7 @@ def encode_sentences(tokenizer, traits, task_prompt, sentences):
     for words, titles in sentences:
         prompt = []
         for m, word in words.items():
-            prompt += names[m] + ids_of[f" {word}"]
+            prompt += prompts[m] + ids_of[f" {word}"]
         prompt += task
         history = []
         for text in titles:
@@ -904,7 +914,7 @@ def new_tiny(vocabulary, width, longest):
 def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
     """AdamW, a one-cycle step size, batches of like length."""
     by_length = targets.ne(-100).sum(1).argsort(stable=True).numpy()
-    batches = by_length[len(ids) % batch:].reshape(-1, batch)
+    batches = by_length[len(ids) % batch:].reshape(-1, batch)  # some of the shortest are left out
     order = np.concatenate([rng.permutation(batches) for _ in range(epochs)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(order), pct_start=0.1)

@@ -740,7 +740,8 @@ def notes(data, cells):
     kind = "folds" if data["study"] in FOLDS else "repetitions"
     kind += " of stages 03 and 04 on one θ" * (data["study"] in ONE_THETA)
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    kind += f" with {data.get('recommenders', 1)} recommenders each"
+    recommenders = data.get("recommenders", 1)
+    kind += f" with {recommenders} recommenders each" * (recommenders > 1)
     found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
                  f"{data['date']}, {versions}")

@@ -109,11 +109,22 @@ def test_cold_users_are_a_random_share_and_no_other_row_moves():
     assert 2 < both < 25 and drawn[0] != set(range(36))  # neither the first ones nor the same ones
 
 
+@pytest.mark.parametrize("share, who", [(0.001, "nobody"), (0.999, "everybody")])
+def test_a_share_of_cold_users_that_is_nobody_or_everybody_is_refused(share, who):
+    source = prepare.load_demo(prepare_args())
+    args = prepare_args(subsample_users=120, cold_users=share, min_interactions=1)
+    with pytest.raises(common.UserError, match=f"users is {who}.*--cold-users"):
+        prepare.build(source, args)
+
+
 def test_raw_ids_are_in_the_order_of_numbers_then_of_the_alphabet(tmp_path):
-    names = ["10", "9", "b", "100", "a", "007"]
-    lines = [(user, item, 5 if user == item else 2, 1) for user in names for item in names]
-    dataset, _ = stage_01(tmp_path / "a", lines)
-    assert dataset.users == [item["id"] for item in dataset.items] == ["007", "9", "10", "100", "a", "b"]
+    """Numbers that are equal but written otherwise too, in whatever order the file has them."""
+    names = ["10", "9", "b", "100", "a", "007", "0010"]
+    for number, some in enumerate((names, names[::-1])):
+        lines = [(user, item, 5 if user == item else 2, 1) for user in some for item in some]
+        dataset, _ = stage_01(tmp_path / str(number), lines)
+        assert dataset.users == [item["id"] for item in dataset.items] == [
+            "007", "9", "0010", "10", "100", "a", "b"]
 
 
 def test_words_are_the_values_of_items_of_training_rows_by_frequency():

@@ -284,7 +284,7 @@ def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(r
             break
         (run / "profiles.json").unlink()
     assert process.returncode == 130 and blocks_done(run) >= 1
-    assert errors == "interrupted: what is finished is kept; the same command goes on\n"
+    assert errors == "interrupted: finished files are kept; run the same command again\n"
     process = ok(run_stage("02_infer_profiles.py", "--run", run, *flags))
     # Where stderr is no terminal there is no progress bar, no warning, nothing.
     assert process.stderr == "" and "\r" not in process.stdout
