@@ -2,7 +2,7 @@
 
 Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random split
 that all stages obey: training, validation and test rows, 8:1:1. An item gets a title and, for each latent
-profile, words that could stand behind its prompt: a film's genre and era, a product's brand and price.
+profile, words that could stand after its prompt: a film's genre and era, a product's brand and price.
 
 What stands where; each part begins with a line of dashes:
     settings, data     the prompts; what a source is; the demo's planted world. Read them first.
@@ -246,7 +246,8 @@ def build(source, args):
     split[order[int(n * 0.9):]] = TEST
     # Recommenders do not know cold users. Their profiles are inferred from what were training rows, and all
     # their other rows evaluate.
-    shuffled = np.random.default_rng((args.seed, 4)).permutation(len(user_ids))
+    # 13: no other draw of this --seed, as stage 02's of users, may go by the same random numbers.
+    shuffled = np.random.default_rng((args.seed, 13)).permutation(len(user_ids))
     n_cold = round(args.cold_users * len(user_ids))
     if args.cold_users and n_cold in (0, len(user_ids)):
         who, remedy = ("everybody", "smaller") if n_cold else ("nobody", "larger")

@@ -317,7 +317,7 @@ def squeeze(space, wide_z, rank):
     kept = max(1, min(rank, len(wide_z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
     at = max(kept, NOISE_AT)  # no direction that is kept
-    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where few users have none
+    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where users are too few
     shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
     return replace(space, origin=space.theta(mean[None])[0], basis=basis, shrink=shrink)
 
@@ -376,10 +376,10 @@ def descend(likelihood, space, ids, lengths, args):
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
-    depends most would hold the others back. In the first step the coordinate of a profile's largest gradient
-    moves by --lr, the most for any in one step; a later step goes to where the curvature along the last move
-    puts the minimum (Barzilai and Borwein 1988). Where a step would raise a user's loss, the user stays,
-    keeps the gradient, and tries half the step sizes next.
+    depends most would hold the others back. In the first step the coordinate with a profile's largest
+    gradient moves by --lr, the most that any may in a step; a later step goes to where the curvature along
+    the last move puts the minimum (Barzilai and Borwein 1988). Where a step would raise a user's loss, the
+    user stays, keeps the gradient, and tries half the step sizes next.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -494,7 +494,8 @@ def parse_arguments():
 
 # -------- tokens and blocks of users
 
-DIRECTION_USERS = 256  # from whose theta the directions are taken that are kept of everybody's
+METHOD = 2  # goes up when the same flags give another theta: a finished run of before is then inferred anew
+DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
@@ -518,7 +519,7 @@ def tokenize_histories(tokenizer, texts, room):
 def make_blocks(histories, block_size, token_budget, prompt_length):
     """Users with a history, in blocks of at most block_size users, or if None of token_budget tokens.
 
-    Padding stays below LENGTH_SPREAD. Longest first: too little memory shows at once.
+    Padding stays below LENGTH_SPREAD. Longest first: too little memory shows early.
     """
     blocks = []
     longest = 0  # prompt and history of the first user of the last block
@@ -578,8 +579,9 @@ def is_squeezed(args):
 
 
 def plan_blocks(likelihood, histories, args):
-    """(blocks of users, how many of them come first). The first hold DIRECTION_USERS users drawn at random.
+    """(blocks of users, how many of them come first).
 
+    The first hold DIRECTION_USERS users drawn at random, or all if there are fewer.
     Note: drawn, for the first blocks of all users would hold those of the longest histories.
     """
     def blocks_of(users):
@@ -947,9 +949,10 @@ def read_profiles(run):
 def rows_that_stay(run, dataset, settings, path):
     """--users: (old facts, old z (n, M, r), {user: the row in it}, users of the file who have none)."""
     facts, old, owners = read_profiles(run)
-    changed = [key for key in settings if key != "dataset_fingerprint" and facts[key] != settings[key]]
+    changed = [key for key in settings if key != "dataset_fingerprint" and facts.get(key) != settings[key]]
     if changed:
-        raise UserError(f"the first run had other settings ({', '.join(changed)})", run, "repeat its flags")
+        raise UserError(f"the first run had other settings ({', '.join(changed)})", run,
+                        "repeat its flags, or infer all users anew, without --users")
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}
     served = asked & index.keys()
@@ -1013,6 +1016,7 @@ def settings_of(dataset, lm, args):
         # The words may change with new users; --users keeps the space of the first run.
         profiles.append({key: value for key, value in profile.items() if key != "words"})
     settings = {key: getattr(args, key) for key in RECORDED}
+    settings["method"] = METHOD
     settings["profiles"] = profiles
     settings["dataset_fingerprint"] = dataset.fingerprint()
     settings["lm_fingerprint"] = lm["fingerprint"]
@@ -1026,7 +1030,7 @@ def is_done(run, settings):
     except UserError:  # what is missing or damaged is made again
         return False
     wanted = settings | {"rows_kept": 0}
-    return all(facts[key] == value for key, value in wanted.items())
+    return all(facts.get(key) == value for key, value in wanted.items())
 
 
 def infer(dataset, likelihood, tokenizer, lm, histories, args):
@@ -1114,7 +1118,7 @@ def tidy_up(args):
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished: {work} goes on with its flags, --fresh forgets it")
+            print(f"unfinished: {work} goes on with its flags and its code, --fresh forgets it")
 
 
 def main():

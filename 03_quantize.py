@@ -12,16 +12,16 @@ no gradient flows. theta and v are held by r coordinates in stage 02's space of 
 + z basis, in units of its words' spread: the users' are called z, the codes' a codebook. DEVIATION(k): row k
 of README's differences.
 
---quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words of most items; a surrogate DCN
-            is warmed up on these codes; then minibatches of users update z, codebooks and surrogate.
-            kmeans: that start alone. em, words: the LLM itself judges codes; see the variants.
+--quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words that most items have; a
+            surrogate DCN is warmed up on these codes; then minibatches of users update z, codebooks and
+            surrogate. kmeans: that start alone. em, words: the LLM itself judges codes; see the variants.
 A code is named after the word towards which it lies, seen from the users' mean.
 
 Sizes: U users, M profiles, r coordinates, K_m codes of profile m; B users of a minibatch, n rows (user, item,
 label), n_u of one user.
 
 What stands where; each part begins with a line of dashes:
-    (common.py          Field, FieldEmbedding, DCN, its first 175 lines: the Surrogate is this DCN)
+    (common.py          Field, FieldEmbedding and DCN, its first part: the Surrogate is this DCN)
     model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
     quantizers          k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
     data                what a quantizer may look at: a Problem

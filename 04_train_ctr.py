@@ -262,8 +262,8 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))  # 4, 5: see seeded()
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     unknown_user = len(dataset.users) if args.fields != "attributes" else None
-    # Cold users are evaluated under the unknown id, for theirs was never trained. Then the warm users of
-    # validation rows are hidden as well: the epoch shall suit unknown users. val_* is not like test_* then.
+    # Cold users are evaluated under the unknown id, for theirs was never trained. Where there are some,
+    # validation rows hide their users too: the epoch shall suit unknown users. val_* is not like test_* then.
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))

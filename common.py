@@ -778,8 +778,8 @@ def tiny_sizes(n_items):
 
 
 class Trait:
-    """A profile of invented people. words: all values of the items (no flag changes them, unlike the words of
-    stage 01); fits: bool (words, items)."""
+    """A profile of invented people. words: all values of the items, of a critic those of its likes (no flag
+    changes them, as it does the words of stage 01); fits: bool (words, items)."""
 
     def __init__(self, profile, items):
         self.name = profile["name"]

@@ -6,11 +6,11 @@
 
 A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
 codebooks, the random and shuffled codes and the recommenders: RECOMMENDERS are trained, and a repetition's
-figures are their means. In a study of folds, seed s makes the split and the cold users too. Studies of
-ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a list of variants; where a
-variant's flags for a stage are None, it takes the artifacts of the same repetition from the first variant, or
-from the first variant of the study that stands in FROM. Where tools/baselines.py scores pairs by itself, its
-rows stand beside those of the recommender.
+figures are their means (RecSysLLM's has one). In a study of folds, seed s makes the split and the cold users
+too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a list of variants;
+where a variant's flags for a stage are None, it takes the artifacts of the same repetition from the first
+variant, or from the first variant of the study that stands in FROM. Where tools/baselines.py scores pairs by
+itself, its rows stand beside those of the recommender.
 
 p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
 controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
@@ -333,7 +333,6 @@ def bootstrap(repetitions, seed=0):
     def mean_auc(ranks, labels, weights):
         return np.mean([weighted_auc(of_one, labels, weights) for of_one in ranks])
 
-
     rng = np.random.default_rng(seed)
     prepared = []
     differences = []
@@ -519,7 +518,11 @@ def collect(study, seeds):
     first = next(iter(STUDIES[study]))
     data = common.load(folder(study, first, 0), "dataset.json")
     metric = "cold" if "cold_auc" in rows[0] else "test"
-    recommenders = 1 + max(row["seed"] for row in runs[first, 0]["rows"])
+    counts = {1 + max(row["seed"] for row in found["rows"]) for found in runs.values()}
+    if len(counts) > 1:
+        raise common.UserError(f"its runs have different numbers of recommenders: {sorted(counts)}", study,
+                               "run it anew with --again")
+    recommenders, = counts
     base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
             "intervals": intervals(study, rows, seeds, metric, recommenders),
@@ -533,7 +536,7 @@ def collect(study, seeds):
 
 
 def mean_rows(rows):
-    """One row for each model and name of ids: of what its recommenders measured the means."""
+    """One row for each model and name of ids: means over its recommenders (best_epoch is the first one's)."""
     found = {}
     for row in rows:
         found.setdefault((row["model"], row["ids"]), []).append(row)

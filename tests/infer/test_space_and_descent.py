@@ -15,8 +15,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, random_theta,
-                      settings, space_of, whole_space)
+from conftest import (call_stage, copy_run, infer, likelihood_of, make_lm, prepare, prepare_args,
+                      random_theta, settings, space_of, whole_space)
 
 import common
 
@@ -225,13 +225,14 @@ def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
 def test_directions_are_of_users_drawn_at_random_whatever_their_histories_and_blocks(world, monkeypatch):
     likelihood = likelihood_of(*make_lm("gpt2"), world[0])
     rng = np.random.default_rng(0)
-    histories = [rng.integers(300, size=length) for length in rng.permutation(60)]  # one of them is empty
+    histories = [rng.integers(300, size=length) for length in rng.permutation(60)]
+    histories += 60 * [histories[0][:0]]  # they tell no direction
     monkeypatch.setattr(infer, "DIRECTION_USERS", 20)
 
     def plan(**changes):
         blocks, count = infer.plan_blocks(
             likelihood, histories, settings(**{"users": None, "space": "users", "rank": 16, **changes}))
-        assert sorted(sum(blocks, [])) == [user for user in range(60) if len(histories[user])]  # all, once
+        assert sorted(sum(blocks, [])) == [user for user in range(120) if len(histories[user])]  # all, once
         return blocks, sorted(sum(blocks[:count], []))
 
     for size in (1, 7, 1000):  # also where a block has room for everybody
@@ -243,6 +244,21 @@ def test_directions_are_of_users_drawn_at_random_whatever_their_histories_and_bl
         assert plan(**changes)[1] == []
     monkeypatch.setattr(infer, "DIRECTION_USERS", 100)
     assert len(plan()[1]) == 59  # all there are
+
+
+def test_the_users_who_tell_directions_are_not_those_whom_stage_01_drew_to_be_cold(world, monkeypatch):
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    source = prepare.load_demo(prepare_args())
+    monkeypatch.setattr(infer, "DIRECTION_USERS", 200)
+    shares = []
+    for seed in range(4):
+        dataset, _ = prepare.build(source, prepare_args(seed=seed, cold_users=0.2))
+        cold = np.unique(dataset.rows(common.COLD)[:, 0])
+        histories = [np.zeros(3, np.int32) for _ in dataset.users]
+        blocks, count = infer.plan_blocks(
+            likelihood, histories, settings(users=None, space="users", rank=16, seed=seed))
+        shares.append(np.isin(sum(blocks[:count], []), cold).mean())
+    assert np.mean(shares) == pytest.approx(0.2, abs=0.06), shares
 
 
 def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world):
