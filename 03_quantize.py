@@ -124,9 +124,10 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, z.shape[2]))
         else:
             check_users_differ(z[:, m], size, m)
-            kmeans = cluster.KMeans(size, n_init=10, random_state=seed)
+            init, attempts = "k-means++", 10
             if start == "words" and size <= len(word_z[m]):
-                kmeans = cluster.KMeans(size, init=word_z[m][:size].numpy(), n_init=1)
+                init, attempts = word_z[m][:size].numpy(), 1
+            kmeans = cluster.KMeans(size, init=init, n_init=attempts, random_state=seed)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())
     return codebooks
