@@ -1384,6 +1384,8 @@ for added_to, mutants in {
         ("the words stay the origin", "origin=space.theta(mean[None])[0]",
          "origin=space.origin",
          "test_a_space_is_squeezed_to_the_directions_in_which_users_differ"),
+        ("a run of an earlier method is taken for this one's", '    settings["method"] = METHOD\n', "",
+         "test_theta_of_an_earlier_method_is_inferred_anew_and_new_users_do_not_join_it"),
         ("directions are of the longest histories alone",
          "drawn = seeded(args.seed, 4).permutation([user for user in users if len(histories[user])])",
          "drawn = sorted(users, key=lambda user: -len(histories[user]))[:-1]",

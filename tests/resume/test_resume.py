@@ -657,6 +657,22 @@ def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
     quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
 
 
+def test_theta_of_an_earlier_method_is_inferred_anew_and_new_users_do_not_join_it(run, lm_folders, capsys):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    call_stage(infer, "--run", run, *flags)
+    facts = common.load(run, "profiles.json")
+    for method in (None, facts["method"] - 1):  # it was not recorded at first
+        earlier = {key: value for key, value in facts.items() if key != "method"}
+        common.save_json(run / "profiles.json", earlier if method is None else {**earlier, "method": method})
+        (run / "new.txt").write_text(common.load_dataset(run).users[0])
+        with pytest.raises(common.UserError, match="other settings \\(method\\).*without --users"):
+            call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+        capsys.readouterr()
+        call_stage(infer, "--run", run, *flags)
+        assert "nothing to do" not in capsys.readouterr().out
+        assert common.load(run, "profiles.json")["method"] == facts["method"]
+
+
 def test_output_that_nobody_reads_is_one_line(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     process = subprocess.run(
