@@ -509,7 +509,7 @@ def write_world(run, users):
                      np.ones(users * 12, dtype=int), np.tile([0] * 10 + [1, 2], users)], axis=1)
     dataset = common.Dataset(rows.astype(np.int32), [f"u{user}" for user in range(users)], demo.items,
                              demo.profiles, demo.task_prompt, "demo")
-    prepare.save(run, dataset, None, SimpleNamespace(**DEMO))
+    prepare.save(run, dataset, None, SimpleNamespace(**DEMO), dropped=[])
 
 
 def profile(shape, device):
@@ -578,7 +578,7 @@ def main():
     if args.memory_of:
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
-        figures = linear((200, 400) if args.quick else (1000, 4000, 16000))
+        figures = linear((200,) if args.quick else (1000, 4000, 16000))
     elif args.smollm2:
         leave_out_emulated_bf16()
         folder = common.lm_folder("smollm2")
