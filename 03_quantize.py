@@ -124,9 +124,11 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
             found = np.random.default_rng((seed, m)).uniform(-1 / size, 1 / size, (size, z.shape[2]))
         else:
             check_users_differ(z[:, m], size, m)
-            init, attempts = "k-means++", 10
+            init = "k-means++"
+            attempts = 10
             if start == "words" and size <= len(word_z[m]):
-                init, attempts = word_z[m][:size].numpy(), 1
+                init = word_z[m][:size].numpy()
+                attempts = 1
             kmeans = cluster.KMeans(size, init=init, n_init=attempts, random_state=seed)
             found = kmeans.fit(z[:, m]).cluster_centers_
         codebooks.append(torch.tensor(found).float())

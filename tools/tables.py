@@ -518,7 +518,7 @@ def collect(study, seeds):
     first = next(iter(STUDIES[study]))
     data = common.load(folder(study, first, 0), "dataset.json")
     metric = "cold" if "cold_auc" in rows[0] else "test"
-    counts = {1 + max(row["seed"] for row in found["rows"]) for found in runs.values()}
+    counts = {len({row["seed"] for row in found["rows"]}) for found in runs.values()}
     if len(counts) > 1:
         raise common.UserError(f"its runs have different numbers of recommenders: {sorted(counts)}", study,
                                "run it anew with --again")
