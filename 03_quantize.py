@@ -8,9 +8,9 @@
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
 profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether the user liked
 item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a value through which
-no gradient flows. theta and v are held by r coordinates in stage 02's space of the profile, theta = origin
-+ z basis, in units of its words' spread: the users' are called z, the codes' a codebook. DEVIATION(k): row k
-of README's differences.
+no gradient flows. In stage 02's space of the profile, where theta = origin + z basis, theta and v are r
+coordinates each, in units of the words' spread: a user's are called z, those of all codes a codebook.
+DEVIATION(k): row k of README's differences.
 
 --quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words that most items have; a
             surrogate DCN is warmed up on these codes; then minibatches of users update z, codebooks and
