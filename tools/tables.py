@@ -45,7 +45,7 @@ KEPT = ROOT / "docs" / "results"
 MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy"),
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
-RECOMMENDERS = 3  # trained in each repetition: on one inference their AUC has an sd of .002 to .015 in the demo
+RECOMMENDERS = 3  # trained in each repetition: their AUC on one inference has an sd of .002 to .015
 CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
             "mf")  # no claims of ours
 RIVALS = ("metadata", "text", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
