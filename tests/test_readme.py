@@ -179,5 +179,5 @@ def test_the_tables_are_those_of_the_kept_figures():
     found = re.findall(r"<!-- table (\S+) -->\n(.*?)<!-- end \1 -->", PAGE, re.S)
     assert {name for name, _ in found} >= {"demo", "demo7"}
     for name, text in found:
-        draw = tables.table_recsysllm if name in tables.RECSYSLLM else tables.table
+        draw = tables.table_recsysllm if tables.is_recsysllm(name) else tables.table
         assert text == draw(json.loads((tables.KEPT / f"{name}.json").read_text())) + "\n", name

@@ -6,11 +6,11 @@
 
 A repetition is one of everything that is random after the data: seed s makes the tiny LM, theta, the
 codebooks, the random and shuffled codes and the recommenders: RECOMMENDERS are trained, and a repetition's
-figures are their means (RecSysLLM's has one). In a study of folds, seed s makes the split and the cold users
-too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a list of variants;
-where a variant's flags for a stage are None, it takes the artifacts of the same repetition from the first
-variant, or from the first variant of the study that stands in FROM. Where tools/baselines.py scores pairs by
-itself, its rows stand beside those of the recommender.
+figures are their means (beside RecSysLLM the first one's). In a study of folds, seed s makes the split and
+the cold users too. Studies of ONE_THETA repeat stages 03 and 04 alone, for 02 is dear there. A study is a
+list of variants; where a variant's flags for stage 01 or 02 are None, it takes the artifacts of the same
+repetition from the first variant, or from the first variant of the study that stands in FROM. Where
+tools/baselines.py scores pairs by itself, its rows stand beside those of the recommender.
 
 p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
 controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
@@ -53,12 +53,14 @@ ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
 def variant(first, second, third="", controls="", fourth="", **more):
-    """Flags of stages 01 to 04 (None: the first variant's artifacts), the names for tools/controls.py and, if
-    given, names: prompts in the place of the profiles'; words: if the profiles keep theirs; baselines:
-    methods of tools/baselines.py; lm_both: if tools/lm_both.py is run on the first variant; source: a folder
-    in it that artifacts are taken from; once: controls that the first repetition makes for all, for they ask
-    a large LLM."""
-    defaults = {"names": None, "words": True, "baselines": "", "lm_both": False, "source": None, "once": ""}
+    """Flags of stages 01 to 04 (first, second None: the first variant's artifacts; third None: there is no
+    bank of codes, neither 02 nor 03 is run), the names for tools/controls.py and, if given, names: prompts in
+    the place of the profiles'; words: if the profiles keep theirs; baselines: methods of tools/baselines.py;
+    lm_both: if tools/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken
+    from; once: controls that the first repetition makes for all, for they ask a large LLM; recsysllm: flags
+    of tools/recsysllm.py; after: the variant whose stages this one shares; most: repetitions at most."""
+    defaults = {"names": None, "words": True, "baselines": "", "lm_both": False, "source": None, "once": "",
+                "recsysllm": None, "after": None, "most": None}
     return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}
 
 
@@ -98,9 +100,20 @@ def ablation(second, words=True):
     return variant(None, f"--lm smollm2 {second}", "--quantizer kmeans", "", "--ids userip", words=words)
 
 
+def trained(flags, first="", second="", after=None, most=3):
+    """RecSysLLM under these flags of its own, beside a DCN; second None: a DCN without codes alone."""
+    if second is None:
+        return variant(first, None, None, "", "--ids none", recsysllm=flags, after=after, most=most)
+    return variant(first, second, "--no-llm-loss", "", "--ids none,userip", recsysllm=flags, after=after,
+                   most=most)
+
+
 ML = "--dataset ml-100k"
 ATTRIBUTES = "--fields attributes --ids none,random,shuffled,metadata,text,generosity,words,userip"
 COLD = "--fields ids+attributes --ids"
+TINY = "--lm tiny --rank 32 --alpha 64 --lr 0.005 --epochs 20 --test-users 400 --rows 1500"
+SMOL = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 80 --rows 300"
+FEW = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 12 --rows 200"
 STUDIES = {  # name: {variant: flags}
     "demo": demo(""), "demo7": demo("--seed 7"), "nosignal": demo("--signal 0"),
     "demo-models": {"default": variant(None, None, "", "", "--models all --ids none,random,shuffled,userip")},
@@ -169,32 +182,27 @@ STUDIES = {  # name: {variant: flags}
         "SmolLM2, theta itself": own("--quantizer kmeans", f"{COLD} userip --profile-input embedding")},
     "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),
     "ml-100k-cold-baselines": baselines(COLD, "--lm tiny"),
+    "recsysllm-demo": {
+        "tiny LM": trained(TINY),
+        "tiny LM, without training": trained(f"{TINY} --rank 0", after="tiny LM"),
+        "tiny LM, no intra-positions": trained(f"{TINY} --no-intra", after="tiny LM"),
+        "tiny LM, causal mask": trained(f"{TINY} --attention causal", after="tiny LM"),
+        "SmolLM2": trained(SMOL, "--subsample-users 600", None, most=1),
+        "SmolLM2, no intra-positions": trained(f"{SMOL} --no-intra", after="SmolLM2", most=1),
+        "SmolLM2, causal mask": trained(f"{SMOL} --attention causal", after="SmolLM2", most=1),
+        "SmolLM2, causal mask, without training": trained(
+            f"{SMOL} --attention causal --rank 0", after="SmolLM2", most=1)},
+    "recsysllm-ml-100k": {
+        "tiny LM": trained(TINY, ML, "--lm tiny", most=1),
+        "tiny LM, without training": trained(f"{TINY} --rank 0", after="tiny LM", most=1),
+        "tiny LM, no intra-positions": trained(f"{TINY} --no-intra", after="tiny LM", most=1),
+        "tiny LM, causal mask": trained(f"{TINY} --attention causal", after="tiny LM", most=1),
+        "SmolLM2": trained(FEW, f"{ML} --subsample-users 100", None, most=1)},
 }
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",
         "ml-100k-cold-baselines": "ml-100k-cold"}
 ONE_THETA = ("ml-100k", "ml-100k-attributes", "ml-100k-baselines", "real-demo", "real-ablations")
-TINY = "--lm tiny --rank 32 --alpha 64 --lr 0.005 --epochs 20 --test-users 400 --rows 1500"
-SMOL = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 80 --rows 300"
-FEW = "--lm smollm2 --lr 0.002 --epochs 4 --batch-size 8 --test-users 12 --rows 200"
-RECSYSLLM = {  # name: {variant: flags of 01, of 02 (None: no bank), of tools/recsysllm.py, most repetitions}
-    "recsysllm-demo": {
-        "tiny LM": ("", "", TINY, 3),
-        "tiny LM, without training": ("", "", f"{TINY} --rank 0", 3),
-        "tiny LM, no intra-positions": ("", "", f"{TINY} --no-intra", 3),
-        "tiny LM, causal mask": ("", "", f"{TINY} --attention causal", 3),
-        "SmolLM2": ("--subsample-users 600", None, SMOL, 1),
-        "SmolLM2, no intra-positions": ("--subsample-users 600", None, f"{SMOL} --no-intra", 1),
-        "SmolLM2, causal mask": ("--subsample-users 600", None, f"{SMOL} --attention causal", 1),
-        "SmolLM2, causal mask, without training": (
-            "--subsample-users 600", None, f"{SMOL} --attention causal --rank 0", 1)},
-    "recsysllm-ml-100k": {
-        "tiny LM": (ML, "--lm tiny", TINY, 1),
-        "tiny LM, without training": (ML, "--lm tiny", f"{TINY} --rank 0", 1),
-        "tiny LM, no intra-positions": (ML, "--lm tiny", f"{TINY} --no-intra", 1),
-        "tiny LM, causal mask": (ML, "--lm tiny", f"{TINY} --attention causal", 1),
-        "SmolLM2": (f"{ML} --subsample-users 100", None, FEW, 1)},
-}
 FOLDS = ("ml-100k-cold", "ml-100k-cold-em", "ml-100k-cold-rated", "ml-100k-cold-baselines",
          "real-ml-100k")  # of the data
 
@@ -222,6 +230,21 @@ def repeat(study, name, seed, data_dir, threads=1):
     if (run / "code.json").exists():
         return
     run.mkdir(parents=True, exist_ok=True)
+    settings = STUDIES[study][name]
+    if settings["after"]:
+        not_shared = shutil.ignore_patterns("recsysllm.*", "epochs-*", "code.json", "log.txt")
+        shutil.copytree(folder(study, settings["after"], seed), run, dirs_exist_ok=True, ignore=not_shared)
+    else:
+        run_stages(study, name, seed, data_dir, threads)
+    if settings["recsysllm"]:
+        flags = f"{settings['recsysllm']} --seed {seed}"
+        call("tools/recsysllm.py", run, flags, run / "log.txt", threads)
+    common.save_json(run / "code.json", code_fingerprint())
+
+
+def run_stages(study, name, seed, data_dir, threads):
+    """Stages 01 to 04 of a repetition, and what stands between them."""
+    run = folder(study, name, seed)
     log = run / "log.txt"
     settings = STUDIES[study][name]
     origin = FROM.get(study, study)
@@ -232,7 +255,8 @@ def repeat(study, name, seed, data_dir, threads=1):
         base = folder(study, name, 0)
         flags = (None, None, *flags[2:])
     base = first_run / settings["source"] if settings["source"] else base
-    for number in (1, 2):
+    has_bank = flags[2] is not None
+    for number in (1, 2) if has_bank else (1,):
         if flags[number - 1] is not None:
             continue
         for file in MADE_BY[number]:
@@ -254,7 +278,8 @@ def repeat(study, name, seed, data_dir, threads=1):
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
         words = flags[1].format(base=shlex.quote(str(base)), first=shlex.quote(str(first_run)))
         call("02_infer_profiles.py", run, f"{words} --seed {seed}", log, threads)
-    call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log, threads)
+    if has_bank:
+        call("03_quantize.py", run, f"{flags[2]} --seed {seed}", log, threads)
     controls = settings["controls"].split()
     if seed and study in ONE_THETA:
         for control in settings["once"].split():
@@ -266,7 +291,6 @@ def repeat(study, name, seed, data_dir, threads=1):
     for method in settings["baselines"].split():
         call("tools/baselines.py", run, f"{method} --seed {seed}", log, threads)
     call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds {RECOMMENDERS}", log, threads)
-    common.save_json(run / "code.json", code_fingerprint())
 
 
 def change_profiles(run, names, keeps_words):
@@ -297,18 +321,29 @@ def look_for_old_runs(study, again):
               file=sys.stderr)
 
 
+def repetitions_of(study, name, seeds):
+    """Numbers of a variant's repetitions."""
+    return range(min(seeds, STUDIES[study][name]["most"] or seeds))
+
+
 def run_study(study, seeds, jobs, data_dir, again):
     """All repetitions of all variants, `jobs` side by side; a repetition's first variant before others."""
     look_for_old_runs(study, again)
     origin = FROM.get(study, study)
     first, *others = STUDIES[study]
+    alone = [name for name in others if not STUDIES[study][name]["after"]]
+    after = [name for name in others if STUDIES[study][name]["after"]]
     threads = max(1, os.cpu_count() // jobs)
     with ThreadPoolExecutor(jobs) as pool:
         # Each wave takes artifacts from those before it; of one theta, from the first repetition.
-        for place, names in ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, others)):
-            for some in ([0], range(1, seeds)):
-                wave = [pool.submit(repeat, place, name, seed, data_dir, threads)
-                        for name, seed in itertools.product(names, some)]
+        waves = ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, alone), (study, after))
+        for place, names in waves:
+            for is_first in (True, False):
+                wave = []
+                for name in names:
+                    for seed in repetitions_of(place, name, seeds):
+                        if (seed == 0) == is_first:
+                            wave.append(pool.submit(repeat, place, name, seed, data_dir, threads))
                 for repetition in wave:
                     repetition.result()
 
@@ -387,64 +422,24 @@ def improvements(entries):
     return {"baseline": best, "test_auc": auc, "relative": relative}
 
 
-def repeat_recsysllm(study, name, seed, data_dir, threads):
-    """One repetition of one variant of a study of RECSYSLLM: stages 01 to 04 where no variant ran them."""
-    run = folder(study, name, seed)
-    if (run / "code.json").exists():
-        return
-    variants = RECSYSLLM[study]
-    first_flags, second_flags, flags, _ = variants[name]
-    origin = next(other for other, found in variants.items() if found[:2] == variants[name][:2])
-    base = folder(study, origin, seed)
-    run.mkdir(parents=True, exist_ok=True)
-    log = run / "log.txt"
-    if name == origin:
-        if data_dir and "--dataset" in first_flags:
-            first_flags += f" --data-dir {shlex.quote(str(data_dir))}"
-        call("01_prepare_data.py", run, first_flags, log, threads)
-        ids = "none"
-        if second_flags is not None:
-            call("02_infer_profiles.py", run, f"{second_flags} --seed {seed}", log, threads)
-            call("03_quantize.py", run, f"--no-llm-loss --seed {seed}", log, threads)
-            ids = "none,userip"
-        call("04_train_ctr.py", run, f"--ids {ids} --seeds 1 --seed {seed}", log, threads)
-    else:
-        shutil.copytree(base, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns(
-            "recsysllm.*", "code.json", "log.txt", "epochs-*"))
-    call("tools/recsysllm.py", run, f"{flags} --seed {seed}", log, threads)
-    common.save_json(run / "code.json", code_fingerprint())
-
-
-def run_recsysllm(study, seeds, jobs, data_dir, again):
-    """All repetitions of a study of RECSYSLLM, `jobs` side by side; stages 01 to 04 run once for all."""
-    look_for_old_runs(study, again)
-    threads = max(1, os.cpu_count() // jobs)
-    firsts = {}  # of variants with the same flags of the stages the first, which runs them
-    for name, found in RECSYSLLM[study].items():
-        firsts.setdefault(found[:2], name)
-    waves = (list(firsts.values()), [name for name in RECSYSLLM[study] if name not in firsts.values()])
-    with ThreadPoolExecutor(jobs) as pool:
-        for names in waves:
-            wave = []
-            for name in names:
-                for seed in range(min(seeds, RECSYSLLM[study][name][3])):
-                    wave.append(pool.submit(repeat_recsysllm, study, name, seed, data_dir, threads))
-            for repetition in wave:
-                repetition.result()
+def is_recsysllm(study):
+    """Is it a study of tools/recsysllm.py, whose tables are others?"""
+    return study.startswith("recsysllm")
 
 
 RANKING = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
 
 
 def collect_recsysllm(study, seeds):
-    """Everything that a table of RECSYSLLM needs: of each variant the repetitions' recsysllm.json."""
+    """Everything that a table of RecSysLLM needs: of each variant the repetitions' recsysllm.json."""
     found = {}
-    for name, settings in RECSYSLLM[study].items():
+    flags = {}
+    for name, settings in STUDIES[study].items():
+        flags[name] = settings["recsysllm"]
         found[name] = [common.load(folder(study, name, seed), "recsysllm.json")
-                       for seed in range(min(seeds, settings[3]))]
+                       for seed in repetitions_of(study, name, seeds)]
     return {"study": study, "variants": found, "date": datetime.date.today().isoformat(),
-            "code": code_fingerprint()[:12], "flags": {name: settings[2] for name, settings
-                                                       in RECSYSLLM[study].items()}}
+            "code": code_fingerprint()[:12], "flags": flags}
 
 
 def table_recsysllm(data):
@@ -797,7 +792,7 @@ def markers(study):
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join([*STUDIES, *RECSYSLLM])}")
+    parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join(STUDIES)}")
     parser.add_argument("--seeds", type=common.at_least(1), default=5, help="repetitions (default: 5)")
     parser.add_argument("--jobs", type=common.at_least(1), default=os.cpu_count(),
                         help="side by side (default: the cores)")
@@ -809,20 +804,18 @@ def main():
     parser.error = lambda text: common.fail(f"error: {text} (tools/tables.py); see: tools/tables.py --help")
     args = parser.parse_args()
     for study in args.studies:  # all that can be said at once, before hours of work
-        if study not in STUDIES and study not in RECSYSLLM:
+        if study not in STUDIES:
             raise common.UserError(f"no such table: {study}", "tools/tables.py",
-                                   f"known: {', '.join([*STUDIES, *RECSYSLLM])}")
+                                   f"known: {', '.join(STUDIES)}")
         if args.kept and not (KEPT / f"{study}.json").exists():
             raise common.UserError(f"{study}.json is missing", KEPT, f"run: python tools/tables.py {study}")
         if args.write:
             markers(study)
     for study in args.studies:
+        gather, draw = (collect_recsysllm, table_recsysllm) if is_recsysllm(study) else (collect, table)
         if not args.kept:
-            run = run_recsysllm if study in RECSYSLLM else run_study
-            run(study, args.seeds, args.jobs, args.data_dir, args.again)
-            gather = collect_recsysllm if study in RECSYSLLM else collect
+            run_study(study, args.seeds, args.jobs, args.data_dir, args.again)
             common.save_json(KEPT / f"{study}.json", gather(study, args.seeds))
-        draw = table_recsysllm if study in RECSYSLLM else table
         text = draw(common.load(KEPT, f"{study}.json"))
         if args.write:
             page, pattern = markers(study)

@@ -477,10 +477,11 @@ def test_profiles_of_a_study_can_have_other_prompts_or_lack_their_words(prepared
 
 def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(studies, monkeypatch, capsys):
     module, calls = studies
-    monkeypatch.setattr(module, "RECSYSLLM", {"trained": {
-        "tiny": ("", "--lm tiny", "--rank 4", 2), "tiny, untrained": ("", "--lm tiny", "--rank 0", 2),
-        "large": ("--subsample-users 9", None, "--lm large", 1)}})
-    command(module, monkeypatch, "trained", "--seeds", "3", "--jobs", "1")
+    monkeypatch.setitem(module.STUDIES, "recsysllm-x", {
+        "tiny": module.trained("--rank 4", "", "--lm tiny", most=2),
+        "tiny, untrained": module.trained("--rank 0", after="tiny", most=2),
+        "large": module.trained("--lm large", "--subsample-users 9", None, most=1)})
+    command(module, monkeypatch, "recsysllm-x", "--seeds", "3", "--jobs", "1")
     of = {}
     for script, run, words in calls:
         of.setdefault((run.parent.name, run.name), []).append(
@@ -488,12 +489,12 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
     assert set(of) == {("tiny", "0"), ("tiny", "1"), ("tiny-untrained", "0"), ("tiny-untrained", "1"),
                        ("large", "0")}
     assert of["tiny", "1"] == [("01", ""), ("02", "--lm tiny --seed 1"), ("03", "--no-llm-loss --seed 1"),
-                               ("04", "--ids none,userip --seeds 1 --seed 1"), ("re", "--rank 4 --seed 1")]
+                               ("04", "--ids none,userip --seed 1 --seeds 3"), ("re", "--rank 4 --seed 1")]
     assert of["tiny-untrained", "1"] == [("re", "--rank 0 --seed 1")]
     assert [stage for stage, _ in of["large", "0"]] == ["01", "04", "re"]
     shared = "predictions/dcn-none-0.npy"
-    assert ((module.folder("trained", "tiny", 1) / shared).read_bytes()
-            == (module.folder("trained", "tiny, untrained", 1) / shared).read_bytes())
+    assert ((module.folder("recsysllm-x", "tiny", 1) / shared).read_bytes()
+            == (module.folder("recsysllm-x", "tiny, untrained", 1) / shared).read_bytes())
     table = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [row[:2] for row in table[2:]] == [
@@ -503,7 +504,7 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
         ["large", "DCN none"]]
     assert table[2][2] == "0.1500 ± 0.0707" and table[2][7] == "" and table[3][7] == "0.6000"
     before = len(calls)
-    command(module, monkeypatch, "trained", "--seeds", "2", "--jobs", "1")
+    command(module, monkeypatch, "recsysllm-x", "--seeds", "2", "--jobs", "1")
     assert len(calls) == before
 
 
@@ -623,17 +624,16 @@ def test_every_study_names_flags_that_its_stages_know(monkeypatch):
                 words = (flags or "").format(base="base", first="first").split()
                 monkeypatch.setattr(sys, "argv", ["x", *words])
                 args = module.parse_arguments()
+            monkeypatch.setattr(sys, "argv", ["x", *(settings["recsysllm"] or "").split()])
+            recsysllm.parse_arguments()
+            assert settings["after"] is None or settings["after"] in study
             methods = settings["baselines"].split()
             banks = {"kar": ["kar", "kar-text", "kar-text0"], "pepler": ["pepler"], "rella": []}
             own = (settings["controls"] or next(iter(study.values()))["controls"]).split()
             own += sum((banks[method] for method in methods), [])
             assert set(args.ids) - set(ctr.IDS) <= set(own), (name, variant)
-        assert {"none", "random"} <= set(first[3].split("--ids ")[1].split()[0].split(","))
-    for study in tables.RECSYSLLM.values():
-        for first, second, flags, _ in study.values():
-            for module, given in ((prepare, first), (infer, second), (recsysllm, flags)):
-                monkeypatch.setattr(sys, "argv", ["x", *(given or "").split()])
-                module.parse_arguments()
+        references = {"none"} if tables.is_recsysllm(name) else {"none", "random"}
+        assert references <= set(first[3].split("--ids ")[1].split()[0].split(","))
 
 
 def test_the_real_script_says_what_it_does_not_know():
