@@ -1,20 +1,22 @@
-"""Stage 01: turn a rating source into the arrays the other stages read. Paper: sections 3.1 and 3.2.
+"""Stage 01: turn a rating source into the arrays the other stages read. UserIP-Tuning, sections 3.1, 3.2.
 
-Labels ratings above 3 as liked, drops users and items with few interactions and makes the one random split
-that all stages obey: training, validation and test rows, 8:1:1. An item gets a title and, for each latent
-profile, words that could stand after its prompt: a film's genre and era, a product's brand and price.
+Later stages infer latent profiles of a user, such as the hobby: for each user and profile m a vector theta^m,
+which stands in a prompt ("This user's hobby is ...") where a word could stand. What they need is made here.
+Ratings above 3 are labelled as liked; users and items with few interactions are dropped; one random split
+into training, validation and test rows, 8:1:1, is made, which all stages obey. An item gets a title and, for
+each profile, words that could stand in theta's place: a film's genre and era, a product's brand and price.
 
 What stands where; each part begins with a line of dashes:
-    settings, data     the prompts; what a source is; the demo's planted world. Read them first.
+    settings, data     the prompts; what a source is; the demo, whose users' profiles are known. Read first.
     filter and split   labels, the split, each profile's words: what the other stages rely on.
     show, save         what was understood, and the files that keep it
     running it         flags, MovieLens and csv files, broken files, product releases. Skip it at first.
 
 Writes to --run (U users, I items, N interactions, M profiles):
     dataset.json        facts, prompts, words of each profile, fingerprints of the rest
-    interactions.npy    int32 (N, 4): user, item, label, split (SPLITS); in time order if known
+    interactions.npy    int32 (N, 4): user, item, label, split (SPLITS); by time where times are known
     users.json          (U) raw user ids;  items.json (I) {id, title, attributes}
-    dropped_users.json  raw ids of the source's other users
+    dropped_users.json  raw ids of users who were dropped
     truth.npy           int16 (U, 2) the demo's planted hobby and background, for evaluation
 
 Run:
@@ -51,15 +53,16 @@ from common import (
 # -------- settings
 
 # A profile is a dict:
-#     name    hobby or background, the paper's two, whatever a data set fills them with (genre and era, brand
-#             and price), or --critic's critic; items' attributes and the bank's columns go by it
-#     prompt  the paper's x^m, the text before theta^m, the vector that stage 02 infers in a word's place. The
-#             prompts are joined: prompt^1 <theta^1> prompt^2 <theta^2> task prompt, hence their punctuation.
-#     codes   K_m, how many codes stage 03 makes of it
-# Paper: section 2.3, "This user's hobby is <theta_1>, and his background is <theta_2>. What is the user's
-# interaction history?" DEVIATION(12): each prompt is worded so that the values of its data set complete the
-# sentence, for an LLM that has never seen the data. The demo has HOBBY and PRICE, csv PASTIME and BACKGROUND.
-# DEVIATION(k): row k of README's differences from the paper.
+#     name    hobby or background, the paper's two, which each data set fills with what it has (films: genre
+#             and era; products: brand and price), or critic. Attributes of items and columns of stage 03's
+#             feature_bank.csv go by it.
+#     prompt  the paper's x^m, the text before theta^m. The prompts are joined, prompt^1 <theta^1> prompt^2
+#             <theta^2> task prompt, hence their punctuation.
+#     codes   K_m: into so many groups, the codes, stage 03 sorts users by theta^m. Paper: 4 and 3.
+# DEVIATION(k): row k of README's differences from the paper. Paper, section 2.3: "This user's hobby is
+# <theta_1>, and his background is <theta_2>. What is the user's interaction history?" DEVIATION(12): the
+# values of its data set complete each prompt, as an LLM that has never seen the data needs it. The demo has
+# HOBBY and PRICE, csv files PASTIME and BACKGROUND.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
@@ -70,17 +73,19 @@ PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
 PLACE_PRICE = {**BACKGROUND, "prompt": ". This user only goes to places that are"}
 ERA = {**BACKGROUND, "prompt": ", and the favorite decade is the"}
 # --critic adds a third profile, how generous the user is, for `02 --history rated`, which writes + or -
-# behind each title. No item has it, so its words are the keys of likes: the share of titles that somebody of
-# this word likes, for the tiny LM (a small GPT-2 that stage 02 can train), which must know what harsh means.
+# behind each title. It is no attribute of items. So its words stand here, the keys of `likes`; the number of
+# a word is the share of titles that such a user likes, from which the tiny LM, a small GPT-2 that stage 02
+# can train, learns what harsh means.
 CRITIC = {"name": "critic", "prompt": ", and as a critic this user is", "codes": 8,
           "likes": {"harsh": 0.2, "balanced": 0.55, "generous": 0.85}}
-# Task prompts, the paper's D_task: the text between the profiles and the titles. (Stage 02 begins with it.)
+# Task prompts, the paper's D_task: the text between the profiles and the titles. Stage 02 trains the vectors
+# of these words, too.
 BOUGHT = ". Products that this user bought:"
 WATCHED = ".\nMovies that this user watched:"
 VISITED = ".\nPlaces that this user visited:"
 CHOSE = ".\nThings that this user chose:"
 
-MAX_WORDS = 256  # of a profile, the most frequent. Stage 02 starts theta at the mean of their embeddings.
+MAX_WORDS = 256  # of a profile, the most frequent; stage 02 starts theta at the mean of their embeddings
 
 
 # -------- data
@@ -99,7 +104,7 @@ class Source:
     attributes: dict  # raw item id -> {profile name: [values]}
     profiles: tuple
     task_prompt: str
-    truth: dict | None = None  # demo: raw user id -> index of each profile's planted value
+    truth: dict | None = None  # demo: raw user id -> the user's hobby and background, as indices
 
 
 DEMO_HOBBIES = dict(
@@ -111,12 +116,13 @@ DEMO_BACKGROUNDS = dict(
     cheap="Budget Basic Starter Compact Secondhand Mini".split(),
     ordinary="Classic Everyday Reliable Standard Practical Sturdy".split(),
     luxurious="Premium Deluxe Handmade Signature Gold Exclusive".split())
-# A user meets items by chance, in proportion to exp(popularity + EXPOSURE where they fit), and likes each
-# with the log odds quality + generosity + TASTE where it fits; --signal scales what depends on profiles.
-# Pairs: what an item of the user's hobby gains, and one of the user's background.
+# In the demo a user meets an item with a chance in proportion to exp(the item's popularity + EXPOSURE), and
+# the log odds of liking it are the item's quality + the user's generosity + TASTE. EXPOSURE and TASTE hold
+# two numbers: the first is added where the item is of the user's hobby, the second where it is of the user's
+# background. --signal multiplies all that depends on profiles.
 EXPOSURE = (0.95, 0.6)
 TASTE = (2.8, 2.2)
-HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # log odds with which each hobby likes anything
+HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # what each hobby adds to its users' generosity
 BACKGROUND_GENEROSITY = np.array([-0.15, 0.0, 0.15])  # the same of each background
 
 
@@ -125,12 +131,12 @@ def load_demo(args):
 
     An item is of one hobby and one background; where they are the user's, it is met and liked more.
     """
-    rng = np.random.default_rng((args.seed, 1))
+    rng = np.random.default_rng((args.seed, 1))  # the second number keeps apart what one --seed draws
     n_users = 2000
     n_items = 400
     hobby = rng.integers(4, size=(n_users, 1))
     background = rng.integers(3, size=(n_users, 1))
-    kinds = rng.permutation(np.arange(n_items) % 12)  # 3 x hobby + background, as itertools.product has them
+    kinds = rng.permutation(np.arange(n_items) % 12)  # 3 x hobby + background, as in the loop below
     item_hobby, item_background = np.divmod(kinds, 3)  # Shape: (I,)
     titles_of_kind = []  # in random order; each item takes the last one that is left
     for nouns, adjectives in itertools.product(DEMO_HOBBIES.values(), DEMO_BACKGROUNDS.values()):
@@ -161,9 +167,9 @@ def load_demo(args):
     ratings = np.where(liked[users, items], high, low)
     raw_users = [f"u{user:04d}" for user in range(n_users)]
     raw_items = [f"i{item:03d}" for item in range(n_items)]
-    values = [{"hobby": [name], "background": [price]}
-              for name, price in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
-    attributes = {raw: values[kind] for raw, kind in zip(raw_items, kinds)}
+    values_of_kind = [{"hobby": [hobby_name], "background": [background_name]}
+                      for hobby_name, background_name in itertools.product(DEMO_HOBBIES, DEMO_BACKGROUNDS)]
+    attributes = {raw: values_of_kind[kind] for raw, kind in zip(raw_items, kinds)}
     truth = dict(zip(raw_users, np.hstack([hobby, background])))
     return Source(user_ids=raw_users, item_ids=raw_items, users=users, items=items, ratings=ratings,
                   times=None, titles=dict(zip(raw_items, titles)), attributes=attributes,
@@ -175,13 +181,15 @@ def load_demo(args):
 def thin_out(source, args):
     """Indices of the rows kept.
 
-    --max-per-user and --subsample-users choose at random; then users and items with too few rows are dropped,
-    again and again: without a user an item may have too few. So fewer users than asked for may stay.
+    --max-per-user and --subsample-users choose at random. Then users and items with too few rows are dropped,
+    again and again, for without a dropped user an item may have too few. So fewer users may stay than
+    --subsample-users says.
     """
     users = source.users
     items = source.items
     kept = np.arange(len(users))
     if args.max_per_user:
+        # Number the rows of each user in random order, and keep those of low numbers.
         shuffled = np.random.default_rng((args.seed, 2)).permutation(kept)
         order = shuffled[np.argsort(users[shuffled], kind="stable")]  # random within each user
         first_row = np.searchsorted(users[order], users[order])  # where the user's rows begin
@@ -198,33 +206,16 @@ def thin_out(source, args):
         kept = kept[enough]
 
 
-def say_what_is_left(source, kept, args):
-    """Print what thin_out dropped and which flags dropped it; UserError where next to nothing is left."""
-    counts = []
-    for name, values in (("users", source.users), ("items", source.items)):
-        counts.append(f"{len(np.unique(values[kept])):,d} of {len(np.unique(values)):,d} {name}")
-    flags = [f"--min-interactions {args.min_interactions}"]
-    if args.max_per_user:
-        flags.append(f"--max-per-user {args.max_per_user}")
-    if args.subsample_users:
-        flags.append(f"--subsample-users {args.subsample_users}")
-    rows = f"kept {len(kept):,d} of {len(source.users):,d} rows"
-    if len(kept) < 10:
-        raise UserError(f"{rows}, {', '.join(counts)}: too few to learn from", ", ".join(flags),
-                        "lower --min-interactions or give more data")
-    if len(kept) < len(source.users):
-        print(f"{rows}, {', '.join(counts)} ({', '.join(flags)})")
-
-
 def in_order(indices, raw_ids):
-    """(raw ids that occur, each row's index among them). Numbers first, by value, then the alphabet.
+    """(raw ids that occur, in order; for each row the place of its id among them).
 
-    So an index does not depend on the order of the rows in a file.
+    Ids that are numbers come first, by value, then the others by the alphabet: so a place does not depend on
+    the order of the rows in a file.
     """
     def key(index):
         text = raw_ids[index]
-        number = text.isascii() and text.isdecimal()
-        return not number, text.zfill(LONGEST_ID) if number else text, text
+        is_number = text.isascii() and text.isdecimal()
+        return not is_number, int(text) if is_number else 0, text
 
     order = sorted(np.unique(indices).tolist(), key=key)
     renumber = np.zeros(len(raw_ids), np.int32)
@@ -242,11 +233,11 @@ def build(source, args):
     # Paper: 8:1:1, of all rows in random order. A user may have no row in one of the three.
     order = np.random.default_rng(args.seed).permutation(n)
     split = np.full(n, TRAIN, np.int32)
-    split[order[int(n * 0.8):]] = VALIDATION
-    split[order[int(n * 0.9):]] = TEST
-    # Recommenders do not know cold users. Their profiles are inferred from what were training rows, and all
-    # their other rows evaluate.
-    # 13: no other draw of this --seed, as stage 02's of users, may go by the same random numbers.
+    split[order[int(n * 0.8):]] = VALIDATION  # the last fifth
+    split[order[int(n * 0.9):]] = TEST  # of it the second half
+    # --cold-users: a share of the users is kept from the recommenders of stage 04. Their training rows become
+    # SUPPORT, from which profiles may be inferred; all their other rows become COLD, for evaluation.
+    # Note: 13 is no other draw's number. Stage 02 also draws users, and may not draw these.
     shuffled = np.random.default_rng((args.seed, 13)).permutation(len(user_ids))
     n_cold = round(args.cold_users * len(user_ids))
     if args.cold_users and n_cold in (0, len(user_ids)):
@@ -259,12 +250,12 @@ def build(source, args):
     interactions = np.stack([users, items, labels, split], axis=1)
     if source.times is not None:
         interactions = interactions[np.argsort(source.times[kept], kind="stable")]
-    described = describe_items(source, item_ids)
+    described = describe_items(source, item_ids)  # {id, title, attributes} of each item
     profiles = list(source.profiles)
     if args.critic:
         profiles.append(CRITIC)
-    of_training = np.unique(interactions[interactions[:, 3] == TRAIN, 1])
-    training_items = [described[item] for item in of_training]
+    # Words come from items of training rows alone.
+    training_items = [described[item] for item in np.unique(interactions[interactions[:, 3] == TRAIN, 1])]
     profiles = [profile | {"words": words_of(profile, training_items, args)} for profile in profiles]
     truth = None
     if source.truth is not None:
@@ -273,8 +264,8 @@ def build(source, args):
 
 
 def describe_items(source, raw_ids):
-    """{id, title, attributes} of each item; without a title a value of the hobby or the id stands in."""
-    check_joined(source, raw_ids)  # below: are the ids of both files written alike?
+    """{id, title, attributes} of each item; for a title that is missing a value of the hobby or the id."""
+    check_joined(source, raw_ids)  # UserError where ratings and items of csv files write ids differently
     described = []
     untitled = 0
     for raw in raw_ids:
@@ -294,14 +285,15 @@ def describe_items(source, raw_ids):
 
 
 def words_of(profile, items, args):
-    """{word: number of items that have it}, the most frequent first: what could stand in theta's place.
+    """{word: number of items that have it}, the most frequent first. Each could stand in theta's place.
 
     items: those of training rows. Words that were given by flag, and a critic's, count as equally frequent.
     """
     by_flag = getattr(args, f"{profile['name']}_words", None)  # --hobby-words, --background-words
-    given = by_flag or list(profile.get("likes", ()))
-    if given:
-        return dict.fromkeys(given, 1)
+    if by_flag:
+        return dict.fromkeys(by_flag, 1)
+    if "likes" in profile:
+        return dict.fromkeys(profile["likes"], 1)
     counts = Counter()
     for item in items:
         counts.update(set(item["attributes"].get(profile["name"], [])))
@@ -310,6 +302,24 @@ def words_of(profile, items, args):
 
 
 # -------- here the method ends; show what was understood
+
+def say_what_is_left(source, kept, args):
+    """Print what thin_out dropped and which flags dropped it; UserError where next to nothing is left."""
+    counts = []
+    for name, values in (("users", source.users), ("items", source.items)):
+        counts.append(f"{len(np.unique(values[kept])):,d} of {len(np.unique(values)):,d} {name}")
+    flags = [f"--min-interactions {args.min_interactions}"]
+    if args.max_per_user:
+        flags.append(f"--max-per-user {args.max_per_user}")
+    if args.subsample_users:
+        flags.append(f"--subsample-users {args.subsample_users}")
+    rows = f"kept {len(kept):,d} of {len(source.users):,d} rows"
+    if len(kept) < 10:
+        raise UserError(f"{rows}, {', '.join(counts)}: too few to learn from", ", ".join(flags),
+                        "lower --min-interactions or give more data")
+    if len(kept) < len(source.users):
+        print(f"{rows}, {', '.join(counts)} ({', '.join(flags)})")
+
 
 def check_ratings(ratings, positive_above):
     """Print how often each rating occurs; UserError or WARNING where --positive-above does not fit them."""
@@ -348,7 +358,7 @@ def check_ratings(ratings, positive_above):
 
 
 def show(dataset, facts):
-    """The paper's Table 1; splits; each profile's words; three users' prompts, with the last six titles."""
+    """The paper's Table 1; splits; each profile's words; prompts of three users, with six liked titles."""
     print("\n{dataset}: {n_interactions:,d} interactions, {n_users:,d} users, {n_items:,d} items, sparsity "
           "{sparsity:.2%}, positive rate {positive_rate:.3f}".format(**facts))
     for split, name in enumerate(SPLITS if "cold_users" in facts else SPLITS[:3]):
@@ -370,7 +380,7 @@ def show(dataset, facts):
 def show_words(profile, items):
     """The commonest words of a profile; WARNING where most items have none."""
     words = profile["words"]
-    enough = len(words) > 1  # a single word tells nobody apart: stage 02 then takes the LLM's own
+    enough = len(words) > 1  # a single word tells nobody apart: stage 02 then takes the LLM's own words
     commonest = ", ".join(f"{word} {count:,d}" for word, count in list(words.items())[:6])
     without = sum(not item["attributes"].get(profile["name"]) for item in items)
     print(f"words of {profile['name']}: {len(words):,d}"
@@ -405,7 +415,7 @@ def save(run, dataset, truth, args, dropped):
             save_npy(aside / "truth.npy", truth)
         save_json(aside / "dataset.json", facts)
     if truth is None:
-        (run / "truth.npy").unlink(missing_ok=True)  # of another data set
+        (run / "truth.npy").unlink(missing_ok=True)  # of a demo that was prepared in this folder before
     return facts
 
 
@@ -466,7 +476,7 @@ def word_list(text):
     if len(words) < 2 or not all(words) or len(set(words)) < len(words) or not text.isprintable():
         raise argparse.ArgumentTypeError("give two different words or more, separated by commas")
     if "unknown" in words:
-        raise argparse.ArgumentTypeError("'unknown' is no word: in feature_bank.csv it means no history")
+        raise argparse.ArgumentTypeError("'unknown' cannot be a word: stage 03 writes it for no history")
     return words
 
 
@@ -506,7 +516,10 @@ def csv_rating(user, item, value, time=""):
 
 
 def collect(rows, profiles, task_prompt):
-    """Source without titles of (user, item, rating, time) rows; of a repeated pair the latest stays."""
+    """A Source, still without titles, of (user, item, rating, time) rows.
+
+    Where a user rated an item several times, the latest row stays.
+    """
     users = {}  # raw id -> index
     items = {}  # raw id -> index
 
@@ -514,10 +527,12 @@ def collect(rows, profiles, task_prompt):
         for user, item, value, time in rows:
             yield users.setdefault(user, len(users)), items.setdefault(item, len(items)), value, time
 
+    # indexed() fills the two dicts while fromiter() consumes it.
     found = np.fromiter(indexed(), [("user", "i8"), ("item", "i4"), ("rating", "f4"), ("time", "f8")])
-    pairs = found["user"] * len(items) + found["item"]
-    order = np.lexsort((found["time"], pairs))  # stable: rows of one time stay in source order
-    is_latest = np.diff(pairs[order], append=-1) != 0  # of its pair
+    pairs = found["user"] * len(items) + found["item"]  # a number for each user-item pair
+    # By pair and, within it, by time, at equal times in the source's order: the last of a pair is its latest.
+    order = np.lexsort((found["time"], pairs))
+    is_latest = np.diff(pairs[order], append=-1) != 0
     kept = found[np.sort(order[is_latest])]
     if len(kept) < len(found):
         print(f"{len(found) - len(kept):,d} repeated user-item pairs: the latest stays")
@@ -526,7 +541,10 @@ def collect(rows, profiles, task_prompt):
 
 
 def load_movielens(args):
-    """MovieLens-100K (u.*), -1M and -10M (*.dat) or any release with ratings.csv and movies.csv."""
+    """MovieLens-100K (u.*) and -1M (*.dat); with --dataset ml-1m --data-dir PATH also -10M and later ones.
+
+    Releases later than -10M have ratings.csv and movies.csv.
+    """
     needed = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
     folder = args.data_dir or download(args.dataset, needed)
     if args.dataset == "ml-100k":
@@ -607,16 +625,18 @@ MAX_BAD = 0.01  # share of bad records to skip; a larger one is an error
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 LONGEST_ID = 200  # characters of a raw id
-NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"  # 1,5  1,234.50  1.234,50
+# A number that a comma or a point may cut: 1,5  1,234.50  1.234,50
+NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"
+# Three lists, for a brand may not be called unknown, a user may, and None and Nil are films.
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
-           "nat"}  # what exports write where there is nothing
-NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # nobody is called so
-# Markup, which 'x<y then 2>z' is not.
+           "nat"}  # what exports write where there is no value
+NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # where there is no id
+# Markup by its names, for 'x<y then 2>z' is none.
 TAGS = (r"</?(?:a|b|i|u|p|br|em|strong|span|div|font|ul|ol|li|h[1-6]|img|table|tr|td|script|style)\b"
         r"[^<>]{0,200}>")
 QUOTED = re.compile(r"""(['"])((?:\\.|(?!\1).)*)\1""")  # what stands between two equal quotation marks
-NO_TITLE = (NO_ID - {"none", "nil"}) | {"-", "n/a", "#ref!", "(null)"}  # no film or product is called so
+NO_TITLE = (NO_ID - {"none", "nil"}) | {"-", "n/a", "#ref!", "(null)"}  # where there is no title
 
 
 def opened(path):
@@ -643,7 +663,10 @@ def read_lines(path, encoding=None):
 
 
 def good(found, parse, path):
-    """parse(record) of every good record that was found; a few bad ones are skipped, the first is shown."""
+    """Yield parse(record) of every record that it can parse; a few others are skipped, the first is shown.
+
+    UserError, after the last record, where more than MAX_BAD of them cannot be parsed.
+    """
     count = 0
     bad = 0
     example = None
@@ -683,11 +706,11 @@ def read_cells(path, separator, count, parse=lambda *cells: cells):
 
 
 def encoding_of(path):
-    """UTF-16 by its mark, UTF-8 if nearly all of the file is that, else Windows' Western European."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    """UTF-16 by its byte order mark, UTF-8 if nearly all of the file is that, else Windows-1252."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")  # writes \ufffd for what is no UTF-8
     wrong = 0  # sequences that are no UTF-8
     right = 0  # characters beyond ASCII that are
-    sample = ""
+    sample = ""  # the first line that has a wrong one
     try:
         with opened(path) as file:
             part = file.read(2**20)
@@ -720,8 +743,9 @@ def encoding_of(path):
 def csv_records(texts, separator):
     """Yield a list of cells for each record, or the csv.Error where there is none.
 
-    A quoted cell may hold line breaks. A quote that is never closed costs its own line, not those after it,
-    unless one of the next MAX_BREAKS lines happens to close it.
+    A quoted cell may hold line breaks: lines are added until Python's csv reader finds a record. A quote that
+    is never closed costs its own line alone, for the lines after it are put back into `again`, unless one of
+    the next MAX_BREAKS lines happens to close it.
     """
     texts = iter(texts)
     again = []  # lines to be read once more, the next one last
@@ -745,8 +769,9 @@ def csv_records(texts, separator):
                     again.extend(reversed(record[1:]))
                 else:
                     record.append(line)
+        # Where each further line has as many cells as the header, these were records of their own, and the
+        # quotation mark that joined them to this one is stray.
         full_lines = [line.count(separator) + 1 >= width for line in record[1:]] if width else []
-        # Lines that look like records are no part of a cell.
         if isinstance(found, list) and full_lines and all(full_lines):
             found = csv.Error("a quotation mark is never closed")
             again.extend(reversed(record[1:]))
@@ -816,7 +841,11 @@ def raw_id(value):
 
 
 def check_joined(source, raw_ids):
-    """UserError where most ids of rows and items differ by what a spreadsheet adds or drops, else WARNING."""
+    """Are the ids of rated items those of described items? A spreadsheet drops leading zeros or adds a .0.
+
+    UserError where no rated item is described, or where more than half are, but for such a difference; a
+    WARNING where fewer are.
+    """
     def plain(raw):
         return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
 
@@ -842,7 +871,7 @@ def check_joined(source, raw_ids):
 
 def clean_text(text):
     """One line of plain text, at most MAX_TITLE long: no entities, markup or control characters."""
-    longest = 20 * MAX_TITLE  # markup and entities take room and leave none
+    longest = 20 * MAX_TITLE  # much more, for markup and entities will go
     text = html.unescape(str(text)[:longest])
     text = re.sub(TAGS, " ", text, flags=re.I)
     text = " ".join("".join(char if char.isprintable() else " " for char in text).split())
@@ -853,7 +882,7 @@ def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
     if text.lower() in MISSING or re.fullmatch(NUMBER, text):
-        parts = [text]  # not to be split: n/a under the separator /, 1,5 and 1,234 under a comma
+        parts = [text]  # one value: a slash would split n/a, a comma 1,5 and 1,234
     elif is_list(text):
         parts = listed_values(text)
     else:
@@ -869,27 +898,32 @@ def values_of(cell, separator):
 
 
 def is_list(text):
-    """Did a program write a list, a tuple, a set or an array here? (comedy)|(drama) and (5) are none."""
+    """Did a program write a list, tuple, set or array into this cell? (comedy)|(drama) and (5) are none."""
     ends = text[:1] + text[-1:]
     if ends not in ("[]", "()", "{}"):
         return False
     try:
         return isinstance(ast.literal_eval(text), (list, tuple, set, dict, str))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass  # as numpy and JSON write them, or without quotation marks
+        pass  # no Python literal, but perhaps a list as numpy or JSON writes it, or without quotation marks
+    # It is one if the first bracket closes at the end.
     depth = 0
     for place, char in enumerate(text):
         depth += (char == ends[0]) - (char == ends[1])
-        if not depth:  # here the first bracket closes
+        if not depth:
             return place == len(text) - 1 and (ends != "()" or "," in text)
+    return False
 
 
 def listed_values(text):
-    """Texts in a list, tuple, set or array that a program wrote into a cell; of records their names."""
+    """The texts in a list, tuple, set or array that a program wrote into a cell.
+
+    Where it holds records, as {'id': 18, 'name': 'Drama'}, the name of each, or the first text in it.
+    """
     found = None
     parsers = (json.loads, ast.literal_eval)
     if re.search(r"""['"]\s+['"]""", text):  # numpy's ['Action' 'Drama'], which Python would join
-        parsers = ()
+        parsers = ()  # quoted texts are looked for instead
     for parse in parsers:
         try:
             found = parse(text)
@@ -904,7 +938,7 @@ def listed_values(text):
         found = [found]
     texts = []
     for part in found:
-        if isinstance(part, dict):  # {'id': 18, 'name': 'Drama'}, or whatever text it holds first
+        if isinstance(part, dict):
             by_key = {str(key).lower(): value for key, value in part.items()}
             words = [value for value in by_key.values() if isinstance(value, str)]
             part = by_key.get("name", words[0] if words else "")
@@ -916,14 +950,14 @@ ARTICLES = "The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den"
 
 
 def clean_title(text):
-    """('The Matrix', 1999) from 'Matrix, The (1999)'; None in the place of no year."""
+    """('The Matrix', 1999) from 'Matrix, The (1999)'; without a year (title, None)."""
     title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})\))?\s*", text).groups()
     title = re.sub(rf"^(.+?), ({ARTICLES})(?= \(|$)", r"\2 \1", title)
     return " ".join(title.split()), int(year) if year else None
 
 
 def era_of(year):
-    """[the decade as one word, which could stand in theta's place]; [] of another century or no year."""
+    """[the decade of a year from 1920 to 2029, as one word that could stand in theta's place], else []."""
     words = ("twenties thirties forties fifties sixties seventies eighties nineties noughties "
              "twenty-tens twenty-twenties").split()  # from 1920 on
     return [words[year // 10 - 192]] if year and 1920 <= year < 2030 else []
@@ -933,7 +967,7 @@ GROUPLENS = "https://files.grouplens.org/datasets/movielens/"
 
 
 def download(name, needed):
-    """data/<name> of GroupLens' archive, fetched unless it is there."""
+    """The folder data/<name> of GroupLens' archive, fetched unless the file `needed` is in it."""
     url = f"{GROUPLENS}{name}.zip"
     target = Path("data", name)
     if (target / needed).exists():
@@ -962,7 +996,8 @@ RELEASES = {  # what to fetch, patterns of the reviews and the products file
     "nete": ("reviews.pickle, item.json from github.com/lileipisces/NETE", r"reviews\.pickle", r"item\.json"),
 }
 YELP_PRICES = {"1": "cheap", "2": "moderate", "3": "expensive", "4": "luxurious"}
-PRICE_TEXT = re.compile(  # 'from $14.99', '1,299.00 - 1,500.00', '14,99 EUR': the first number counts
+# A short text with a price, or with a range of which the first counts: 'from $14.99', '1,299.00 - 1,500.00'
+PRICE_TEXT = re.compile(
     r"[^\d{}<>:]{0,12}(?P<number>\d[\d,]*(?:\.\d+)?)(?:\s*(?:-|\u2013|to)\s*[^\d{}]{0,4}\d[\d,.]*)?[^\d{}<>]{0,12}")
 
 
@@ -1001,7 +1036,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def records(path):
-    """Records of a pickled list, a JSON array or, unparsed, of a file of one a line."""
+    """The records of a pickled list or JSON array; of any other file its lines, still to be parsed."""
     try:
         if path.suffix == ".pickle":
             found = PlainUnpickler(path.open("rb")).load()
@@ -1019,7 +1054,7 @@ def records(path):
 
 
 def parse_record(line):
-    """A record, from its line if it is one: JSON or, Amazon 2014, a Python literal, which is not run."""
+    """A record from the line that holds it: JSON or, in Amazon 2014, a Python literal, which is not run."""
     try:
         return json.loads(line) if isinstance(line, bytes) else line
     except ValueError:
@@ -1045,12 +1080,14 @@ def parse_review(line):
 def parse_product(line):
     """{id, title, brand, categories, price, level}, None or empty where missing."""
     record = parse_record(line)
+    # Amazon lists a path from the root to a leaf, in 2014 several, and the leaf is taken; Yelp and NETE write
+    # names into one text, separated by commas, and all are taken.
     found = first(record, "categories", "category") or [""]
-    path = found[0] if isinstance(found[0], list) else found  # 2014: paths from the root to a leaf
-    names = path.split(",") if isinstance(path, str) else path[-1:]  # Yelp: one line, of equal rank
+    path = found[0] if isinstance(found[0], list) else found
+    names = path.split(",") if isinstance(path, str) else path[-1:]
     categories = [clean_text(name).lower() for name in names]
-    details = record.get("attributes")
-    details = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
+    details = record.get("attributes")  # of Yelp, with a price range from 1 to 4
+    price_range = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
     brand = clean_text(first(record, "brand", "store")).lower()
     return {
         "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
@@ -1058,7 +1095,7 @@ def parse_product(line):
         "brand": "" if brand in MISSING else brand,
         "categories": [name for name in categories if name not in MISSING][:3],
         "price": price_of(first(record, "price")),
-        "level": YELP_PRICES.get(re.sub(r"\D", "", str(details)))}
+        "level": YELP_PRICES.get(re.sub(r"\D", "", str(price_range)))}
 
 
 def price_of(value):
@@ -1073,10 +1110,10 @@ def price_of(value):
 
 
 def describe_products(facts):
-    """(titles, attributes) of {id: product}: brand, else categories; cheap, ordinary or luxurious.
+    """(titles, attributes) of {id: product}: brand or else categories as the hobby, price as the background.
 
-    The price's word tells in which third of its category's prices a product lies, or of all prices where the
-    category has fewer than 9.
+    A price is a word, cheap, ordinary or luxurious: it tells in which third of its category's prices it lies,
+    or of all prices where the category has fewer than 9.
     """
     prices_of = {}  # of each category
     everything = []
@@ -1091,7 +1128,7 @@ def describe_products(facts):
     titles = {}
     attributes = {}
     for raw, fact in facts.items():
-        level = fact["level"]  # Yelp's own, which has no prices
+        level = fact["level"]  # Yelp's own word; there are no prices
         if fact["price"] is not None:
             above = fact["price"] > bounds[tuple(fact["categories"][-1:])]  # of each of the two bounds
             level = ("cheap", "ordinary", "luxurious")[above.sum()]
@@ -1115,7 +1152,8 @@ def main():
     check_ratings(source.ratings, args.positive_above)
     dataset, truth = build(source, args)
     dropped = sorted(set(source.user_ids) - set(dataset.users))
-    show(dataset, save(args.run, dataset, truth, args, dropped))
+    facts = save(args.run, dataset, truth, args, dropped)
+    show(dataset, facts)
     planted = "" if truth is None else " truth.npy"
     print(f"\nwrote dataset.json interactions.npy users.json items.json dropped_users.json{planted} to "
           f"{args.run}\nnext: python 02_infer_profiles.py --run {args.run}")

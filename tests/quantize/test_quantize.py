@@ -204,8 +204,8 @@ def stub_problem(world, histories, prior=1.0):
     z = np.zeros((len(histories), *space.basis.shape[:2]), dtype=np.float32)
     opened = likelihood, histories, space, tokenizer
     known = np.array([len(ids) > 0 for ids in histories])
-    problem = SimpleNamespace(open_likelihood=lambda _: opened, z=z, space=space, inferred=known,
-                              facts={"prior": prior})
+    problem = quantize.Problem(None, None, z, known, {"prior": prior}, space)
+    problem.open_likelihood = lambda _: opened
     return problem, likelihood, space
 
 
@@ -221,7 +221,7 @@ def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_s
     torch.manual_seed(0)
     z = torch.randn(7, *space.basis.shape[:2], requires_grad=True)
     users = np.array([5, 0, 3, 6, 1, 4])
-    llm = quantize.JointVQ(problem, [4, 3], None, CPU).open_llm_loss()
+    llm = problem.open_llm_loss(CPU)
     own = z[users].detach().requires_grad_()
     value = llm(own, users)
     assert len(blocks) >= 3

@@ -350,7 +350,7 @@ def as_rank(rank, ranks, port, work):
     def wrapped():
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": port}
-        common.RANKS, common.RANK, infer.RANK = ranks, rank, rank
+        common.PROCESSES, common.PROCESS, infer.PROCESS = ranks, rank, rank
         work()
     return wrapped
 
@@ -479,7 +479,7 @@ def test_a_rank_whose_neighbour_stopped_says_so(monkeypatch, capsys):
     def closed():
         raise RuntimeError("Connection closed by peer")
 
-    monkeypatch.setattr(common, "RANKS", 2)
+    monkeypatch.setattr(common, "PROCESSES", 2)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "barrier", closed)
     assert "another process stopped (rank 0)" in one_line(capsys, common.wait_for_all)
