@@ -19,8 +19,8 @@ Solving: a user is solved when the likelihood is within 1% of what the way itsel
 behind the learned task prompt, the authors' at the cap, in the whole space behind the text.
 Random weights have nothing to say of a user, so the steps this takes are counted on a tiny LM that is trained
 here, with --smollm2 on SmolLM2-135M (8 users, 12 steps of the task prompt, the cap at 30); users solved a
-second = rate / steps. The authors' loop has its own settings: theta starts at U(-.1, .1), AdamW at 1e-3 on one
-dense table, random batches of 8, mean loss, no prior. Beside it stands how long that loop takes to OUR
+second = rate / steps. The authors' loop has its own settings: theta starts at U(-.1, .1), AdamW at 1e-3 on
+one dense table, random batches of 8, mean loss, no prior. Beside it stands how long that loop takes to OUR
 likelihood; users whom it has not solved at the cap count with the cap, and the ratio is then a bound.
 
 Whole runs: stage 02 as a process with a random Llama in fp16 (on a GPU Llama-2-7B's width and four layers),
