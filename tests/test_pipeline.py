@@ -350,7 +350,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (quantize, [], change_space(lambda saved: saved["origin"].add_(1)), ["space.pt was made from another"]),
     (quantize, [], drop("space.pt"), ["space.pt is missing", "02_infer_profiles.py"]),
     (prepare, ["--hobby-words", "music"], None, ["two different words", "--hobby-words"]),
-    (prepare, ["--hobby-words", "music,unknown"], None, ["it means no history", "--hobby-words"]),
+    (prepare, ["--hobby-words", "music,unknown"], None, ["'unknown'", "--hobby-words"]),
     (prepare, ["--dataset", "csv", "--ratings-file", "r.csv", "--item-id-col", "i"], None,
      ["--item-id-col needs --items-file", "--help"]),
     (prepare, ["--hobby-words", "music,,cooking"], None, ["two different words", "--hobby-words"]),
