@@ -60,9 +60,9 @@ from common import (
 #             <theta^2> task prompt, hence their punctuation.
 #     codes   K_m: into so many groups, the codes, stage 03 sorts users by theta^m. Paper: 4 and 3.
 # DEVIATION(k): row k of README's differences from the paper. Paper, section 2.3: "This user's hobby is
-# <theta_1>, and his background is <theta_2>. What is the user's interaction history?" DEVIATION(12): the
-# values of its data set complete each prompt, as an LLM that has never seen the data needs it. The demo has
-# HOBBY and PRICE, csv files PASTIME and BACKGROUND.
+# <theta_1>, and his background is <theta_2>. What is the user's interaction history?" DEVIATION(12): each
+# prompt is worded so that the data set's values complete the sentence, for an LLM that has never seen the
+# data. The demo has HOBBY and PRICE, csv files PASTIME and BACKGROUND.
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
@@ -119,7 +119,7 @@ DEMO_BACKGROUNDS = dict(
 # In the demo a user meets an item with a chance in proportion to exp(the item's popularity + EXPOSURE), and
 # the log odds of liking it are the item's quality + the user's generosity + TASTE. EXPOSURE and TASTE hold
 # two numbers: the first is added where the item is of the user's hobby, the second where it is of the user's
-# background. --signal multiplies all that depends on profiles.
+# background (TASTE is centred, see below). --signal multiplies all that depends on profiles.
 EXPOSURE = (0.95, 0.6)
 TASTE = (2.8, 2.2)
 HOBBY_GENEROSITY = np.array([0.15, -0.15, 0.06, -0.06])  # what each hobby adds to its users' generosity
@@ -237,7 +237,7 @@ def build(source, args):
     split[order[int(n * 0.9):]] = TEST  # of it the second half
     # --cold-users: a share of the users is kept from the recommenders of stage 04. Their training rows become
     # SUPPORT, from which profiles may be inferred; all their other rows become COLD, for evaluation.
-    # Note: 13 is no other draw's number. Stage 02 also draws users, and may not draw these.
+    # Note: no other draw has the number 13, for stage 02 draws users, too, and must draw others.
     shuffled = np.random.default_rng((args.seed, 13)).permutation(len(user_ids))
     n_cold = round(args.cold_users * len(user_ids))
     if args.cold_users and n_cold in (0, len(user_ids)):
@@ -264,8 +264,8 @@ def build(source, args):
 
 
 def describe_items(source, raw_ids):
-    """{id, title, attributes} of each item; for a title that is missing a value of the hobby or the id."""
-    check_joined(source, raw_ids)  # UserError where ratings and items of csv files write ids differently
+    """{id, title, attributes} of each item; a value of the hobby or the id stands in for a missing title."""
+    check_joined(source, raw_ids)  # UserError or WARNING where ratings and items write ids differently
     described = []
     untitled = 0
     for raw in raw_ids:
@@ -625,7 +625,7 @@ MAX_BAD = 0.01  # share of bad records to skip; a larger one is an error
 MAX_BREAKS = 50  # lines over which a quoted cell may go on
 MAX_TITLE = 200  # characters the LLM reads
 LONGEST_ID = 200  # characters of a raw id
-# A number that a comma or a point may cut: 1,5  1,234.50  1.234,50
+# A number with a comma or point in it, at which it must not be split: 1,5  1,234.50  1.234,50
 NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"
 # Three lists, for a brand may not be called unknown, a user may, and None and Nil are films.
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
@@ -843,8 +843,8 @@ def raw_id(value):
 def check_joined(source, raw_ids):
     """Are the ids of rated items those of described items? A spreadsheet drops leading zeros or adds a .0.
 
-    UserError where no rated item is described, or where more than half are, but for such a difference; a
-    WARNING where fewer are.
+    UserError where items are described but no rated one is, or where more than half of the rated ones would
+    be described but for such a difference; a WARNING where fewer would be.
     """
     def plain(raw):
         return re.sub(r"\.0+$", "", raw).lstrip("0").lower()
@@ -1081,7 +1081,7 @@ def parse_product(line):
     """{id, title, brand, categories, price, level}, None or empty where missing."""
     record = parse_record(line)
     # Amazon lists a path from the root to a leaf, in 2014 several, and the leaf is taken; Yelp and NETE write
-    # names into one text, separated by commas, and all are taken.
+    # names into one text, separated by commas. At most three are kept.
     found = first(record, "categories", "category") or [""]
     path = found[0] if isinstance(found[0], list) else found
     names = path.split(",") if isinstance(path, str) else path[-1:]

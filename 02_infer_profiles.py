@@ -16,9 +16,9 @@ only; the task and y see all before them. In short (solve() and infer_block() do
     z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
-space of the descent, --rank in the space that is kept), T tokens of D_task; B users of a block, H tokens of
-their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences from the
-paper. "Note:" stands before what is easily overlooked.
+space of the descent, at most --rank in the space that is kept), T tokens of D_task; B users of a block, H
+tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences
+from the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; its
@@ -371,7 +371,7 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z, the coordinates of users in `space` (the wide one: r = d).
+    """Minimise Eq. (4) and the prior over z, the coordinates of users in `space`, the wide one.
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
@@ -637,8 +637,8 @@ def shared_space(work, name, device, make, *inputs):
 
 def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     """The Space of the descent; with --users that of the first run, where new users live too."""
-    for path in work.glob("[0-9]*.pt"):  # blocks of another space are worth nothing
-        path.unlink()
+    for path in [*work.glob("[0-9]*.pt"), work / "space.pt"]:  # made in another space, worth nothing
+        path.unlink(missing_ok=True)
     if args.users:
         space = open_space(args.run, likelihood.device)
         return whole_space(space) if is_squeezed(args) else space
@@ -942,8 +942,8 @@ def space_fingerprint(space):
 def publish(work, run):
     """Make the FILES in a work folder the run's own, all at once.
 
-    Renaming the folder to READY is the one moment at which they count; a kill after it loses nothing, for
-    finish() or whoever reads the run next moves them on.
+    From the moment at which the folder is renamed to READY they count. A kill after it loses nothing, for
+    whoever reads the run next calls finish(), too.
     """
     for path in work.iterdir():
         if path.name not in FILES:
@@ -1068,7 +1068,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     blocks, n_first = plan_blocks(likelihood, histories, args)
     work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
-    # With --users the file says who is new, and unfinished work says that its user wants it.
+    # With --users the file says who is new. Unfinished work means that somebody has asked for it anew.
     may_be_done = not (args.users or args.fresh or work.exists())
     if may_be_done and is_done(args.run, settings):
         print("profiles.npy has these settings: nothing to do (--fresh infers again)")
@@ -1142,7 +1142,8 @@ def tidy_up(args):
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished: {work}; the command that began it goes on with it, --fresh forgets it")
+            print(f"unfinished: {work}; the command that began it goes on with it (on the same data, without "
+                  "--fresh), --fresh forgets it")
 
 
 def main():

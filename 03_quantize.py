@@ -27,7 +27,7 @@ What stands where; each part begins with a line of dashes:
     (common.py          Field, FieldEmbedding and DCN, its first part: the Surrogate is this recommender)
     model, loss, train  Eq. (6), the VQ layer, Eq. (5), Algorithm 1
     quantizers          k-means and the joint VQ: fit() learns, assign() applies. Read up to here first.
-    data                what a quantizer may look at: a Problem
+    data                what a quantizer may look at, a Problem; l_llm of Eq. (7) in blocks of users
     variants            EM with soft codes; asking for words
     running it          flags, how codes are used and called, files, main. Skip it at first.
 
@@ -120,8 +120,7 @@ def first_codebooks(z, sizes, start, seed, word_z=None):
 
     z: numpy (users, M, r); word_z: M tensors (n_words, r), the words' own z, the word of the most items
     first. Start "words": k-means over z that begins at the first K_m words, by k-means++ where there are too
-    few;
-    "kmeans": by k-means++; "random": uniform numbers within +-1/K, the authors' start, and no k-means.
+    few; "kmeans": by k-means++; "random": uniform numbers within +-1/K, the authors' start, and no k-means.
     """
     codebooks = []
     for m, size in enumerate(sizes):
@@ -203,8 +202,7 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
             # Eq. (7): z gets the gradients of l_llm and of alpha l_vec. Codebooks and surrogate get the
-            # latter alone; there alpha changes nothing, for Adam's step does not depend on a gradient's
-            # scale.
+            # latter alone; there alpha changes nothing, for Adam's step does not depend on its scale.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
@@ -230,14 +228,14 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
 # -------- quantizers: fit learns, assign applies
 
 class KMeans:
-    """The codebooks with which the others begin, and no more: no recommender, no LLM.
+    """The codebooks with which vq and em begin, and no more: no recommender, no LLM.
 
     It is also what all quantizers have in common: fit() learns codebooks, assign() applies them.
     """
 
     assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood
+    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood; of yours: any
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem  # a Problem (below): z numpy (U, M, r), who has one, the data set, ...
@@ -340,7 +338,8 @@ class Problem:
         def add_llm_gradient(z, users):
             total = 0.0
             some = [histories[user] for user in users]
-            # Blocks of places in `some`, as many users at once as memory allows (None: no other limit).
+            # Blocks of places in `some`, as many users at once as memory or a CPU's cache allows (None: no
+            # other limit).
             for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):
                 # Stage 02's Eq. (4), summed over the tokens of a user's history.
                 nll = likelihood(space.theta(z[block]), *infer.pad(some, block, device))
@@ -487,8 +486,8 @@ class SoftCodeEM(KMeans):
 
 
 class Words(SoftCodeEM):
-    """No descent: the LLM is asked. The codes of a profile are its K_m most frequent words; a user gets those
-    that, put in theta's place, make the user's titles likeliest.
+    """No descent: the LLM is asked. Codes are the K_m most frequent words of a profile; put in theta's place,
+    some make a user's titles likelier than others do, and the user gets those.
 
     c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_k],  k = c_m.  An LLM may like a word whatever the
     history is, and would give it to everybody: w^m_k is minus the mean of log P under word k, over all users
@@ -588,7 +587,8 @@ def name_codes(books, word_z, word_texts, centre):
 
     books, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean, from
     which a code's direction is seen. A word's direction is its z, seen from the origin, where stage 02 put
-    the mean of the users who told the directions. A second code of the same word is called "word 2".
+    the mean of the users who told the directions (under --rank 0 and --space words the words' mean). A second
+    code of the same word is called "word 2".
     """
     code_names = []
     for book, vectors, texts, mean in zip(books, word_z, word_texts, centre):
@@ -626,8 +626,7 @@ def agreement(codes, truth):
     nmi = metrics.normalized_mutual_info_score
     across = []
     for one, other in itertools.combinations(codes.T, 2):
-        # Note: for scikit-learn two constants agree wholly, NMI 1. With a constant and another, it is 0
-        # anyway.
+        # Note: for scikit-learn two constants agree wholly (with one that varies a constant has 0).
         across.append(nmi(one, other) if np.ptp(one) else 0.0)
     return {"ami_truth": [ami(planted, found) for planted, found in zip(truth.T, codes.T)],
             "nmi_truth": [nmi(planted, found) for planted, found in zip(truth.T, codes.T)],
@@ -744,7 +743,7 @@ def main():
             raise UserError("a code vector is not finite", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
-        centre = torch.tensor(problem.z[inferred].mean(0))  # of the z that training moved
+        centre = torch.tensor(problem.z[inferred].mean(0))  # of vq's trained z, else of stage 02's
         word_z = [problem.space.word_z(m) for m in range(len(sizes))]
         if isinstance(quantizer, Words):  # code k is the k-th word
             code_names = [texts[:size] for size, texts in zip(sizes, problem.space.words)]

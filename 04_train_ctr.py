@@ -153,8 +153,8 @@ class Recommender(nn.Module):
 class LR(Recommender):
     """Logistic regression: first order alone, the other models' floor.
 
-    Note: the logit is eight times the sum. One number an id moves by little in a step of Adam, whose size is
-    set for all models; times eight it moves faster, and the L2 penalty on the number weighs less.
+    Note: the logit is eight times the sum. An id has one number here, which moves little in a step of Adam;
+    times eight it moves the logit faster, and the L2 penalty on the number weighs less.
     """
 
     def __init__(self, fields):
@@ -222,8 +222,7 @@ def train(model, train_rows, validation_rows, unknown_user, args):
             # model memorizes users by their id and ignores the codes.
             is_hidden = torch.rand(len(ids), device=ids.device) < args.user_dropout
             epoch_ids[is_hidden, 0] = unknown_user
-        # The range ends one early, so a last row that is alone is left out: BatchNorm of some models needs
-        # two.
+        # The range ends one early: a last row that is alone is left out, for BatchNorm of some models.
         for at in range(0, len(ids) - 1, args.batch_size):
             batch = slice(at, at + args.batch_size)
             logits = model(epoch_ids[batch])
@@ -525,7 +524,7 @@ def parse_arguments():
         help=f"banks of codes: {','.join(IDS)} (default: those that there are), or the NAME of your own")
     add("--seeds", type=at_least(1), default=5, help="repetitions, with the same seeds for each of --ids")
     add("--fields", choices=FIELDS, default="ids",
-        help="beside the codes: user and item id (paper); attributes: item id and attributes, no user id")
+        help="ids: of user and item (paper); attributes: item id and attributes, no user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
         help="what userip and its controls feed: codes, or theta's own coordinates, projected (Table 3)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows whose user is hidden "

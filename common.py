@@ -41,8 +41,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
-# Splits of rows. Cold users are unknown to the recommender: their training rows are SUPPORT, their others
-# COLD.
+# Splits of rows. Recommenders do not know cold users, whose training rows are SUPPORT and others COLD.
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
 SPLITS = ("train", "validation", "test", "support", "cold")
 SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and the controls that it is compared with, may look at
@@ -81,14 +80,13 @@ class FieldEmbedding(nn.Module):
     def __init__(self, fields, dim, std=0.05):
         super().__init__()
         self.fields = fields
-        # All fields share one table and one lookup, which is fast. A field of vectors is not in the table; it
-        # has a single row there, so that it can be looked up with the others, and the result is thrown away.
+        # All fields share one table and one lookup, which is fast. A field of vectors needs no rows; it has
+        # one all the same, so that it can be looked up with the others, and the result is thrown away.
         has_rows = [field.vectors is None for field in fields]
         width = [field.columns for field in fields]
         rows = [field.size + 1 if has else 1 for field, has in zip(fields, has_rows)]
         starts = np.cumsum([0] + rows)
-        # Of each column (columns,): the table's row at which its field begins, and 1, for a field of vectors
-        # 0.
+        # Of each column (columns,): the table's row at which its field begins; 1, of vectors 0.
         offsets = torch.tensor(np.repeat(starts[:-1], width))
         factors = torch.tensor(np.repeat(has_rows, width))
         self.register_buffer("offsets", offsets.long(), persistent=False)
@@ -198,7 +196,7 @@ def guarded(main, when_full="take fewer users"):
     torch.set_num_threads(1)  # load_language_model gives a large LLM all of them
     threadpoolctl.threadpool_limits(1)
     with contextlib.suppress(AttributeError):  # in a notebook
-        # errors: of a terminal that knows ASCII alone; line_buffering: so that a pipe gets each line at once
+        # errors: for a terminal that knows ASCII alone; line_buffering: so that a pipe gets each line at once
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         main()
@@ -285,7 +283,7 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-# Long work is done in pieces, a block of users in 02, a row of the table in 04, an epoch in
+# Long work is done in pieces, a block of users in 02, one training in 04, an epoch in
 # tools/recsysllm.py. A finished piece is a file; the names of the folders that hold them begin so. They go
 # when all is done.
 UNFINISHED = ("blocks-", "rows-", "epochs-")
@@ -364,7 +362,8 @@ def save_bytes(path, write):
 READERS = {".json": lambda path: json.loads(path.read_text("utf-8")),
            ".npy": lambda path: np.load(path, mmap_mode="r", allow_pickle=False),
            ".pt": lambda path: torch.load(path, map_location="cpu", weights_only=True)}
-# Artifacts by the script that makes them: how their names begin. A bank feature_bank_NAME is a control's.
+# Artifacts by the script that makes them: how their names begin. A bank feature_bank_NAME is taken for a
+# control's.
 MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "truth", "dropped_users"),
            "02_infer_profiles.py": ("profiles", "space", "lm-tiny"),
            "03_quantize.py": ("codebooks", "quantize", "feature_bank."),
@@ -530,7 +529,7 @@ def wait_for_all():
 def seeded(*seeds):
     """Seed torch and make a numpy generator, both from these integers.
 
-    The first is --seed; a second one keeps draws for one purpose apart from those for another.
+    The first is --seed; the others keep draws for one purpose apart from those for another.
     """
     generator = np.random.default_rng(seeds)
     torch.manual_seed(int(generator.integers(2**31)))
@@ -617,7 +616,7 @@ def load_language_model(name, dtype, device):
     return model, tokenizer
 
 
-EXTRA_TOKENS = 8  # the tokenizer may have as many more tokens than the model, as <pad>, which no title holds
+EXTRA_TOKENS = 8  # so many tokens the tokenizer may know that the model does not, such as <pad>
 
 
 def check_checkpoint(name, model, tokenizer, loading):
@@ -727,8 +726,7 @@ def convert_gguf(path, target):
         what = f"the GGUF file cannot be opened: {why:.200}"
         raise UserError(what, path, "check the file and --lm") from error
     # Note: transformers does not save a model that was opened from quantized weights (GGUF's, not stage
-    # 03's). They are plain numbers by now: so a new model without weights of its own takes them, and is
-    # saved.
+    # 03's). They are plain numbers by now: a new model without weights of its own takes them.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     with torch.device("meta"):
@@ -843,8 +841,8 @@ def make_sentences(traits, items, count, length, rng, rated):
     tells which come next, and not the titles before. Titles may repeat. rated: each ends in + or -.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    # Which profiles have a word repeats after 2 x their number, lengths repeat after seven people. The
-    # periods have no common divisor, so every length meets every choice of profiles.
+    # Which profiles have a word repeats after 2 x their number, lengths repeat after seven people. With fewer
+    # than seven profiles these have no common divisor, so every length meets every choice of profiles.
     lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]
     sentences = []
     for number in range(count):
@@ -939,7 +937,7 @@ def sensitivity(model, tokenizer, traits, task_prompt, sentences, rng):
 
 
 def new_tiny(vocabulary, width, longest):
-    """A GPT-2 of random weights. Its window is twice the longest text here, for real users' may be longer."""
+    """A GPT-2 of random weights. The window is twice the longest text here or more: users' may be longer."""
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=vocabulary, n_positions=max(512, 2 * longest), n_embd=width, n_layer=2, n_head=4,

@@ -53,12 +53,15 @@ ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
 def variant(first, second, third="", controls="", fourth="", **more):
-    """Flags of stages 01 to 04 (first, second None: the first variant's artifacts; third None: there is no
-    bank of codes, neither 02 nor 03 is run), the names for tools/controls.py and, if given, names: prompts in
-    the place of the profiles'; words: if the profiles keep theirs; baselines: methods of tools/baselines.py;
-    lm_both: if tools/lm_both.py is run on the first variant; source: a folder in it that artifacts are taken
-    from; once: controls that the first repetition makes for all, for they ask a large LLM; recsysllm: flags
-    of tools/recsysllm.py; after: the variant whose stages this one shares; most: repetitions at most."""
+    """Flags of stages 01 to 04, the names for tools/controls.py and, if given, more of it.
+
+    first, second: None for the first variant's artifacts. second and third None: no bank of codes; neither 02
+    nor 03 is run, and nothing of 02 is taken. names: prompts in the place of the profiles'. words: if the
+    profiles keep theirs. baselines: methods of tools/baselines.py. lm_both: if tools/lm_both.py is run on the
+    first variant. source: a folder in the first variant that artifacts are taken from. once: controls that
+    the first repetition makes for all, for they ask a large LLM. recsysllm: flags of tools/recsysllm.py.
+    after: the variant whose stages this one shares. most: repetitions at most.
+    """
     defaults = {"names": None, "words": True, "baselines": "", "lm_both": False, "source": None, "once": "",
                 "recsysllm": None, "after": None, "most": None}
     return {"flags": (first, second, third, fourth), "controls": controls, **defaults, **more}

@@ -7,7 +7,7 @@
     python tests/bench/bench_infer.py --device cuda  # and Llama-2-7B's shape in fp16, whole runs on the card
     python tests/bench/bench_infer.py --processes    # these whole runs alone: killed and resumed, two ranks
     python tests/bench/bench_infer.py --profile      # where our time goes, by operator
-    python tests/bench/bench_infer.py --smollm2      # the same on SmolLM2-135M's real weights: 15 min
+    python tests/bench/bench_infer.py --smollm2      # rates and steps on SmolLM2-135M's real weights: 15 min
 
 Rates: user-steps a second on histories of 16 to 238 tokens, by default on eight of 64, on a GPU on 512.
 Useful work of a step = 4 x block parameters x tokens (forward 2, backward 2: no weight gradients) + 4 x
@@ -289,7 +289,7 @@ def steps_to_solve(device, users, cap, sentences, name=None):
     """
     settings, dataset, needed = defaults("--lm", "tiny", "--tiny-sentences", str(sentences)), demo_world(), {}
     settings.steps = 40
-    if name:  # of a real LLM the task prompt would take longer than all that is measured
+    if name:  # with a real LLM the task prompt would take longer than all that is measured
         settings.task_steps = 12
     texts = infer.history_texts(dataset, common.TRAIN, settings)
     with tempfile.TemporaryDirectory() as folder:
