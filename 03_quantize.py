@@ -1,14 +1,15 @@
 """Stage 03: turn theta into one small id, a code, per profile, supervised by a recommender. Paper: 2.4, 2.6.
 
+Stage 02 gave each user a soft token theta^m for each profile m. Here a profile gets K_m code vectors v_k^m,
+numbered by k; the number of the one nearest to theta^m is the user's code c_m, and v_c^m is that code vector.
+
     l_vec = sum_m [||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2]
             + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))      Eq. (5)
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
-theta^m is the soft token that stage 02 found for profile m of a user, v_k^m the k-th code vector of that
-profile, c_m the user's code, a number k, and v_c^m the code vector of that number. y: whether the user liked
-item i; E_obs: the other fields, here the user's id; Rec^s: a surrogate recommender; sg: a value through which
-no gradient flows; l_llm: stage 02's loss, at theta; alpha, beta: weights.
+sg: a value through which no gradient flows; y: whether the user liked item i; Rec^s: a surrogate recommender;
+E_obs: its other fields, here the user's id; l_llm: stage 02's loss, at theta; alpha, beta: weights.
 
 Theta and v are held by r coordinates in the profile's space: theta = origin + z basis. A user's are called z;
 a code vector has r of its own, and those of all codes are a codebook. The directions in `basis` are
@@ -385,14 +386,14 @@ COMBINATIONS = 100  # most that EM tries a user
 
 
 class SoftCodeEM(KMeans):
-    """EM for  p(y) = sum_c (prod_m pi^m_k) P_LLM(y | v^1_k, ..., v^M_k),  k = c_m:  a mixture of soft tokens.
+    """EM for  p(y) = sum_c (prod_m pi^m_{c_m}) P_LLM(y | v^1_{c_1}, ..., v^M_{c_M}),  a mixture.
 
-    c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_k tells how common code k is, y is here
-    the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label. Codebooks start as --start says;
-    the users' z tell nothing after that. The E-step asks for the responsibilities p(c | y) of all users. The
-    M-step sets the weights pi in closed form and moves the code vectors by Adam on -log P(y | c), one c for
-    each user drawn from the responsibilities: one pass, where their weighted mean would take C. The likeliest
-    round is kept. A user's codes are the likeliest ones, pi included.
+    c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_k tells how common code k of profile m is,
+    y is here the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label. Codebooks start as
+    --start says; the users' z tell nothing after that. The E-step asks for the responsibilities p(c | y) of
+    all users. The M-step sets the weights pi in closed form and moves the code vectors by Adam on -log P(y |
+    c), one c for each user drawn from the responsibilities: one pass, where their weighted mean would take C.
+    The likeliest round is kept. A user's codes are the likeliest ones, pi included.
     """
 
     assigns = "likelihood"
@@ -489,7 +490,7 @@ class Words(SoftCodeEM):
     """No descent: the LLM is asked. Codes are the K_m most frequent words of a profile; put in theta's place,
     some make a user's titles likelier than others do, and the user gets those.
 
-    c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_k],  k = c_m.  An LLM may like a word whatever the
+    c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_{c_m}].  An LLM may like a word whatever the
     history is, and would give it to everybody: w^m_k is minus the mean of log P under word k, over all users
     and the other profiles' words. log_weights holds w, where EM has log pi: so the log's "log_likelihood" is
     of these weighed scores, and no likelihood. The word itself is asked; books holds its coordinates.

@@ -272,9 +272,9 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     codes, sizes, z = inputs.of(ids_name, (args.seed, repetition, 4))  # 4, and 5 below, keep draws apart
     fields, lookup = build_features(dataset, args.fields, codes, sizes, z)
     unknown_user = len(dataset.users) if args.fields != "attributes" else None
-    # Cold users are evaluated under the unknown id, for their own was never trained. Where there are some,
-    # the users of validation rows are hidden as well, so that the epoch is chosen for unknown users. (Test
-    # rows show their users: val_* and test_* are then not to be compared.)
+    # Which rows hide their user, by the unknown id in column 0? Cold ones do, for their own id was never
+    # trained. Where there are some, validation rows do, too, so that the epoch is chosen for unknown users.
+    # Test rows never do: so with cold users val_* and test_* figures are not to be compared.
     has_cold = len(dataset.rows(COLD)) > 0
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
