@@ -664,6 +664,17 @@ def read_problem(run):
     return Problem(run, dataset, np.array(z), inferred, facts, space), load_truth(run)
 
 
+def read_bank(problem):
+    """(quantize.json, feature_bank.npy (U, M)) of a finished run, checked to be of this problem's theta."""
+    run = problem.run
+    facts = load(run, "quantize.json", ("profiles", "profiles_fingerprint", "fingerprint"))
+    bank = np.array(load(run, "feature_bank.npy"))
+    check_same(run, "feature_bank.npy", "profiles.npy", facts["profiles_fingerprint"],
+               problem.facts["fingerprint"])
+    check_same(run, "feature_bank.npy", "quantize.json", fingerprint(bank), facts["fingerprint"])
+    return facts, bank
+
+
 def meaning_of_z(facts):
     """The settings that decide what a coordinate means."""
     return [str(facts[key]) for key in (*infer.RECORDED, "lm_fingerprint", "space_fingerprint")]

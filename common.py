@@ -227,15 +227,16 @@ def fail(message, status=2):
 class Parser(argparse.ArgumentParser):
     """argparse with the flags that every stage has, and errors in one line.
 
-    device: --device's default, or False for a stage that needs none.
+    device: --device's default, or False for a script that needs none. seed: if there is a --seed.
     """
 
-    def __init__(self, doc, device="auto"):
+    def __init__(self, doc, device="auto", seed=True):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
         add("--run", type=folder, default=Path("runs/demo"), help="this run's folder")
-        add("--seed", type=at_least(0, int, 2**32), default=0, help="of everything random in this stage")
+        if seed:
+            add("--seed", type=at_least(0, int, 2**32), default=0, help="of everything random in this stage")
         if device:
             add("--device", choices=("auto", "cpu", "cuda"), default=device, help="auto: cuda where it is")
 
@@ -244,7 +245,7 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
     def error(self, message):
-        fail(f"error: {message} ({self.prog}); see: python {self.prog} --help")
+        fail(f"error: {message} ({self.prog}); see: python {sys.argv[0]} --help")
 
 
 def folder(text):

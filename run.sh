@@ -5,16 +5,28 @@
 # bash run.sh setup    the set-up alone
 # PYTHON=python3.12 chooses the interpreter (3.10 or newer), VENV=path the environment's folder.
 set -euo pipefail
+case "${VENV:-}" in ''|/*) ;; *) VENV="$PWD/$VENV" ;; esac  # a folder seen from where the command was given
 cd "$(dirname "$0")"
 VENV=${VENV:-.venv}
 INSTALL="-m pip install -q --disable-pip-version-check -c constraints.txt"
 
+# The demo has its own folders; other runs are made with the four scripts.
+check_words() {
+  case " $* " in
+    *" --help "* | *" -h "*) sed -n 's/^# //p' run.sh | head -5; exit 0 ;;
+    *" --run"* | *" --dataset"*)
+      echo "error: run.sh runs the demo in runs/demo or runs/llm ($*); call the four scripts for another folder or data set" >&2; exit 2 ;;
+  esac
+}
+[ "${1:-}" = test ] || check_words "$@"
+
+is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 if [ -z "${PYTHON:-}" ]; then
   for PYTHON in python3 python3.13 python3.12 python3.11 python3.10 python none; do
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+    is_new_enough "$PYTHON" && break
   done
 fi
-[ "$PYTHON" != none ] || { echo "error: no Python 3.10 or newer (on the PATH); install one, or name it with PYTHON=..." >&2; exit 2; }
+is_new_enough "$PYTHON" || { echo "error: no Python 3.10 or newer ($PYTHON on the PATH); install one, or name it with PYTHON=..." >&2; exit 2; }
 
 wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
 if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$wanted" ]; then
@@ -34,14 +46,6 @@ add_llm() {
   fi
 }
 
-# The demo has its own folders; other runs are made with the four scripts.
-check_words() {
-  case " $* " in
-    *" --run"* | *" --dataset"* | *" --help "* | *" -h "*)
-      echo "error: run.sh runs the demo in runs/demo or runs/llm ($*); call the four scripts for another folder, data set or their --help" >&2; exit 2 ;;
-  esac
-}
-
 case "${1:-}" in
   setup) ;;
   test)
@@ -51,7 +55,6 @@ case "${1:-}" in
     ;;
   llm)
     shift
-    check_words "$@"
     add_llm
     "$VENV/bin/python" 01_prepare_data.py --run runs/llm --subsample-users 300 "$@"
     "$VENV/bin/python" 02_infer_profiles.py --run runs/llm --lm smollm2
@@ -59,7 +62,6 @@ case "${1:-}" in
     "$VENV/bin/python" 04_train_ctr.py --run runs/llm
     ;;
   *)
-    check_words "$@"
     "$VENV/bin/python" 01_prepare_data.py "$@"
     "$VENV/bin/python" 02_infer_profiles.py
     "$VENV/bin/python" 03_quantize.py

@@ -1335,8 +1335,8 @@ MUTANTS["tools/recsysllm.py"] = [
      "test_marks_are_read_as_their_own_vectors_and_the_end_alone_is_written"),
     ("any mark may be written", "-math.inf, device=states.device", "-1.0, device=states.device",
      "test_marks_are_read_as_their_own_vectors_and_the_end_alone_is_written"),
-    ("DCN is scored on other rows", "auc_figures(rows, common.load(path.parent, path.name)[at])",
-     "auc_figures(rows, common.load(path.parent, path.name)[:len(at)])",
+    ("DCN is scored on other rows", "auc_figures(rows, scores[at])",
+     "auc_figures(rows, scores[:len(at)])",
      "test_the_rows_of_stage_04_are_shown_where_they_are")]
 
 MUTANTS["tools/next_item.py"] = [

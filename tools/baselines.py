@@ -7,7 +7,9 @@ KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of t
 makes a tiny LM that has read so. PEPLER (arXiv 2202.07371): a soft token a user and one an item, trained to
 make the item's text likely and to predict the rating. ReLLa (arXiv 2308.11131): the user's titles most like
 the target are in the prompt, yes against no is the score. Missing: instruction tuning, world knowledge, size.
-Training and support rows are read; validation rows choose epoch and scale.
+Training and support rows are read, by PEPLER training rows alone: a cold user has no soft token, and in the
+bank the unknown code. Validation rows choose epoch and scale. The tiny LM has read every text with a profile
+in front, and ReLLa's prompt has none; KAR's text (kar-text) answers the first profile's question alone.
 Writes: feature_bank_NAME.npy .json; baselines_METHOD.json, costs, and AUC of what scores pairs by itself;
         kar/, the run with KAR's theta, for 03 --no-llm-loss and 04 --profile-input embedding
 """
@@ -42,7 +44,7 @@ class World:
         self.device = common.pick_device(args.device)
         self.problem, _ = quantize.read_problem(args.run)
         self.dataset = self.problem.dataset
-        self.sizes = controls.sizes_of(args.run, self.dataset.profiles)
+        self.sizes = controls.sizes_of(args.run, self.dataset)
         opened = self.problem.open_likelihood(self.device)
         self.likelihood, self.histories, self.space, self.tokenizer = opened
         self.start = self.space.origin
@@ -72,28 +74,35 @@ class World:
         return torch.cat([self.likelihood.head(some)[:, words].float() for some in states])
 
     def report(self, name, unit, count, scores=()):
-        """Figures of (kind, rows, their probabilities), cost since the last for `count` users or pairs."""
+        """Figures of (kind, rows, scores, probabilities), and the cost since the last report.
+
+        AUC and GAUC are of the scores, the logloss of the probabilities; count: users or pairs it was for.
+        """
         row = {"ids": name, "lm_passes": self.passes, "of": count, "unit": unit,
                "seconds": round(time.perf_counter() - self.clock, 1)}
-        for kind, rows, found in scores:
+        for kind, rows, own, probabilities in scores:
             users, _, labels = rows.T
-            row |= {f"{kind}_auc": common.auc(labels, found), f"{kind}_gauc": common.gauc(
-                users, labels, found), f"{kind}_logloss": common.logloss(labels, found)}
+            row[f"{kind}_auc"] = common.auc(labels, own)
+            row[f"{kind}_gauc"] = common.gauc(users, labels, own)
+            row[f"{kind}_logloss"] = common.logloss(labels, probabilities)
         print(*(f"{key} {value}" for key, value in row.items()), sep=", ")
         self.passes = 0
         self.clock = time.perf_counter()
         return row
 
     def evaluated(self):
-        """(kind, rows) of validation, which chooses, then of what no method may learn from."""
+        """(kind, rows) of validation, which chooses epoch and scale, then of what nothing may learn from."""
+        if not len(self.dataset.rows(common.VALIDATION)):
+            raise common.UserError("there are no validation rows, which choose epoch and scale",
+                                   self.args.run, "give more data, or fewer cold users")
         found = []
         for kind, split in (("validation", common.VALIDATION), ("test", common.TEST), ("cold", common.COLD)):
             rows = self.dataset.rows(split)[:self.args.rows]
             if len(rows):
                 found.append((kind, rows))
         if min(len(set(rows[:, 2])) for _, rows in found) < 2:
-            raise common.UserError("the scored rows have one label alone", f"--rows {self.args.rows}",
-                                   "take more")
+            where = f"--rows {self.args.rows}" if self.args.rows else "interactions.npy"
+            raise common.UserError("the scored rows have one label alone", where, "take more")
         return found
 
 
@@ -101,8 +110,11 @@ class World:
 
 @torch.no_grad()
 def kar_slot(world, histories):
-    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d). The same LM
-    and prompt as ours, the direction reversed."""
+    """theta^m = sum_w p(w | history, x^m) e_w over the LM's likeliest words: float32 (n, M, d).
+
+    The same LM and profile prompt as ours, the direction reversed: without the task prompt and other
+    profiles.
+    """
     words = world.likelihood.vectors()
     theta = []
     for name in world.names:
@@ -132,8 +144,9 @@ def save_theta(world, theta):
     changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None,
                "space_fingerprint": infer.space_fingerprint(space)}
     shutil.rmtree(run, ignore_errors=True)
-    later = shutil.ignore_patterns("kar", "lm-both", "*bank*", "quantize.*", "results.*", "pred*", "*.pt",
-                                   "profiles.*")
+    later = shutil.ignore_patterns(
+        "kar", "lm-both", "lm-verdicts", "*bank*", "quantize.*", "results.*", "pred*", "*.pt", "profiles.*",
+        "ctr_*", "recsysllm.*", "baselines_*", "figures", "scores.csv", "rows-*", "epochs-*", "blocks-*")
     shutil.copytree(world.args.run, run, ignore=later)
     common.save_npy(run / "profiles.npy", z)
     common.save_torch(run / "space.pt", infer.saved_space(space))
@@ -236,8 +249,11 @@ def pepler(world):
     titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
     for name, with_lm in (("matrix factorization of the same width", False), ("pepler's own scores", True)):
         model = fit_pepler(world, titles, with_lm)
-        figures.append(world.report(name, "pair", len(dataset.rows(common.TRAIN)), [
-            (kind, rows, pepler_scores(model, dataset, rows)) for kind, rows in evaluated]))
+        scores = []
+        for kind, rows in evaluated:
+            probabilities = pepler_scores(model, dataset, rows)
+            scores.append((kind, rows, probabilities, probabilities))
+        figures.append(world.report(name, "pair", len(dataset.rows(common.TRAIN)), scores))
     users = model.user.weight.detach()[:-1].cpu().numpy()
     known = np.isin(np.arange(len(users)), dataset.rows(common.TRAIN)[:, 0])
     return {"pepler": [(controls.clusters(users, known, size, world.args.seed), size)]}, figures
@@ -292,9 +308,12 @@ def rella(world):
         def score(rows):
             return rella_scores(world, rows, how, count, vectors, texts, rng)[:, None]  # noqa: B023
         platt = LogisticRegression(C=1e6).fit(score(known), known[:, 2])
-        scores = [(kind, rows, platt.predict_proba(score(rows))[:, 1]) for kind, rows in evaluated]
-        figures.append(world.report(f"rella, {how}: {count} titles", "pair",
-                                    len(known) + sum(len(rows) for _, rows, _ in scores), scores))
+        scores = []
+        for kind, rows in evaluated:
+            own = score(rows)
+            scores.append((kind, rows, own[:, 0], platt.predict_proba(own)[:, 1]))
+        pairs = len(known) + sum(len(rows) for _, rows in evaluated)
+        figures.append(world.report(f"rella, {how}: {count} titles", "pair", pairs, scores))
     return {}, figures
 
 

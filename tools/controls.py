@@ -1,18 +1,23 @@
-"""The controls a reviewer asks for: ids made without inference, as banks that stage 04 puts in its table.
+"""The controls a reviewer asks for: ids made without descending for a user, as banks for stage 04's table.
 
     python tools/controls.py --run runs/demo                         # all of them
     python tools/controls.py --run runs/demo metadata generosity     # these
     python 04_train_ctr.py --run runs/demo --ids none,random,metadata,userip
 
 metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
-text        no inference: k-means of the history's mean word vector; K_1 x ... x K_M clusters, and K_1
+text        no inference: k-means of the history's mean word vector, twice: a column of K_1 x ... x K_M
+clusters,
+            as many as userip tells apart, and one of K_1
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
 words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words)
 generosity  one number: eight quantiles of the share of likes
 mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
 
-All read training and support rows alone; what a user has no row for gets the unknown code K.
-Reads:  stage 01's files; text, hidden and words what 03 reads, for they look at the LLM of stage 02
+All read training and support rows alone. A user of whom these say nothing (no history; for metadata no liked
+item with a value; for generosity and mf no row) gets the unknown code K. hidden and words stand behind stage
+02's learned task prompt.
+Reads:  stage 01's files, truth.npy for evaluation alone; quantize.json (03), where it is, for the numbers of
+        codes; text, hidden and words what 03 reads, for they look at the LLM of stage 02
 Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by}
 """
 
@@ -33,6 +38,8 @@ FACTORS = 16  # of the truncated SVD
 
 def clusters(vectors, known, size, seed):
     """k-means over the rows of known users: int (U,), the code `size` for all others."""
+    if size > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
+        raise common.UserError(f"{size:,d} codes are too many", "--codes", "give smaller sizes")
     codes = np.full(len(known), size)
     size_found = min(size, len(np.unique(vectors[known], axis=0)))
     found = sklearn.cluster.KMeans(size_found, n_init=10, random_state=seed)
@@ -42,6 +49,9 @@ def clusters(vectors, known, size, seed):
 
 def metadata(problem, sizes, device, seed):
     """Shares of each attribute value among the liked items, a profile at a time; unknown if there is none."""
+    names = {profile["name"] for profile in problem.dataset.profiles}
+    if not any(item["attributes"].get(name) for item in problem.dataset.items for name in names):
+        raise common.UserError("no item has a value for any profile", "items.json", "leave metadata out")
     columns = []
     for profile, size in zip(problem.dataset.profiles, sizes):
         counts = [Counter() for _ in problem.dataset.users]
@@ -61,7 +71,8 @@ def metadata(problem, sizes, device, seed):
 def text_clusters(vectors, sizes, seed):
     """vectors (U, d), NaN where a user has no history: columns of K_1 x ... x K_M and of K_1 clusters."""
     known = np.isfinite(vectors).all(1)
-    return [(clusters(vectors, known, size, seed), size) for size in (math.prod(sizes), sizes[0])]
+    wanted = dict.fromkeys((math.prod(sizes), sizes[0]))  # of a single profile these are one number
+    return [(clusters(vectors, known, size, seed), size) for size in wanted]
 
 
 def text(problem, sizes, device, seed):
@@ -85,6 +96,9 @@ def hidden(problem, sizes, device, seed):
         states = likelihood.hidden(start.expand(len(users), -1, -1), ids)[:, prompt:].float()
         real = (torch.arange(ids.shape[1], device=device) < lengths[:, None])[..., None]
         vectors[users] = ((states * real).sum(1) / lengths[:, None]).cpu().numpy()
+        if not np.isfinite(vectors[users]).all():
+            raise common.UserError("a hidden state is not finite", str(likelihood.dtype),
+                                   "run 02 with --dtype bf16 or fp32, or leave hidden out")
     return text_clusters(vectors, sizes, seed)
 
 
@@ -126,6 +140,7 @@ WITHOUT_LLM = ("metadata", "generosity", "mf")  # these need stage 01 alone
 
 def open_run(run, names):
     """(Problem, truth or None). Without stage 02, or where no LLM is needed, the data set is the problem."""
+    common.finish(run)  # of a stage 02 that was killed at its end
     alone = bool(names) and set(names) <= set(WITHOUT_LLM)
     if alone or (not names and not (run / "profiles.json").exists()):
         return SimpleNamespace(dataset=common.load_dataset(run), z=None), common.load_truth(run)
@@ -134,9 +149,6 @@ def open_run(run, names):
 
 def save_bank(run, name, columns, dataset, made_by):
     """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M')."""
-    most = max(size for _, size in columns)
-    if most > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
-        raise common.UserError(f"{name} would have {most:,d} codes", run, "give smaller --codes")
     bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
     (run / f"feature_bank_{name}.json").unlink(missing_ok=True)
     common.save_npy(run / f"feature_bank_{name}.npy", bank)
@@ -149,11 +161,13 @@ def save_bank(run, name, columns, dataset, made_by):
     return bank
 
 
-def sizes_of(run, profiles, codes=None):
-    """K_m of --codes, else of the run's quantize.json, else of stage 01."""
+def sizes_of(run, dataset, codes=None):
+    """K_m of --codes, else of the run's quantize.json if it is of this data set, else of stage 01."""
     if codes is None and (run / "quantize.json").exists():
-        codes = ",".join(map(str, common.load(run, "quantize.json", ("codes",))["codes"]))
-    return quantize.parse_codes(codes, profiles)
+        facts = common.load(run, "quantize.json", ("codes", "dataset_fingerprint"))
+        if facts["dataset_fingerprint"] == dataset.fingerprint():
+            codes = ",".join(map(str, facts["codes"]))
+    return quantize.parse_codes(codes, dataset.profiles)
 
 
 def main():
@@ -166,9 +180,10 @@ def main():
         parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(CONTROLS)}")
     problem, truth = open_run(args.run, args.names)
     device = common.pick_device(args.device)
-    sizes = sizes_of(args.run, problem.dataset.profiles, args.codes)
+    sizes = sizes_of(args.run, problem.dataset, args.codes)
+    given = f" --codes {args.codes}" if args.codes else ""
     made = []
-    for name in args.names or CONTROLS:
+    for name in dict.fromkeys(args.names or CONTROLS):
         if problem.z is None and name not in WITHOUT_LLM:
             print(f"WARNING: {name} is left out, for stage 02 has not run: python 02_infer_profiles.py "
                   f"--run {args.run}")
@@ -182,15 +197,18 @@ def main():
             continue
         made.append(name)
         bank = save_bank(args.run, name, columns, problem.dataset,
-                         f"tools/controls.py {name} --seed {args.seed}")
+                         f"tools/controls.py {name} --seed {args.seed}{given}")
         # text and hidden have columns of another meaning
         if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
             known = (bank < sizes).all(1)
             agreed = quantize.agreement(bank[known], truth[known])["nmi_truth"]
             print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
-    ids = ["none", "random", *made]
+    ids = ["none"]
     if (args.run / "feature_bank.npy").exists():
-        ids.insert(2, "userip")
+        ids += ["random", "userip", *made]  # random has as many codes as userip
+    else:
+        for name in made:
+            ids += [f"random-{name}", name]
     print(f"next: python 04_train_ctr.py --run {args.run} --ids {','.join(ids)}")
 
 

@@ -1,7 +1,8 @@
 """Explain users of a finished run (RQ4): words near a profile, who shares its code, what the LLM now expects.
 
     python tools/explain.py --run runs/demo --user u0000 u0001   # a card each
-    python tools/explain.py --run runs/demo --all                # all users: own theta, another's (for 500),
+    python tools/explain.py --run runs/demo --all               # all users: NLL under own and another's theta
+                                                                # (of 500), how far z tells what they like,
                                                                 # (demo) how often the planted word is near
     python tools/explain.py --run runs/demo --mask               # the mask of the prompt (Fig. 4) as a grid
 
@@ -24,21 +25,23 @@ COMMONEST = 12  # values of an attribute for which --all says how far z tells wh
 
 
 class Lexicon:
-    """What theta is compared with [Table 5]: the LLM's whole words and, joined (their mean), the words of the
-    items' attributes that it writes in several pieces; then its pieces. A * marks a stop word, a - a piece.
+    """What theta is compared with [Table 5]: the LLM's whole words and, joined (their mean), words of the
+    items' attributes that it writes in several pieces, if they are letters alone; then its pieces. A * marks
+    a stop word, a - a piece.
 
     labels: list of n strings; vectors: (n, d); whole: bool (n,), false for the pieces.
     """
 
     def __init__(self, likelihood, tokenizer, dataset):
         table = likelihood.vectors().detach().cpu()
-        tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+        tokens = tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), len(table))))
         texts = [tokenizer.decode([index]).strip() for index in range(len(tokens))]
-        begins = [token is not None and token[0] in "\u0120\u2581" and text.isalpha()
+        begins = [(token or "")[:1] in ("\u0120", "\u2581") and text.isalpha()
                   for token, text in zip(tokens, texts)]
         whole = [index for index, begin in enumerate(begins) if begin]
+        special = set(tokenizer.all_special_ids)
         parts = [index for index, begin in enumerate(begins)
-                 if not begin and texts[index].isalpha() and index not in tokenizer.all_special_ids]
+                 if not begin and texts[index].isalpha() and index not in special]
         known = {texts[index] for index in whole}
         said = set()  # words of the items' attributes
         for item in dataset.items:
@@ -89,8 +92,7 @@ def continue_greedily(likelihood, theta, tokens):
     """Ids of the `tokens` likeliest next tokens after the prompt under one user's theta (M, d), one by one.
 
     The keys and values of what went before are cached: a step sends one token through the LLM. Its mask row
-    is all 0, for the history sees everything; its position follows the last one, which is not the number of
-    tokens so far (build_positions).
+    is all 0, for the history sees everything; its position follows the last one.
     """
     device = likelihood.device
     cache = None
@@ -116,12 +118,7 @@ class Explainer:
 
     def __init__(self, run, device):
         self.problem, self.truth = quantize.read_problem(run)
-        quantized = common.load(run, "quantize.json", ("profiles", "profiles_fingerprint", "fingerprint"))
-        self.bank = np.array(common.load(run, "feature_bank.npy"))
-        common.check_same(run, "feature_bank.npy", "profiles.npy", quantized["profiles_fingerprint"],
-                          self.problem.facts["fingerprint"])
-        common.check_same(run, "feature_bank.npy", "quantize.json", common.fingerprint(self.bank),
-                          quantized["fingerprint"])
+        quantized, self.bank = quantize.read_bank(self.problem)
         self.names = [profile["words"] for profile in quantized["profiles"]]
         self.books = common.load(run, "codebooks.pt", ("codebooks",))["codebooks"]
         self.likelihood, self.histories, space, self.tokenizer = self.problem.open_likelihood(device)
@@ -156,7 +153,7 @@ class Explainer:
         z = self.problem.z[None, user, m]
         lines = [f"  {self.problem.dataset.profiles[m]['name']}:"]
         if code == len(book):
-            return [*lines, "    code                unknown: no history, so nothing moved"]
+            return [*lines, "    code                unknown: nothing was inferred of this user"]
         sharing = int((self.bank[:, m] == code).sum())
         share = f"shared by {sharing:,d} of {len(self.bank):,d} users ({sharing / len(self.bank):.0%})"
         near = self.words_of(z, m)[0][:4]
@@ -179,12 +176,12 @@ class Explainer:
         dataset = self.problem.dataset
         theta = self.theta
         known = self.problem.inferred
-        history = "".join(self.texts[user]) or " none, so theta is the population's"
+        history = "".join(self.texts[user]) or " none"
         lines = [f"user {dataset.users[user]}", "  history:" + history]
         for m in range(len(dataset.profiles)):
             lines += self.profile_lines(user, m)
         if not known[user]:
-            return [*lines, "  most similar users: none, nothing is known of this one"]
+            return [*lines, "  most similar users: none is known, for theta is the population's"]
         lines.append("  most similar users:")
         for cosine, other in similar_users(self.problem.z, known, user, 3):
             lines.append(f"    {dataset.users[other]} (cosine {cosine:.2f}, codes {self.codes(other)}):"
@@ -192,11 +189,12 @@ class Explainer:
         said = continue_greedily(self.likelihood, theta[user], min(SAID, self.likelihood.room))
         said = self.tokenizer.decode(said).replace("\n", "\\n")
         lines += ["  what the LLM says next, greedily:", "    under theta:     " + said]
-        # The first user who shares the fewest codes; himself where nobody else is known.
-        stranger = max(np.flatnonzero(known),
-                       key=lambda other: ((self.bank[other] != self.bank[user]).sum(), -other))
-        whose = {"own theta": theta[user], "the population's": self.population,
-                 f"{dataset.users[stranger]}'s": theta[stranger]}
+        whose = {"own theta": theta[user], "the population's": self.population}
+        others = np.setdiff1d(np.flatnonzero(known), user)
+        if len(others):
+            different = (self.bank[others] != self.bank[user]).sum(1)  # how many codes are others
+            stranger = others[different.argmax()]
+            whose[f"{dataset.users[stranger]}'s"] = theta[stranger]
         scores = ", ".join(f"under {name} {self.nll(user, under):.4f}" for name, under in whose.items())
         return [*lines, "  nats per token of this history: " + scores]
 
@@ -204,8 +202,9 @@ class Explainer:
         """How far z tells what users like: {value of profile m: (read from z, towards the word)}.
 
         Both are correlations, over users who have a profile, with the value's share among their liked items:
-        of a ridge regression on all z, each fold of five predicted from the others; and of the move of theta
-        towards the value's own word, which nothing was fitted to.
+        of a ridge regression on all z, each fifth of the users predicted from the others; and of the move of
+        theta towards the value's own word, for which nothing was fitted. The liked items are those of the
+        rows that theta was inferred from: this says what z holds, and not what it predicts.
         """
         dataset = self.problem.dataset
         known = np.flatnonzero(self.problem.inferred)
@@ -229,18 +228,22 @@ class Explainer:
         return found
 
     def statistics(self, rng):
-        """Figures over all users who have a profile: {name: value}. Those of words need a truth."""
+        """Figures over users who have a profile: {name: {what: value}}. Those of words need a truth.
+
+        Likelihoods are of a sample of SAMPLE users.
+        """
         theta = self.theta
         known = np.flatnonzero(self.problem.inferred)
         found = {}
         sample = rng.permutation(known)[:SAMPLE]
         own = np.array([self.nll(user, theta[user]) for user in sample])
-        pairs = zip(sample, np.roll(sample, 1))
-        other = np.array([self.nll(user, theta[stranger]) for user, stranger in pairs])
-        found["nats per token"] = {
-            "users": len(sample), "under own theta": float(own.mean()),
-            "under another user's": float(other.mean()),
-            "share of users for whom the other's is worse": float((other > own).mean())}
+        found["nats per token"] = {"users": len(sample), "under own theta": float(own.mean())}
+        if len(sample) > 1:
+            pairs = zip(sample, np.roll(sample, 1))
+            other = np.array([self.nll(user, theta[stranger]) for user, stranger in pairs])
+            found["nats per token"] |= {
+                "under another user's": float(other.mean()),
+                "share of users for whom the other's is worse": float((other > own).mean())}
         if self.truth is None:
             return found
         planted = (prepare.DEMO_HOBBIES, prepare.DEMO_BACKGROUNDS)
@@ -276,7 +279,8 @@ def mask_grid(likelihood, tokenizer, history):
 
 def main():
     parser = common.Parser(__doc__)
-    parser.add_argument("--user", nargs="+", default=[], help="raw user ids, a card for each")
+    parser.add_argument("--user", nargs="+", action="extend", default=[],
+                        help="raw user ids, a card for each (--user=ID where one begins with -)")
     parser.add_argument("--all", action="store_true", help="figures over all users")
     parser.add_argument("--mask", action="store_true", help="the mask of a user's prompt")
     args = parser.parse_args()
@@ -303,8 +307,8 @@ def main():
             texts = [f"{value} {read:.2f} ({towards:.2f})"
                      for value, (read, towards) in explainer.tastes(m).items()]
             if texts:
-                print(f"correlation with what users like, read from z (towards the word): {profile['name']} "
-                      + ", ".join(texts))
+                print(f"{profile['name']}, correlation of z (its move towards the word) with the share of "
+                      "liked training titles: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

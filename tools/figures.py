@@ -21,6 +21,7 @@ from stages import ROOT, common, infer, quantize
 try:
     import matplotlib
     matplotlib.use("Agg")
+    matplotlib.rcParams["text.parse_math"] = False  # "$$" may be a price level, and no formula
     import matplotlib.pyplot as plt
 except ImportError:
     common.fail("error: matplotlib is missing (tools/figures.py); "
@@ -90,7 +91,7 @@ def likelihood_figure(problem):
     left.plot(range(len(steps)), steps, color=COLOURS[0], marker="o", markersize=3)
     left.set(xlabel="gradient step", ylabel="nats per token", title="the users' training histories")
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.bar(list(values), list(values.values()), color=COLOURS[:3])
+    right.bar(list(values), list(values.values()), color=COLOURS[:len(values)])
     if values:
         low = min(values.values())
         high = max(values.values())
@@ -122,7 +123,7 @@ def attention_to_theta(likelihood, theta, ids):
 
 
 def attention_by_word(problem, likelihood, tokenizer, start):
-    """How much the words of a sentence about one user's titles look at theta^m, for seven users.
+    """How much the words of a sentence about one user's titles look at theta^m, for up to seven users.
 
     Returns (users, words, weights): weights[m][s] is (users, words), each row of sum 1, for s one of STAGES:
     theta as noise (the authors' start), the mean of the words (ours), and theta inferred.
@@ -292,15 +293,16 @@ def codes_figure():
 
 
 def main():
-    parser = common.Parser(__doc__, device=False)
+    parser = common.Parser(__doc__, device=False, seed=False)
     parser.add_argument("--codes", action="store_true", help="also draw the sweep over codebook sizes")
     parser.add_argument("--tables", action="store_true", help="also draw the tables of the kept studies")
     args = parser.parse_args()
     problem, truth = quantize.read_problem(args.run)
     common.load(args.run, "profiles.json", ("train_nll_steps", "heldout_nll"))
-    quantized = common.load(args.run, "quantize.json", ("profiles",))
-    results = common.load(args.run, "results.json", ("summary", "rows"))
-    bank = np.array(common.load(args.run, "feature_bank.npy"))
+    quantized, bank = quantize.read_bank(problem)
+    results = common.load(args.run, "results.json", ("summary", "rows", "dataset_fingerprint"))
+    common.check_same(args.run, "results.json", "dataset", results["dataset_fingerprint"],
+                      problem.dataset.fingerprint())
     likelihood, histories, space, tokenizer = problem.open_likelihood(torch.device("cpu"))
     attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.words_mean)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,

@@ -7,8 +7,8 @@ The tiny LM of 02 has read "x^m word ... history" alone, so that "history x^m" i
 of the invented people have their history first, then each profile's name and word; all else is as in 02, but
 that people may have 20 titles (at most --max-history) where no user has.
 
-Prints: nats a token that the history loses under a wrong word, and the word behind somebody else's history,
-        of the run's LM and of the new one
+Prints: of the run's LM and of the new one, how many nats a token a wrong word costs the history, and
+        somebody else's history the word
 Reads:  what 03 reads
 Writes: lm-both/
 """
@@ -21,7 +21,7 @@ from torch import nn
 
 from stages import common, infer, quantize
 
-EVERY = 3  # of so many sentences one has the history first
+SHARE = 3  # of so many sentences one has the history first
 
 
 def history_first(tokenizer, traits, people):
@@ -113,7 +113,11 @@ def main():
                        likelihood.room)
     ids, targets, _ = common.encode_sentences(tokenizer, traits, dataset.task_prompt, people)
     rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]
-    rows[::EVERY] = [turned for turned, _ in history_first(tokenizer, traits, people[::EVERY])]
+    # Drawn: who has a word for one profile alone goes round among the profiles, as every third would.
+    turned = np.random.default_rng((args.seed, 10)).permutation(len(people))[:len(people) // SHARE]
+    some = history_first(tokenizer, traits, [people[number] for number in turned])
+    for number, (ids_turned, _) in zip(turned, some):
+        rows[number] = ids_turned
     torch.manual_seed(args.seed)
     model = type(likelihood.model)(likelihood.model.config)
     common.fit_tiny(model, padded(rows, 0), padded(rows, -100), rng)
@@ -126,7 +130,9 @@ def main():
                 some, tokenizer, traits, dataset.task_prompt, fresh, common.seeded(args.seed, 12)),
             "another history": word_sensitivity(some, tokenizer, traits, fresh, common.seeded(args.seed, 12))}
         for what, lost in found[name].items():
-            print(f"{name}, nats lost under {what}: " + ", ".join(f"{key} {lost[key]:.4f}" for key in lost))
+            of_what = "the history" if what == "a wrong word" else "the word"
+            print(f"{name}, nats a token that {what} costs {of_what}: "
+                  + ", ".join(f"{key} {lost[key]:.4f}" for key in lost))
     common.save_tiny(args.run / "lm-both", model, tokenizer, {
         "sensitivity": found["lm-both"]["a wrong word"], "both": found})
     print(f"next: python 02_infer_profiles.py --run {args.run} --lm {args.run / 'lm-both'}")

@@ -1,11 +1,12 @@
 """Which item does a user like next? The task, its metrics and rivals that train no LLM; for recsysllm.py.
 
 Each user's last liked row of a split is to be found among all items that the user has in no training row.
-Rivals: chance, popularity, the title most similar to the last one that was liked, and SASRec, a small
-self-attentive sequence model without text.
+Rivals: chance, popularity, popularity among the items of the user's commonest attributes, the title most
+similar to the last one that was liked, and SASRec, a small self-attentive sequence model without text.
 """
 
 import contextlib
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,8 +55,8 @@ class NextItem:
 def next_item_task(dataset, split, most, seed):
     """Each user's last liked row of a split is to be found, for at most `most` users drawn by chance.
 
-    DEVIATION(R5): the paper leaves each user's last item out. 01's split is drawn by chance, so that training
-    rows may be later than the target.
+    DEVIATION(R5): the paper follows Geng et al. 2022, who leave each user's last item out. 01's split is
+    drawn by chance, so that training rows may be later than the target.
     """
     training = quantize.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
     last = {}
@@ -75,6 +76,31 @@ def popularity(dataset):
     """Likes of each item in training rows: float (I,)."""
     _, items, labels = dataset.rows(common.TRAIN).T
     return np.bincount(items, labels, len(dataset.items))
+
+
+def popularity_by_attributes(dataset, known):
+    """Popularity among the items that have the user's commonest value of each profile: float (n, I).
+
+    known: the rows (n, 3) of each user. More such values count before popularity does.
+    """
+    popular = popularity(dataset)
+    has = {}  # (profile, value): which items have it
+    for profile in dataset.profiles:
+        for number, item in enumerate(dataset.items):
+            for value in item["attributes"].get(profile["name"], []):
+                has.setdefault((profile["name"], value), np.zeros(len(popular)))[number] = 1
+    scores = []
+    for rows in known:
+        score = popular / (1 + popular.max())
+        for profile in dataset.profiles:
+            counts = Counter()
+            for item in liked_items(rows, len(rows)):
+                counts.update(dataset.items[item]["attributes"].get(profile["name"], []))
+            if counts:
+                value = min(counts, key=lambda value: (-counts[value], value))
+                score = score + has[profile["name"], value]
+        scores.append(score)
+    return np.array(scores)
 
 
 @torch.no_grad()
@@ -108,7 +134,8 @@ class SASRec(nn.Module):
 
 
 def liked_items(rows, most):
-    return rows[rows[:, 2] == 1, 1][-most:].tolist()
+    """The user's last liked items, at most `most`."""
+    return rows[rows[:, 2] == 1, 1][-most:].tolist() if most else []
 
 
 def padded_sequences(sequences, filler):
@@ -117,10 +144,10 @@ def padded_sequences(sequences, filler):
 
 @torch.no_grad()
 def sasrec_scores(model, known, length):
-    """What follows each user's liked rows: float (n, I); 0 for users who liked nothing."""
+    """What follows each user's liked rows: float (n, I); NaN for users who liked nothing."""
     model.eval()
     count = len(model.item.weight) - 1
-    found = np.zeros((len(known), count), np.float32)
+    found = np.full((len(known), count), np.nan, np.float32)
     for user, rows in enumerate(known):
         items = liked_items(rows, length)
         if items:
@@ -129,7 +156,10 @@ def sasrec_scores(model, known, length):
 
 
 def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
-    """Cross entropy over all items, Adam; the epoch of the best NDCG@10 on validation rows."""
+    """Cross entropy over all items, Adam; the epoch of the best NDCG@10 on validation rows.
+
+    None where no user has two liked rows.
+    """
     rng = common.seeded(seed, 23)
     count = len(dataset.items)
     histories = quantize.rows_by_user(dataset.rows(common.TRAIN), len(dataset.users))
@@ -138,9 +168,9 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
     task = None
     with contextlib.suppress(common.UserError):  # no liked validation row: the last epoch is kept
         task = next_item_task(dataset, common.VALIDATION, 1000, seed)
-    model = SASRec(count, length)
     if not sequences:
-        return model
+        return None
+    model = SASRec(count, length)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     found = []
     for _ in common.progress(range(epochs), "SASRec", "epoch"):
@@ -155,7 +185,7 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
             optimizer.step()
         figure = 0.0
         if task:
-            figure = task.figures(sasrec_scores(model, task.known, length), seed)["ndcg@10"]
+            figure = task.figures(np.nan_to_num(sasrec_scores(model, task.known, length)), seed)["ndcg@10"]
         found.append(figure)
         if found[-1] == max(found):
             state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -166,7 +196,11 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
 
 
 def rival_scores(dataset, task, vectors, seed):
-    """{name: scores (n, I)} of what needs no LLM trained to recommend."""
+    """{name: scores (n, I)} of what needs no LLM trained to recommend.
+
+    SASRec, which cannot start from nothing, falls back on popularity. On validation rows it is favoured: its
+    epoch is chosen on them.
+    """
     n_items = len(dataset.items)
     chance = np.zeros((len(task.users), n_items))
     similar = np.zeros_like(chance)
@@ -174,7 +208,12 @@ def rival_scores(dataset, task, vectors, seed):
         liked = liked_items(rows, 1)
         if liked:
             similar[place] = vectors @ vectors[liked[0]]  # cosines
-    sasrec = fit_sasrec(dataset, seed)
-    return {"chance": chance, "popularity": np.tile(popularity(dataset), (len(task.users), 1)),
-            "the title most similar to the last": similar,
-            "SASRec": sasrec_scores(sasrec, task.known, len(sasrec.place.weight))}
+    popular = np.tile(popularity(dataset), (len(task.users), 1))
+    sasrec = popular
+    model = fit_sasrec(dataset, seed)
+    if model is not None:
+        sasrec = sasrec_scores(model, task.known, len(model.place.weight))
+        sasrec = np.where(np.isnan(sasrec), popular, sasrec)
+    return {"chance": chance, "popularity": popular,
+            "popularity by attributes": popularity_by_attributes(dataset, task.known),
+            "the title most similar to the last": similar, "SASRec": sasrec}

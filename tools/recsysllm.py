@@ -19,7 +19,7 @@ in docs/RESULTS.md, RecSysLLM.
 What stands where: data phase, blanks and positions, model, train, inference: the method; then running it. Its
 rivals are in tools/next_item.py.
 
-Reads:  01's files; predictions/ (04) for the rows DCN
+Reads:  01's files; results.json and predictions/ (04) for the rows DCN
 Writes: recsysllm.pt, what was learned; recsysllm.json, the figures; lm-verdicts/, the tiny LM; until done
         epochs-*/, a file an epoch
 """
@@ -34,6 +34,7 @@ import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,7 +71,7 @@ class Wording:
     end: str = ";"
 
 
-# DEVIATION(R6): of the paper's five families of prompts the two that need no review texts.
+# DEVIATION(R6): of the paper's five families of prompts the next item and the rating.
 SEEN_WORDINGS = (Wording("", "", (" -;", " +;"), ""),  # the task prompt, as stage 02's rated histories
                  Wording(". What this person thought of each:", " was", (" bad", " good")),
                  Wording(". Ratings, the oldest first:", " got", (" no", " yes"), ","))
@@ -474,7 +475,7 @@ def train_epoch(model, optimizer, texts, histories, epoch, args):
     for number in common.progress(rng.permutation(len(batches)), f"epoch {epoch + 1}", "batch"):
         # The step size rises to --lr in the first tenth of all steps, then falls to 0.
         done = (epoch * len(batches) + len(losses)) / steps
-        rate = args.lr * min((done + 1 / steps) / WARM_UP, (1 - done) / (1 - WARM_UP))
+        rate = args.lr * min((done + 1 / steps) / WARM_UP, (1 - done) / (1 - WARM_UP), 1)
         optimizer.param_groups[0]["lr"] = rate
         loss = model.nll([examples[at] for at in batches[number]]).mean()
         if not loss.isfinite():
@@ -503,7 +504,7 @@ def question(texts, rows, wording, item=None):
 def trees_of(entities, end, most=MOST_NODES):
     """Entities (token lists), each with [END], as Tries of about `most` nodes: a list of (numbers, Trie).
 
-    Entities that begin alike stand in the same tree.
+    Most entities that begin alike stand in the same tree, equal ones always.
     """
     trees = []
     for number in sorted(range(len(entities)), key=lambda number: entities[number]):
@@ -588,7 +589,7 @@ def parse_arguments():
 
 
 def open_texts(args, dataset, device):
-    """(likelihood of stage 02, Texts), checked: histories fit, and the LLM reads in both directions."""
+    """(likelihood of stage 02, Texts), checked: histories fit, and the LLM has all tokens."""
     if args.lm == "auto" and dataset.name == "demo":
         args.lm = "tiny"
     tiny = args.lm == "tiny"
@@ -603,6 +604,10 @@ def open_texts(args, dataset, device):
     args.lm = "tiny" if tiny else as_in_02.lm
     args.dtype = as_in_02.dtype
     texts = Texts(tokenizer, dataset, len(likelihood.word_table.weight))
+    if max(max(ids, default=0) for ids in [*texts.titles, *texts.values.values(),
+                                           *texts.words.values()]) >= len(likelihood.word_table.weight):
+        raise common.UserError("the tokenizer writes tokens that the model does not have", args.lm,
+                               "take the model's own tokenizer")
     wordings = (*SEEN_WORDINGS, UNSEEN_WORDING)
     words = max(len(texts.words[wording.between]) + len(texts.words[wording.end]) for wording in wordings)
     sentence = texts.longest + words + max(map(len, texts.verdicts(wordings)))
@@ -635,16 +640,18 @@ def train_tiny(dataset, folder, args):
     leads = [wording.lead or dataset.task_prompt for wording in wordings]
     prompts = [[profile["name"], profile["prompt"], profile.get("likes")] for profile in dataset.profiles]
     sizes = [width, vocabulary, count, common.TINY_FIT, common.LIKING]
-    key = common.fingerprint(items, prompts, leads, [str(wordings), args.seed, args.titles, sizes])
+    length = min(args.titles, int(np.bincount(dataset.rows(common.TRAIN)[:, 0]).max()))
+    # 2: its people in each wording have words for both profiles and for either.
+    key = common.fingerprint(items, prompts, leads, [2, str(wordings), args.seed, length, sizes])
     if common.is_kept(folder, key):
         return
     rng = common.seeded(args.seed, 26)
-    people = common.make_sentences(traits, items, count, args.titles, rng, rated=True)
+    people = common.make_sentences(traits, items, count, length, rng, rated=True)
     said = []  # in each wording, its people: (words, texts)
     for number, wording in enumerate(wordings):
-        said.append([])
-        for words, texts in people[number::len(wordings)]:
-            said[-1].append((words, [said_as(text, wording) for text in texts]))
+        # Neighbours, not every fourth: who has a word for which profile goes round with a short period.
+        own = people[number * count // len(wordings):(number + 1) * count // len(wordings)]
+        said.append([(words, [said_as(text, wording) for text in texts]) for words, texts in own])
     everything = list(itertools.chain(*said))
     tokenizer = common.tiny_tokenizer(traits, " ".join(leads), everything, vocabulary)
     rows = []
@@ -695,6 +702,8 @@ def fit(model, texts, histories, work, args):
         clock = time.perf_counter()
         facts["losses"].append(train_epoch(model, optimizer, texts, histories, epoch, args))
         facts["seconds"] += time.perf_counter() - clock
+        if not all(value.isfinite().all() for value in learned.values()):
+            raise common.UserError(f"training diverged in epoch {epoch + 1}", f"--lr {args.lr}", "lower --lr")
         print(f"epoch {epoch + 1}: {facts['losses'][-1]:.4f} nats a token of the spans")
         common.save_torch(work / f"epoch-{epoch:03d}.pt", {
             "learned": values_of(learned), "optimizer": optimizer.state_dict(), "facts": facts})
@@ -726,6 +735,43 @@ def evaluate(model, texts, task, rows, args):
     return found
 
 
+@torch.no_grad()
+def left_to_right(likelihood, texts, task, args):
+    """log p of each title, marked as liked, behind a user's text, as any LM reads: float64 (users, I).
+
+    The control of the training: the LLM as it is, without blanks, marks and a mask of two directions. As in
+    log_probabilities(), titles that begin alike share their nodes.
+    """
+    wording = SEEN_WORDINGS[0]
+    liked = texts.words[wording.between] + texts.words[wording.verdicts[1]] + texts.words[wording.end]
+    trees = trees_of([title + liked[:-1] for title in texts.titles], liked[-1])
+    device = likelihood.device
+    scores = []
+    for known in common.progress(task.known, "left to right", "user"):
+        rows = latest(known, args)
+        pieces = texts.opening(rows, wording)
+        for _, item, label in rows:
+            pieces += texts.sentence(item, label, wording)
+        text = tokens_of(pieces)
+        found = np.zeros(len(texts.titles))
+        for numbers, tree in trees:
+            first = len(text) - 1  # the place of the root: what the text ends with
+            ids = text + [tree.token[node] for node in tree.inner[1:]]
+            places = [*range(first), *(first + tree.depth[node] for node in tree.inner)]
+            visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+            visible[first:, first:] = tree.visible
+            mask = infer.additive_mask(visible, likelihood.dtype).to(device)
+            states = likelihood.body(
+                inputs_embeds=likelihood.vectors(ids)[None].to(likelihood.dtype), attention_mask=mask,
+                position_ids=torch.tensor([places], device=device), use_cache=False).last_hidden_state
+            steps = likelihood.head(states[0, first:]).float().log_softmax(1)
+            parents = [tree.row[parent] for parent in tree.parent[1:]]
+            of_nodes = steps[parents, tree.token[1:]].cpu().double()
+            found[numbers] = (tree.paths[:, 1:].double() @ of_nodes).numpy()
+        scores.append(found)
+    return np.stack(scores)
+
+
 def timed(model, prompts, trees, texts, what):
     """(log probabilities (prompts, entities), {seconds, passes} of an answer)."""
     clock = time.perf_counter()
@@ -734,6 +780,8 @@ def timed(model, prompts, trees, texts, what):
     for prompt in common.progress(prompts, what, "answer"):
         scores.append(log_probabilities(model, prompt, trees, texts))
     seconds = (time.perf_counter() - clock) / len(prompts)
+    if not np.isfinite(scores).all():
+        raise common.UserError("a score is not finite", what, "lower --lr, or take --dtype fp32")
     return np.stack(scores), {"seconds": seconds, "passes": (model.passes - before) / len(prompts)}
 
 
@@ -743,15 +791,20 @@ def auc_figures(rows, scores):
 
 
 def dcn_figures(run, dataset, rows, at):
-    """{ids: AUC, GAUC} of stage 04's DCN on these rows; {} before 04 ran."""
+    """{ids: AUC, GAUC} of stage 04's DCN on these rows, repetition 0; {} before 04 ran.
+
+    Of predictions/ only what the last results.json has a row of: others are of an earlier data set or bank.
+    """
+    if not (run / "results.json").exists():
+        return {}
+    facts = common.load(run, "results.json", ("dataset_fingerprint", "rows"))
+    common.check_same(run, "results.json", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     found = {}
-    if (run / "results.json").exists():
-        facts = common.load(run, "results.json", ("dataset_fingerprint",))
-        common.check_same(run, "results.json", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
-    for ids in ("none", "userip"):
-        path = run / "predictions" / f"dcn-{ids}-0.npy"
-        if path.exists():
-            found[f"DCN {ids}"] = auc_figures(rows, common.load(path.parent, path.name)[at])
+    for row in facts["rows"]:
+        if row["model"] == "dcn" and row["ids"] in ("none", "userip") and row["seed"] == 0:
+            scores = common.load(run / "predictions", f"dcn-{row['ids']}-0.npy")
+            fields = "" if row["fields"] == "ids" else f", {row['fields']}"
+            found[f"DCN {row['ids']}{fields}"] = auc_figures(rows, scores[at])
     return found
 
 
@@ -781,7 +834,12 @@ def make_model(likelihood, texts, args):
 
 
 def train(model, texts, key, args):
-    """Fit the model, unless recsysllm.pt has this key; save what was learned. Returns {losses, seconds}."""
+    """Fit the model, unless recsysllm.pt has this key; save what was learned. Returns {losses, seconds}.
+
+    --rank 0 learns nothing, and leaves what was learned before where it is.
+    """
+    if not args.rank:
+        return {"losses": [], "seconds": 0.0}
     learned = model.learned()
     path = args.run / "recsysllm.pt"
     work = args.run / f"epochs-{key[:12]}"
@@ -793,12 +851,11 @@ def train(model, texts, key, args):
         if saved["key"] == key:
             print("recsysllm.pt has these settings: nothing to train (--fresh trains again)")
             copy_into(learned, saved["learned"])
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was killed at its end
             return saved["facts"]
-    facts = {"losses": [], "seconds": 0.0}
-    if args.rank:
-        training = texts.dataset.rows(common.TRAIN)
-        by_user = quantize.rows_by_user(training, len(texts.dataset.users))
-        facts = fit(model, texts, [known for known in by_user if len(known)], work, args)
+    training = texts.dataset.rows(common.TRAIN)
+    by_user = quantize.rows_by_user(training, len(texts.dataset.users))
+    facts = fit(model, texts, [known for known in by_user if len(known)], work, args)
     common.save_torch(path, {"learned": values_of(learned), "key": key, "facts": facts,
                              "settings": settings_of(args),
                              "dataset_fingerprint": texts.dataset.fingerprint()})
@@ -848,12 +905,15 @@ def main():
         raise common.UserError(f"the {len(rows)} rows have one label alone", "--rows", "take more")
     vectors = next_item.title_vectors(likelihood, texts.begin, texts.titles)
     results = {"next_item": {}, "rating": {}}
-    for name, scores in next_item.rival_scores(dataset, task, vectors, args.seed).items():
+    rivals = next_item.rival_scores(dataset, task, vectors, args.seed)
+    rivals["the LLM untrained, left to right"] = left_to_right(likelihood, texts, task, args)
+    for name, scores in rivals.items():
         results["next_item"][name] = task.figures(scores, args.seed)
     if split == common.TEST:
         results["rating"] |= dcn_figures(args.run, dataset, rows, at)
     lm = common.lm_fingerprint(likelihood.model, texts.tokenizer)  # whatever the name of its folder
-    key = common.fingerprint({**settings_of(args), "lm": lm}, dataset.fingerprint())
+    sources = [Path(module).read_text("utf-8") for module in (__file__, common.__file__, infer.__file__)]
+    key = common.fingerprint({**settings_of(args), "lm": lm}, dataset.fingerprint(), sources)
     model = make_model(likelihood, texts, args)
     trained = sum(value.numel() for value in model.learned().values())
     facts = train(model, texts, key, args)

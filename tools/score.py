@@ -4,7 +4,8 @@
     python tools/score.py --run runs/demo --model deepfm pairs.csv
 
 pairs.csv has the columns user_id,item_id; a line without both is left out and counted. An unseen user has the
-unknown codes, a cold user his own; to the recommender both are the unknown user. So is an unseen item.
+unknown codes, a cold user (whom stage 04 did not train on) their own; to the recommender both are the unknown
+user. An unseen item is the unknown item.
 
 Reads:  ctr_<model>.json ctr_<model>.pt (04) and what 04 reads
 Writes: scores.csv, a line user_id,item_id,probability a pair
@@ -26,16 +27,18 @@ def open_model(args, device):
     predict: user and item indices (n,), (n,) -> probabilities (n,); the index U or I is an unseen one.
     """
     name = f"ctr_{args.model}"
-    if not (args.run / f"{name}.json").exists():
-        raise common.UserError(f"{name}.json is missing", args.run,
-                               f"run: python 04_train_ctr.py --run {args.run} --models {args.model}")
+    remedy = f"run: python 04_train_ctr.py --run {args.run} --models {args.model}"
+    for ending in ("json", "pt"):
+        if not (args.run / f"{name}.{ending}").exists():
+            raise common.UserError(f"{name}.{ending} is missing", args.run, remedy)
     facts = common.load(args.run, f"{name}.json", ("ids", "fields", "profile_input", "seed", "fingerprints"))
     args.ids = [facts["ids"]]
     args.profile_input = facts["profile_input"]
     dataset, inputs = ctr.read_inputs(args)
     found = inputs.fingerprints(dataset)
     made_from = {key: facts["fingerprints"].get(key) for key in found}
-    common.check_same(args.run, f"{name}.pt", "feature bank or dataset", found, made_from)
+    if found != made_from:
+        raise common.UserError(f"{name}.pt was made from another feature bank or dataset", args.run, remedy)
     row = inputs.of(facts["ids"], (facts["seed"], 0, 4))  # run_one's of the repetition that is kept
     fields, lookup = ctr.build_features(dataset, facts["fields"], *row)
     model = ctr.MODELS[args.model](fields).to(device)
@@ -43,7 +46,7 @@ def open_model(args, device):
         model.load_state_dict(common.load(args.run, f"{name}.pt"))
     except (AttributeError, RuntimeError, TypeError) as error:
         raise common.UserError(f"{name}.pt holds another model than {name}.json says: {error}", args.run,
-                               common.remedy(args.run, name)) from None
+                               remedy) from None
     stranger = len(dataset.users)
     cold = np.isin(np.arange(stranger + 1), dataset.rows((common.SUPPORT, common.COLD))[:, 0])
 
@@ -58,7 +61,8 @@ def open_model(args, device):
 
 def read_pairs(source, path):
     """Lists of at most BATCH (user, item) pairs of raw ids; what is not there is an empty text."""
-    reader = csv.DictReader(source)
+    # strict: a quotation mark that is never closed would else swallow the rest of the file.
+    reader = csv.DictReader(source, strict=True, skipinitialspace=True)
     if not {"user_id", "item_id"} <= set(reader.fieldnames or ()):
         raise common.UserError("the columns user_id and item_id are missing", path,
                                "begin the file with the line user_id,item_id")
@@ -91,7 +95,7 @@ def score(source, target, path, dataset, predict):
 
 
 def main():
-    parser = common.Parser(__doc__)
+    parser = common.Parser(__doc__, seed=False)
     parser.add_argument("pairs", type=Path, metavar="PAIRS.csv", help="the columns user_id and item_id")
     parser.add_argument("--model", choices=ctr.MODELS, default="dcn", help="whose ctr_<model>.pt")
     args = parser.parse_args()

@@ -562,6 +562,18 @@ def test_a_damaged_piece_is_said_once_and_made_again(damage, solved, unbroken, f
     assert call_04(monkeypatch, run, *FEW_ROWS) == 1 and not leftovers(run)
 
 
+def test_where_the_space_of_the_descent_is_made_again_all_that_was_made_in_it_is_too(
+        solved, unbroken, flags, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(solved, tmp_path / "02")
+    work, = run.glob("blocks-*")
+    space = common.load(work, "space.pt")
+    common.save_torch(work / "space.pt", space | {"origin": space["origin"] + 1})  # of an earlier fit
+    (work / "wide.pt").write_bytes((work / "wide.pt").read_bytes()[:-200])
+    assert "wide.pt" in one_line(capsys, stage(infer, run, *flags))
+    call_02(monkeypatch, run, *flags)
+    assert_same_run(run, unbroken)
+
+
 @pytest.mark.parametrize("name, content", [
     ("profiles.json", b"{"), ("profiles.json", b"[]"), ("profiles.json", b"null"), ("profiles.npy", b"x"),
     ("profiles_users.json", b"{}"), ("profiles_users.json", b'{"users": [], "inferred": [7]}')])

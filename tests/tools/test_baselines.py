@@ -223,8 +223,8 @@ def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferre
 
 def test_banks_have_as_many_codes_as_stage_03_gave(runs, tmp_path):
     run = shutil.copytree(runs / "clean", tmp_path / "run")
-    profiles = common.load_dataset(run).profiles
-    assert baselines.controls.sizes_of(run, profiles) == [profile["codes"] for profile in profiles]
+    dataset = common.load_dataset(run)
+    assert baselines.controls.sizes_of(run, dataset) == [profile["codes"] for profile in dataset.profiles]
     call_stage(quantize, "--run", run, "--quantizer", "kmeans", "--codes", "2,5")
     call_stage(baselines, "kar", "--run", run)
     assert common.load(run, "feature_bank_kar.json")["codes"] == [2, 5]
@@ -276,12 +276,12 @@ def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(
     ids, targets = seen
     texts = [world.tokenizer.decode(row[real]) for row, real in zip(ids, targets != -100)]
     names = [profile["prompt"] for profile in world.dataset.profiles]
-    for at, text in enumerate(texts):
-        history_first = at % 3 == 0
-        assert text.startswith(tuple(names)) != history_first
-        assert (world.dataset.task_prompt in text) != history_first
+    turned = [text for text in texts if not text.startswith(tuple(names))]
+    assert len(texts) == 90 and len(turned) == 30
+    for text in texts:
+        assert (world.dataset.task_prompt in text) != (text in turned)
         assert any(name in text for name in names)
-    assert len({text.split(names[0])[-1] for text in texts[::3] if names[0] in text}) > 1
+    assert len({text.split(names[0])[-1] for text in turned if names[0] in text}) > 1
     call_stage(infer, "--run", run, "--lm", run / "lm-both", "--steps", 1,
                "--history", "rated", "--fresh")
     with pytest.raises(common.UserError, match="run 02 with --lm tiny"):

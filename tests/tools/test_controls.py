@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (assert_bytes_equal, call_stage, copy_run, ctr, infer, load_script, prepare, quantize)
+from conftest import (
+    assert_bytes_equal, call_stage, copy_run, ctr, fork_stage, infer, load_script, ok, prepare, quantize)
 from test_pipeline import poisoned
 
 import common
@@ -215,7 +216,8 @@ def test_controls_without_an_llm_need_stage_01_alone(prepared, tmp_path, capsys)
     run = copy_run(prepared, tmp_path / "run")
     call_stage(controls, "--run", run, "metadata", "generosity", "mf")
     banks = {path.name: path.read_bytes() for path in run.glob("feature_bank_*.npy")}
-    assert len(banks) == 3 and "ids none,random,metadata,generosity,mf" in capsys.readouterr().out
+    shown = "ids none,random-metadata,metadata,random-generosity,generosity,random-mf,mf"
+    assert len(banks) == 3 and shown in capsys.readouterr().out
     call_stage(controls, "--run", run)
     text = capsys.readouterr().out
     for name in ("text", "hidden", "words"):
@@ -227,7 +229,7 @@ def test_controls_without_an_llm_need_stage_01_alone(prepared, tmp_path, capsys)
 
 @pytest.mark.parametrize("args, words", [(["metadata", "magic"], "unknown magic"),
                                          (["--codes", "4"], "codebook sizes"),
-                                         (["mf", "--codes", "256,128"], "mf would have 32,768 codes"),
+                                         (["mf", "--codes", "256,128"], "32,768 codes are too many"),
                                          (["--run", "/nowhere"], "dataset.json is missing")])
 def test_controls_that_cannot_be_made_are_one_line(args, words, inferred, tmp_path, capsys):
     run = copy_run(inferred, tmp_path / "run")
@@ -237,3 +239,38 @@ def test_controls_that_cannot_be_made_are_one_line(args, words, inferred, tmp_pa
     message, = capsys.readouterr().err.strip().split("\n")
     assert stop.value.code == 2 and message.startswith("error: ") and words in message
     assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_one_control_with_too_many_codes_leaves_the_others(prepared, tmp_path, capsys):
+    run = copy_run(prepared, tmp_path / "run")
+    call_stage(controls, "--run", run, "--codes", "256,128")
+    said = capsys.readouterr().out
+    assert "WARNING: mf is left out: 32,768 codes are too many" in said
+    assert {path.name for path in run.glob("feature_bank_*.npy")} == {
+        "feature_bank_metadata.npy", "feature_bank_generosity.npy"}
+    assert common.load(run, "feature_bank_metadata.json")["made_by"].endswith("--codes 256,128")
+
+
+def test_sizes_are_not_those_of_a_bank_of_another_data_set(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    dataset = common.load_dataset(run)
+    facts = common.load(run, "quantize.json")
+    common.save_json(run / "quantize.json", facts | {"codes": [7, 6]})
+    assert controls.sizes_of(run, dataset) == [7, 6]
+    common.save_json(run / "quantize.json", facts | {"codes": [7, 6], "dataset_fingerprint": "another"})
+    assert controls.sizes_of(run, dataset) == [4, 3]
+
+
+def test_metadata_where_no_item_has_a_value_is_one_line():
+    rows = [(0, 0, 1, TRAIN), (1, 1, 1, TRAIN)]
+    with pytest.raises(common.UserError, match="no item has a value for any profile"):
+        controls.metadata(toy(rows, {0: {}, 1: {}}), [3, 2], CPU, 0)
+
+
+def test_what_it_shows_as_next_runs_after_stage_01_alone(prepared, tmp_path, capsys):
+    run = copy_run(prepared, tmp_path / "run")
+    call_stage(controls, "--run", run, "metadata")
+    command = capsys.readouterr().out.strip().split("\n")[-1].split("next: python ")[1].split()
+    ok(fork_stage(*command, "--seeds", 1, "--epochs", 1))
+    rows = common.load(run, "results.json")["rows"]
+    assert [row["ids"] for row in rows] == ["none", "random-metadata", "metadata"]

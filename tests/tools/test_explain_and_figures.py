@@ -179,6 +179,43 @@ def test_a_bank_of_other_codes_is_refused(inferred, tmp_path):
         explain.Explainer(run, torch.device("cpu"))
 
 
+def test_figures_of_a_bank_or_results_of_another_run_are_refused(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 1))
+    facts = common.load(run, "results.json")
+    common.save_json(run / "results.json", facts | {"dataset_fingerprint": "another"})
+    refused = fork_stage("tools/figures.py", "--run", run)
+    assert refused.returncode == 2 and "results.json was made from another dataset" in refused.stderr
+    np.save(run / "feature_bank.npy", np.load(run / "feature_bank.npy")[::-1])
+    refused = fork_stage("tools/figures.py", "--run", run)
+    assert refused.returncode == 2 and "feature_bank.npy was made from another" in refused.stderr
+    assert not (run / "figures").exists()
+
+
+def test_a_code_may_be_called_by_dollars(tmp_path):
+    profile = {"name": "price", "words": ["$", "$$", "$$$"], "counts": [3, 2, 1], "perplexity": 2.7}
+    figure = figures.usage_figure({"profiles": [profile]})
+    figure.tight_layout()
+    figure.savefig(tmp_path / "usage.png")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["$", "$$", "$$$"]
+
+
+def test_ids_that_begin_with_a_dash_are_given_one_by_one(inferred, monkeypatch, capsys):
+    monkeypatch.setattr(explain.Explainer, "card", lambda self, user: [f"card of {user}"])
+    call_stage(explain, "--run", inferred, "--user=u0001", "--user=u0002")
+    assert capsys.readouterr().out.count("card of ") == 2
+
+
+def test_nobody_is_compared_with_themselves(inferred):
+    """Where one user alone has a profile, there is no other whose theta could be tried."""
+    explainer = explain.Explainer(inferred, torch.device("cpu"))
+    user = int(np.flatnonzero(explainer.problem.inferred)[0])
+    explainer.problem.inferred = np.arange(len(explainer.bank)) == user
+    assert explainer.card(user)[-1].count("under ") == 2
+    figures = explainer.statistics(np.random.default_rng(0))["nats per token"]
+    assert set(figures) == {"users", "under own theta"}
+
+
 def test_the_sweep_is_drawn_from_the_kept_study(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "KEPT", tmp_path)
     with pytest.raises(common.UserError, match="demo-codes was not run .*python tools/tables.py demo-codes"):

@@ -332,6 +332,58 @@ def test_scores_along_the_trie_are_those_of_every_title_alone(opened, dataset, a
     assert found[3] == pytest.approx(found[25], abs=1e-4) and np.exp(found[:25]).sum() < 1
 
 
+def test_left_to_right_is_the_plain_llm_s_log_probability_of_each_liked_title(opened, dataset):
+    """The long way round: the whole text of each title through the LLM alone, with its own causal mask."""
+    likelihood, texts = opened
+    wording = recsysllm.SEEN_WORDINGS[0]
+    known = histories_of(dataset)[0][:3]
+    task = SimpleNamespace(known=[known])
+    found = recsysllm.left_to_right(likelihood, texts, task, SimpleNamespace(titles=10))[0]
+    pieces = texts.opening(known, wording)
+    for _, item, label in known:
+        pieces += texts.sentence(item, label, wording)
+    text = recsysllm.tokens_of(pieces)
+    for item in (0, 7, 30):
+        title = recsysllm.tokens_of(texts.sentence(item, 1, wording))
+        with torch.no_grad():
+            logits = likelihood.model(torch.tensor([text + title])).logits[0].float().log_softmax(1)
+        own = sum(logits[len(text) - 1 + place, token].item() for place, token in enumerate(title))
+        assert found[item] == pytest.approx(own, abs=2e-3), item
+
+
+def test_people_of_every_wording_have_words_for_both_profiles_and_for_either(prepared, tmp_path, monkeypatch):
+    told = []
+    original = common.encode_sentences
+
+    def encode(tokenizer, traits, lead, some):
+        told.append([set(words) for words, _ in some])
+        return original(tokenizer, traits, lead, some)
+
+    monkeypatch.setattr(common, "encode_sentences", encode)
+    monkeypatch.setattr(common, "fit_tiny", lambda *_: None)
+    recsysllm.train_tiny(common.load_dataset(prepared), tmp_path / "lm", SimpleNamespace(seed=0, titles=5))
+    assert len(told) == len(recsysllm.SEEN_WORDINGS) + 1
+    for of_wording in told:
+        for words in ({0, 1}, {0}, {1}):
+            assert of_wording.count(words) > len(of_wording) / 6
+
+
+def test_popularity_by_attributes_counts_shared_values_first(dataset):
+    rows = dataset.rows(TRAIN)
+    known = [rows[rows[:, 0] == user] for user in np.unique(rows[:, 0])[:6]]
+    popular = next_item.popularity(dataset)
+    for own, scores in zip(known, next_item.popularity_by_attributes(dataset, known)):
+        shared = np.zeros(len(popular))
+        for profile in dataset.profiles:
+            values = [value for _, item, label in own if label
+                      for value in dataset.items[item]["attributes"][profile["name"]]]
+            most = max(map(values.count, values), default=0)
+            best = min((value for value in values if values.count(value) == most), default=None)
+            shared += [best in item["attributes"][profile["name"]] for item in dataset.items]
+        order = np.lexsort((-popular, -shared))
+        assert (np.diff(scores[order]) <= 1e-12).all()
+
+
 def test_equal_titles_stand_in_one_tree():
     entities = [[7, place] for place in range(9)] + [[7, 2]]  # the third fills the first tree
     trees = recsysllm.trees_of(entities, end=99, most=6)
@@ -447,7 +499,11 @@ def test_sasrec_looks_back_only_and_learns_a_cycle():
     model = next_item.fit_sasrec(toy, seed=0, epochs=60)
     scores = next_item.sasrec_scores(model, [np.array([[0, item, 1] for item in (3, 4, 5)]),
                                              np.zeros((0, 3), int)], 50)
-    assert scores[0].argmax() == 6 and not scores[1].any()
+    assert scores[0].argmax() == 6 and np.isnan(scores[1]).all()
+    known = [np.array([[0, 5, 1]]), np.zeros((0, 3), int)]
+    task = next_item.NextItem(np.array([0, 1]), np.array([6, 6]), known)
+    found = next_item.rival_scores(toy, task, np.eye(len(toy.items)), 0)
+    assert np.array_equal(found["SASRec"][1], found["popularity"][1])  # who liked nothing yet
     model.eval()
     with torch.no_grad():
         one, other = (model(torch.tensor([[1, 2, 3, last]])) for last in (4, 9))
@@ -480,8 +536,8 @@ def learned_of(run):
 def test_a_run_ends_in_finite_figures_for_every_row_and_a_loss_that_falls(trained):
     results = results_of(trained)
     assert set(results["next_item"]) == {
-        "chance", "popularity", "the title most similar to the last", "SASRec", "RecSysLLM, seen wording",
-        "RecSysLLM, unseen wording"}
+        "chance", "popularity", "popularity by attributes", "the title most similar to the last", "SASRec",
+        "the LLM untrained, left to right", "RecSysLLM, seen wording", "RecSysLLM, unseen wording"}
     for figures in (*results["next_item"].values(), *results["rating"].values()):
         assert all(math.isfinite(value) for value in figures.values() if value is not None)
     assert results["losses"][1] < results["losses"][0]
@@ -646,6 +702,10 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
+    fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "none",
+               "--fields", "attributes")  # dcn-userip-0.npy is then of a run before
+    call_stage(recsysllm, "--run", run, *quick)
+    assert {name for name in results_of(run)["rating"] if name.startswith("DCN")} == {"DCN none, attributes"}
     call_stage(prepare, "--run", run, "--subsample-users", 120, "--seed", 1)
     with pytest.raises(common.UserError, match="results.json was made from another dataset"):
         call_stage(recsysllm, "--run", run, *quick)

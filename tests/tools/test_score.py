@@ -130,6 +130,9 @@ BAD = [  # flags, what to break, what the line must say
     ([], lambda run: call_stage(quantize, "--run", run, "--epochs", 0, "--codes", "3,3"),
      ["ctr_dcn.pt was made from another feature bank or dataset", "04_train_ctr.py"]),
     ([], lambda run: (run / "feature_bank.npy").unlink(), ["feature_bank.npy is missing", "03_quantize.py"]),
+    ([], damage("pairs.csv", b'user_id,item_id\n"u0000,i001\nu0001,i002\n'), ["the pairs cannot be read"]),
+    (["--model", "deepfm"], lambda run: (run / "ctr_deepfm.pt").unlink(),
+     ["ctr_deepfm.pt is missing", "--models deepfm"]),
 ]
 
 
