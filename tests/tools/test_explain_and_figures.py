@@ -202,7 +202,8 @@ def test_a_code_may_be_called_by_dollars(tmp_path):
 
 def test_ids_that_begin_with_a_dash_are_given_one_by_one(inferred, monkeypatch, capsys):
     monkeypatch.setattr(explain.Explainer, "card", lambda self, user: [f"card of {user}"])
-    call_stage(explain, "--run", inferred, "--user=u0001", "--user=u0002")
+    first, second = common.load(inferred, "users.json")[:2]
+    call_stage(explain, "--run", inferred, f"--user={first}", f"--user={second}")
     assert capsys.readouterr().out.count("card of ") == 2
 
 
