@@ -903,8 +903,8 @@ def main():
     rows = rows[at]
     if len(set(rows[:, 2].tolist())) < 2:
         raise common.UserError(f"the {len(rows)} rows have one label alone", "--rows", "take more")
-    print(f"to be answered: {len(task.users):,d} next items and {len(rows):,d} verdicts, each in two wordings "
-          "(fewer by --test-users and --rows)")
+    print(f"to be answered: {len(task.users):,d} next items and {len(rows):,d} verdicts, each in two "
+          "wordings (fewer by --test-users and --rows)")
     vectors = next_item.title_vectors(likelihood, texts.begin, texts.titles)
     results = {"next_item": {}, "rating": {}}
     rivals = next_item.rival_scores(dataset, task, vectors, args.seed)
