@@ -5,7 +5,9 @@
 # bash run.sh setup    the set-up alone
 # PYTHON=python3.12 chooses the interpreter (3.10 or newer), VENV=path the environment's folder.
 set -euo pipefail
-case "${VENV:-}" in ''|/*) ;; *) VENV="$PWD/$VENV" ;; esac  # a folder seen from where the command was given
+# Paths are seen from where the command was given.
+case "${VENV:-}" in ''|/*) ;; *) VENV="$PWD/$VENV" ;; esac
+case "${PYTHON:-}" in /*) ;; */*) PYTHON="$PWD/$PYTHON" ;; esac
 cd "$(dirname "$0")"
 VENV=${VENV:-.venv}
 INSTALL="-m pip install -q --disable-pip-version-check -c constraints.txt"
@@ -26,7 +28,7 @@ if [ -z "${PYTHON:-}" ]; then
     is_new_enough "$PYTHON" && break
   done
 fi
-is_new_enough "$PYTHON" || { echo "error: no Python 3.10 or newer ($PYTHON on the PATH); install one, or name it with PYTHON=..." >&2; exit 2; }
+is_new_enough "$PYTHON" || { echo "error: no Python 3.10 or newer ($PYTHON); install one, or name it with PYTHON=..." >&2; exit 2; }
 
 wanted=$(cat requirements.txt requirements-dev.txt constraints.txt | cksum)
 if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$wanted" ]; then

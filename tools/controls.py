@@ -6,8 +6,7 @@
 
 metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' true attribute values
 text        no inference: k-means of the history's mean word vector, twice: a column of K_1 x ... x K_M
-clusters,
-            as many as userip tells apart, and one of K_1
+            clusters, as many as userip tells apart, and one of K_1
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
 words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words)
 generosity  one number: eight quantiles of the share of likes
@@ -39,7 +38,7 @@ FACTORS = 16  # of the truncated SVD
 def clusters(vectors, known, size, seed):
     """k-means over the rows of known users: int (U,), the code `size` for all others."""
     if size > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
-        raise common.UserError(f"{size:,d} codes are too many", "--codes", "give smaller sizes")
+        raise common.UserError(f"{size:,d} codes are too many", "--codes", "give smaller ones, here or in 03")
     codes = np.full(len(known), size)
     size_found = min(size, len(np.unique(vectors[known], axis=0)))
     found = sklearn.cluster.KMeans(size_found, n_init=10, random_state=seed)

@@ -308,7 +308,7 @@ def main():
                      for value, (read, towards) in explainer.tastes(m).items()]
             if texts:
                 print(f"{profile['name']}, correlation of z (its move towards the word) with the share of "
-                      "liked training titles: " + ", ".join(texts))
+                      "the liked titles it is from: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

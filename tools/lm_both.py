@@ -113,7 +113,7 @@ def main():
                        likelihood.room)
     ids, targets, _ = common.encode_sentences(tokenizer, traits, dataset.task_prompt, people)
     rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]
-    # Drawn: who has a word for one profile alone goes round among the profiles, as every third would.
+    # Drawn: with three profiles people come in a cycle of six, of which every third would be of one kind.
     turned = np.random.default_rng((args.seed, 10)).permutation(len(people))[:len(people) // SHARE]
     some = history_first(tokenizer, traits, [people[number] for number in turned])
     for number, (ids_turned, _) in zip(turned, some):

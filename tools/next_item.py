@@ -47,7 +47,10 @@ class NextItem:
     known: list
 
     def figures(self, scores, seed):
-        """Of scores (n, I); items that a user has in a known row are left out."""
+        """Of scores (n, I); items that a user has in a known row are left out. UserError if one is NaN."""
+        if np.isnan(scores).any():
+            raise common.UserError("a score is no number", "the next item",
+                                   "take --dtype fp32 or a lower --lr")
         known = [rows[:, 1] for rows in self.known]
         return ranking_figures(ranks_of(scores, self.targets, known, np.random.default_rng((seed, 22))))
 
@@ -144,10 +147,10 @@ def padded_sequences(sequences, filler):
 
 @torch.no_grad()
 def sasrec_scores(model, known, length):
-    """What follows each user's liked rows: float (n, I); NaN for users who liked nothing."""
+    """What follows each user's liked rows: float (n, I); 0 for users who liked nothing."""
     model.eval()
     count = len(model.item.weight) - 1
-    found = np.full((len(known), count), np.nan, np.float32)
+    found = np.zeros((len(known), count), np.float32)
     for user, rows in enumerate(known):
         items = liked_items(rows, length)
         if items:
@@ -185,7 +188,7 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
             optimizer.step()
         figure = 0.0
         if task:
-            figure = task.figures(np.nan_to_num(sasrec_scores(model, task.known, length)), seed)["ndcg@10"]
+            figure = task.figures(sasrec_scores(model, task.known, length), seed)["ndcg@10"]
         found.append(figure)
         if found[-1] == max(found):
             state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -212,8 +215,9 @@ def rival_scores(dataset, task, vectors, seed):
     sasrec = popular
     model = fit_sasrec(dataset, seed)
     if model is not None:
-        sasrec = sasrec_scores(model, task.known, len(model.place.weight))
-        sasrec = np.where(np.isnan(sasrec), popular, sasrec)
+        knows_likes = np.array([bool(liked_items(rows, 1)) for rows in task.known])
+        found = sasrec_scores(model, task.known, len(model.place.weight))
+        sasrec = np.where(knows_likes[:, None], found, popular)
     return {"chance": chance, "popularity": popular,
             "popularity by attributes": popularity_by_attributes(dataset, task.known),
             "the title most similar to the last": similar, "SASRec": sasrec}

@@ -20,7 +20,8 @@ What stands where: data phase, blanks and positions, model, train, inference: th
 rivals are in tools/next_item.py.
 
 Reads:  01's files; results.json and predictions/ (04) for the rows DCN
-Writes: recsysllm.pt, what was learned; recsysllm.json, the figures; lm-verdicts/, the tiny LM; until done
+Writes: recsysllm.pt, what was learned (not with --rank 0); recsysllm.json, the figures; lm-verdicts/, the
+tiny LM; until done
         epochs-*/, a file an epoch
 """
 
@@ -584,7 +585,7 @@ def parse_arguments():
     add("--evaluate", choices=("test", "validation"), default="test", help="rows that are to be found")
     add("--test-users", type=common.at_least(1), help="most users whose next item is to be found")
     add("--rows", type=common.at_least(2), help="most rows whose verdict is to be found")
-    add("--fresh", action="store_true", help="forget what was trained")
+    add("--fresh", action="store_true", help="train anew, whatever recsysllm.pt holds")
     return parser.parse_args()
 
 
@@ -793,7 +794,7 @@ def auc_figures(rows, scores):
 def dcn_figures(run, dataset, rows, at):
     """{ids: AUC, GAUC} of stage 04's DCN on these rows, repetition 0; {} before 04 ran.
 
-    Of predictions/ only what the last results.json has a row of: others are of an earlier data set or bank.
+    Of predictions/ only what the last results.json has a row of: others are of an earlier call of 04.
     """
     if not (run / "results.json").exists():
         return {}
@@ -903,8 +904,8 @@ def main():
     rows = rows[at]
     if len(set(rows[:, 2].tolist())) < 2:
         raise common.UserError(f"the {len(rows)} rows have one label alone", "--rows", "take more")
-    print(f"to be answered: {len(task.users):,d} next items and {len(rows):,d} verdicts, each in two "
-          "wordings (fewer by --test-users and --rows)")
+    print(f"to be answered: {len(task.users):,d} next items in two wordings and once from left to right, "
+          f"{len(rows):,d} verdicts in two wordings (fewer by --test-users and --rows)")
     vectors = next_item.title_vectors(likelihood, texts.begin, texts.titles)
     results = {"next_item": {}, "rating": {}}
     rivals = next_item.rival_scores(dataset, task, vectors, args.seed)
@@ -932,7 +933,7 @@ def main():
         "rows": len(rows), "items": len(dataset.items), "evaluated": args.evaluate, **facts,
         "peak_memory_mb": common.peak_memory_mb(device), "dataset_fingerprint": dataset.fingerprint()})
     show(results)
-    print(f"\nwrote recsysllm.pt recsysllm.json to {args.run}")
+    print(f"\nwrote {'recsysllm.pt ' if args.rank else ''}recsysllm.json to {args.run}")
 
 
 if __name__ == "__main__":

@@ -499,11 +499,13 @@ def test_sasrec_looks_back_only_and_learns_a_cycle():
     model = next_item.fit_sasrec(toy, seed=0, epochs=60)
     scores = next_item.sasrec_scores(model, [np.array([[0, item, 1] for item in (3, 4, 5)]),
                                              np.zeros((0, 3), int)], 50)
-    assert scores[0].argmax() == 6 and np.isnan(scores[1]).all()
+    assert scores[0].argmax() == 6 and not scores[1].any()
     known = [np.array([[0, 5, 1]]), np.zeros((0, 3), int)]
     task = next_item.NextItem(np.array([0, 1]), np.array([6, 6]), known)
     found = next_item.rival_scores(toy, task, np.eye(len(toy.items)), 0)
     assert np.array_equal(found["SASRec"][1], found["popularity"][1])  # who liked nothing yet
+    with pytest.raises(common.UserError, match="a score is no number"):
+        task.figures(np.full((2, 12), np.nan), 0)
     model.eval()
     with torch.no_grad():
         one, other = (model(torch.tensor([[1, 2, 3, last]])) for last in (4, 9))
@@ -702,8 +704,8 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
-    fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "none",
-               "--fields", "attributes")  # dcn-userip-0.npy is then of a run before
+    ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "none",
+                  "--fields", "attributes"))  # dcn-userip-0.npy is then of a run before
     call_stage(recsysllm, "--run", run, *quick)
     assert {name for name in results_of(run)["rating"] if name.startswith("DCN")} == {"DCN none, attributes"}
     call_stage(prepare, "--run", run, "--subsample-users", 120, "--seed", 1)
