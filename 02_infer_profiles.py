@@ -9,11 +9,11 @@ theta^m, one vector for each user and profile, stands in the place of a word and
 l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
 only; the task and y see all before them. In short (solve() and infer_block() do this with files):
 
-    wide = fit_space()                     theta begins at the mean of words that could name it: music,
-    fishing wide.task = fit_task(wide)             what all users share, the text's format, is learned as soft
-    tokens wide_z = descend(wide)                 each user's theta by gradient descent, in all its d
-    coordinates space = squeeze(wide, 256 of wide_z)   the r directions in which users differ most, and the
-    mean user z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
+    wide = fit_space()                     theta begins at the mean of words that could name it, as music
+    wide.task = fit_task(wide)             what all users share, the text's format, is learned as soft tokens
+    wide_z = descend(wide)                 each user's theta by gradient descent, in all its d coordinates
+    space = squeeze(wide, 256 of wide_z)   the r directions in which users differ most, and the mean user
+    z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
 space of the descent, at most --rank in the space that is kept), T tokens of D_task; B users of a block, H
@@ -735,8 +735,7 @@ class TokenNLL(torch.autograd.Function):
             log_normalizer = logits.logsumexp(1, keepdim=True)
             nll[rows] = (log_normalizer - logits.gather(1, targets[rows, None])).squeeze(1)
             if gradient is not None:
-                softmax = logits.sub_(log_normalizer).exp_()  # in place of the logits
-                error = softmax
+                error = logits.sub_(log_normalizer).exp_()  # the softmax, in the logits' memory
                 error[torch.arange(len(error), device=error.device), targets[rows]] -= 1  # - onehot
                 gradient[rows] = error.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
@@ -1142,8 +1141,8 @@ def tidy_up(args):
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished: {work}; the command that began it goes on with it (on the same data, without "
-                  "--fresh), --fresh forgets it")
+            print(f"unfinished: {work}; the command that began it goes on with it, if the data are the same; "
+                  "--fresh forgets it")
 
 
 def main():

@@ -203,7 +203,7 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
             # Eq. (7): z gets the gradients of l_llm and of alpha l_vec. Codebooks and surrogate get the
-            # latter alone; there alpha changes nothing, for Adam's step does not depend on its scale.
+            # latter alone; there alpha changes nothing: Adam divides a gradient by its size.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)

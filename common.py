@@ -86,7 +86,7 @@ class FieldEmbedding(nn.Module):
         width = [field.columns for field in fields]
         rows = [field.size + 1 if has else 1 for field, has in zip(fields, has_rows)]
         starts = np.cumsum([0] + rows)
-        # Of each column (columns,): the table's row at which its field begins; 1, of vectors 0.
+        # Two numbers for each column: the table's row at which its field begins; and 1, or 0 for vectors.
         offsets = torch.tensor(np.repeat(starts[:-1], width))
         factors = torch.tensor(np.repeat(has_rows, width))
         self.register_buffer("offsets", offsets.long(), persistent=False)

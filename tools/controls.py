@@ -48,8 +48,7 @@ def clusters(vectors, known, size, seed):
 
 def metadata(problem, sizes, device, seed):
     """Shares of each attribute value among the liked items, a profile at a time; unknown if there is none."""
-    names = {profile["name"] for profile in problem.dataset.profiles}
-    if not any(item["attributes"].get(name) for item in problem.dataset.items for name in names):
+    if not any(any(item["attributes"].values()) for item in problem.dataset.items):
         raise common.UserError("no item has a value for any profile", "items.json", "leave metadata out")
     columns = []
     for profile, size in zip(problem.dataset.profiles, sizes):

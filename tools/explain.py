@@ -1,7 +1,7 @@
 """Explain users of a finished run (RQ4): words near a profile, who shares its code, what the LLM now expects.
 
     python tools/explain.py --run runs/demo --user u0000 u0001   # a card each
-    python tools/explain.py --run runs/demo --all               # all users: NLL under own and another's theta
+    python tools/explain.py --run runs/demo --all                # all users: NLL under own, another's theta
                                                                 # (of 500), how far z tells what they like,
                                                                 # (demo) how often the planted word is near
     python tools/explain.py --run runs/demo --mask               # the mask of the prompt (Fig. 4) as a grid

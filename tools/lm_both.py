@@ -115,9 +115,8 @@ def main():
     rows = [row[real].tolist() for row, real in zip(ids, targets != -100)]
     # Drawn: with three profiles people come in a cycle of six, of which every third would be of one kind.
     turned = np.random.default_rng((args.seed, 10)).permutation(len(people))[:len(people) // SHARE]
-    some = history_first(tokenizer, traits, [people[number] for number in turned])
-    for number, (ids_turned, _) in zip(turned, some):
-        rows[number] = ids_turned
+    for number, row in zip(turned, history_first(tokenizer, traits, [people[at] for at in turned])):
+        rows[number] = row[0]
     torch.manual_seed(args.seed)
     model = type(likelihood.model)(likelihood.model.config)
     common.fit_tiny(model, padded(rows, 0), padded(rows, -100), rng)

@@ -20,9 +20,8 @@ What stands where: data phase, blanks and positions, model, train, inference: th
 rivals are in tools/next_item.py.
 
 Reads:  01's files; results.json and predictions/ (04) for the rows DCN
-Writes: recsysllm.pt, what was learned (not with --rank 0); recsysllm.json, the figures; lm-verdicts/, the
-tiny LM; until done
-        epochs-*/, a file an epoch
+Writes: recsysllm.pt, what was learned (not with --rank 0); recsysllm.json, the figures; lm-verdicts/,
+        the tiny LM; until done epochs-*/, a file an epoch
 """
 
 import argparse
@@ -323,6 +322,12 @@ class Trie:
                 node = self.parent[node]
         return found
 
+    def scores(self, log_p):
+        """log p of each entity, float64 (entities,), of log_p (inner, vocabulary): what follows a node."""
+        parents = [self.row[parent] for parent in self.parent[1:]]
+        steps = log_p[parents, self.token[1:]].cpu().double()  # of each node behind its parent
+        return (self.paths[:, 1:].double() @ steps).numpy()
+
 
 def build_visibility(corrupted, length, attention):
     """bool (B, S, S): may row i attend to column j? "Span Order"; corrupted: int (B,).
@@ -539,9 +544,7 @@ def log_probabilities(model, prompt, trees, texts):
         visible[text:, text:] = tree.visible
         inputs = (torch.tensor([values], device=device) for values in (ids, inter, intra))
         states = model.states(*inputs, visible[None].to(device))[0, text:]
-        parents = [tree.row[parent] for parent in tree.parent[1:]]
-        steps = model.log_softmax(states)[parents, tree.token[1:]]  # of each node behind its parent
-        found[numbers] = (tree.paths[:, 1:].double() @ steps.cpu().double()).numpy()
+        found[numbers] = tree.scores(model.log_softmax(states))
     return found
 
 
@@ -652,7 +655,9 @@ def train_tiny(dataset, folder, args):
     for number, wording in enumerate(wordings):
         # Neighbours, not every fourth: who has a word for which profile goes round with a short period.
         own = people[number * count // len(wordings):(number + 1) * count // len(wordings)]
-        said.append([(words, [said_as(text, wording) for text in texts]) for words, texts in own])
+        said.append([])
+        for words, texts in own:
+            said[-1].append((words, [said_as(text, wording) for text in texts]))
     everything = list(itertools.chain(*said))
     tokenizer = common.tiny_tokenizer(traits, " ".join(leads), everything, vocabulary)
     rows = []
@@ -765,10 +770,7 @@ def left_to_right(likelihood, texts, task, args):
             states = likelihood.body(
                 inputs_embeds=likelihood.vectors(ids)[None].to(likelihood.dtype), attention_mask=mask,
                 position_ids=torch.tensor([places], device=device), use_cache=False).last_hidden_state
-            steps = likelihood.head(states[0, first:]).float().log_softmax(1)
-            parents = [tree.row[parent] for parent in tree.parent[1:]]
-            of_nodes = steps[parents, tree.token[1:]].cpu().double()
-            found[numbers] = (tree.paths[:, 1:].double() @ of_nodes).numpy()
+            found[numbers] = tree.scores(likelihood.head(states[0, first:]).float().log_softmax(1))
         scores.append(found)
     return np.stack(scores)
 

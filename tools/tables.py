@@ -427,7 +427,7 @@ def improvements(entries):
 
 def is_recsysllm(study):
     """Is it a study of tools/recsysllm.py, whose tables are others?"""
-    return study.startswith("recsysllm")
+    return any(settings["recsysllm"] for settings in STUDIES[study].values())
 
 
 RANKING = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10")
