@@ -427,36 +427,51 @@ def descend(likelihood, space, ids, lengths, args):
 
 # -------- here the method ends; evaluate: does theta hold for titles that it has not seen?
 
-@torch.no_grad()
 def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
-    """Nats per token of validation titles, {} without any:
+    """nll_per_token() of validation titles under five or more variants of z:
 
-    own: under the user's z; population: under 0, the mean user (--rank 0, --space words: the words' mean);
-    shuffled: under the z of another of these users;
-    and for each profile, by its name: under the user's own z, but this one profile of another user.
+    own: the user's; population: 0, the mean user (--rank 0, --space words: the words' mean);
+    shuffled: the z of another of these users;
+    and for each profile, by its name: the user's own z, but this one profile of another user.
     """
-    ring = rng.permutation(users)
-    neighbour = dict(zip(ring.tolist(), np.roll(ring, 1).tolist()))
-    histories = [ids if user in neighbour else ids[:0] for user, ids in enumerate(histories)]
-    totals = {}
-    tokens = 0
+    ring = rng.permutation(np.array(users, int))
+    neighbour = np.arange(len(z))
+    neighbour[ring] = np.roll(ring, 1)
+    variants = {"own": z, "population": np.zeros_like(z)}
+    if len(users) > 1:
+        variants["shuffled"] = z[neighbour]
+    if len(users) > 1 and len(profiles) > 1:
+        for m, profile in enumerate(profiles):
+            variants[profile["name"]] = z.copy()
+            variants[profile["name"]][:, m] = z[neighbour, m]
+    return nll_per_token(likelihood, space, variants, only(histories, users))
+
+
+@torch.no_grad()
+def nll_per_token(likelihood, space, variants, histories):
+    """({name: nats per token of these histories}, {name: standard error}), {} without any tokens.
+
+    variants: {"own" and other names: z (U, M, r)}. The error is that of the difference to own, over users;
+    there is none where one user alone has tokens.
+    """
+    nlls = {}  # of each variant the nats of each user, in the order of the blocks
+    tokens = []  # of these users
     for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
         ids, lengths = pad(histories, block, likelihood.device)
-        tokens += int(lengths.sum())
-        own = z[block]
-        other = z[[neighbour[user] for user in block]]
-        variants = {"own": own, "population": np.zeros_like(own)}
-        if len(users) > 1:
-            variants["shuffled"] = other
-        if len(users) > 1 and len(profiles) > 1:
-            for m, profile in enumerate(profiles):
-                swapped = own.copy()
-                swapped[:, m] = other[:, m]
-                variants[profile["name"]] = swapped
-        for name, coordinates in variants.items():
-            theta = space.theta(torch.tensor(coordinates, device=likelihood.device))
-            totals[name] = totals.get(name, 0.0) + likelihood(theta, ids, lengths).double().sum().item()
-    return {name: total / tokens for name, total in totals.items()}
+        tokens.extend(lengths.tolist())
+        for name, z in variants.items():
+            theta = space.theta(torch.tensor(z[block], device=likelihood.device))
+            nlls.setdefault(name, []).extend(likelihood(theta, ids, lengths).tolist())
+    means = {name: sum(of_users) / sum(tokens) for name, of_users in nlls.items()}
+    errors = {}
+    others = [name for name in nlls if name != "own"] if len(tokens) > 1 else []
+    for name in others:
+        # The mean difference is a ratio of two sums over users. So its error is that of what is left when
+        # each user's tokens at the mean difference are taken off.
+        difference = np.subtract(nlls[name], nlls["own"])
+        rest = difference - (means[name] - means["own"]) * np.array(tokens)
+        errors[name] = float(np.linalg.norm(rest) / sum(tokens) * (len(tokens) / (len(tokens) - 1)) ** 0.5)
+    return means, errors
 
 
 # -------- running it: the flags
@@ -496,6 +511,7 @@ def parse_arguments():
 
 METHOD = 2  # goes up when the same flags give another theta: a finished run of before is then inferred anew
 DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
+KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
 ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
@@ -547,6 +563,14 @@ def token_budget_of(likelihood):
     return max(2048, free_bytes // 2 // (ACTIVATIONS * width * layers * size))
 
 
+def only(histories, users):
+    """The histories with those of all other users left empty."""
+    found = [ids[:0] for ids in histories]
+    for user in users:
+        found[user] = histories[user]
+    return found
+
+
 def pad(histories, users, device):
     """(ids (B, H), lengths (B,)) of these users; padded with 0 on the right, where no token looks."""
     rows = [torch.from_numpy(histories[user]).long() for user in users]
@@ -585,10 +609,8 @@ def plan_blocks(likelihood, histories, args):
     go by length, so the first ones of all users would hold the longest histories.
     """
     def blocks_of(users):
-        some = [ids[:0] for ids in histories]
-        for user in users:
-            some[user] = histories[user]
-        return make_blocks(some, args.block_size, token_budget_of(likelihood), likelihood.prompt_length)
+        return make_blocks(only(histories, users), args.block_size, token_budget_of(likelihood),
+                           likelihood.prompt_length)
 
     users = np.arange(len(histories))
     if args.users or not is_squeezed(args):  # a space is there, or needs nobody's theta
@@ -1080,7 +1102,11 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     z, known, sums = gather(work, blocks, n_first, old_z, old_rows, solved, len(histories), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     users = sorted(chain(*blocks))
-    heldout = heldout_nll(likelihood, space, z, validation, users, dataset.profiles, seeded(args.seed, 3))
+    heldout, errors = heldout_nll(likelihood, space, z, validation, users, dataset.profiles,
+                                  seeded(args.seed, 3))
+    some = seeded(args.seed, 15).permutation(np.array(users, int))[:KEPT_USERS]
+    variants = {"own": z, "population": np.zeros_like(z)}
+    kept, kept_error = nll_per_token(likelihood, space, variants, only(histories, some))
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
     owners = {"users": dataset.users, "inferred": known}
@@ -1089,7 +1115,9 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         "lm_sensitivity": lm["sensitivity"],
         "users_without_history": len(z) - len(known),
         "heldout_nll": heldout or None,
+        "heldout_error": errors or None,
         "train_nll": {"before": steps[0], "after": steps[-1]},
+        "train_nll_kept": {**kept, "error": kept_error.get("population"), "users": len(some)},
         "train_nll_steps": steps,
         "train_tokens": sums["tokens"],
         "tokens_per_second": round(worked / max(sums["seconds"], 1e-9)),
@@ -1102,34 +1130,48 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     save_json(work / "profiles_users.json", owners)
     save_json(work / "profiles.json", facts)  # the last of FILES: from here on the result is complete
     publish(work, args.run)
-    note = f", before it was squeezed to {z.shape[2]} directions" if is_squeezed(args) else ""
-    report(steps, heldout, lm["sensitivity"], facts["tokens_per_second"], note)
+    report(facts)
     print(f"\nwrote {' '.join(FILES)} to {args.run}")
 
 
-def warnings_of(steps, heldout):
-    """What failed, a line each."""
+def warnings_of(facts):
+    """What failed, a line each. facts: profiles.json."""
     found = []
+    steps = facts["train_nll_steps"]
+    kept = facts["train_nll_kept"]
+    heldout = facts["heldout_nll"] or {}
     if not steps[-1] < steps[0]:
         found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
                      "theta says nothing of its user")
-    for name, value in heldout.items():
-        if name != "own" and heldout["own"] >= value:
+    if kept["error"] is not None and kept["population"] - kept["own"] <= 2 * kept["error"]:
+        found.append(f"the theta that is kept makes the histories it was fitted to not surely likelier "
+                     f"({kept['own']:.4f} nats a token, {kept['users']} users) than the mean user's "
+                     f"({kept['population']:.4f}, {kept['population'] - kept['own']:+.4f} ± "
+                     f"{kept['error']:.4f})")
+    for name, error in (facts["heldout_error"] or {}).items():
+        difference = heldout[name] - heldout["own"]
+        if difference <= 2 * error:  # less than noise would give in one of forty runs
             other = {"population": "what all users share", "shuffled": "the theta of another user"}
-            what = other.get(name, f"the {name} of another user: the words for it say nothing here")
-            found.append("on titles not seen a user's own theta is no better "
-                         f"({heldout['own']:.4f} nats a token) than {what} ({value:.4f})")
+            what = other.get(name, f"the {name} of another user: the words for it may say nothing here")
+            found.append(f"on titles not seen a user's own theta is not surely better ({heldout['own']:.4f} "
+                         f"nats a token) than {what} ({heldout[name]:.4f}, {difference:+.4f} ± {error:.4f})")
     return found
 
 
-def report(steps, heldout, sensitivity, speed, note):
-    """Print the likelihoods and what failed."""
-    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f}{note}; {speed:,d} tokens x steps/s")
-    for what, values in (("validation NLL per token", heldout),
-                         ("tiny LM, nats a token that a wrong word costs", sensitivity)):
+def report(facts):
+    """Print the likelihoods in profiles.json and what failed."""
+    steps = facts["train_nll_steps"]
+    kept = facts["train_nll_kept"]
+    print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} in the descent; "
+          f"{facts['tokens_per_second']:,d} tokens x steps/s")
+    if kept["users"]:
+        print(f"of {kept['users']} users, under what is kept of theta: own {kept['own']:.4f}, population "
+              f"{kept['population']:.4f}")
+    for what, values in (("validation NLL per token", facts["heldout_nll"]),
+                         ("tiny LM, nats a token that a wrong word costs", facts["lm_sensitivity"])):
         if values:
             print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    for warning in warnings_of(steps, heldout):
+    for warning in warnings_of(facts):
         print(f"WARNING: {warning}")
 
 
@@ -1171,7 +1213,8 @@ def main():
               f"{likelihood.task.numel():,d} trainable")
     infer(dataset, likelihood, tokenizer, lm, histories, args)
     if PROCESS == 0:
-        print(f"next: python 03_quantize.py --run {args.run}")
+        keep = " --keep-codebooks" if args.users and (args.run / "codebooks.pt").exists() else ""
+        print(f"next: python 03_quantize.py --run {args.run}{keep}")
 
 
 if __name__ == "__main__":
