@@ -40,6 +40,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import next_item
 from stages import common, infer, quantize
@@ -110,6 +111,7 @@ class Texts:
         self.words = dict(zip(words, self.token_lists(words)))
         # A mark's number is behind those of the LLM's own words.
         self.marks = {name: vocabulary + place for place, name in enumerate(MARKS)}
+        self.characters = [ids[-1] for ids in self.token_lists(MARKS.values())]
         # Rules of evidence: the pool is of training rows, so that no other title moves a position in it.
         titles_met = [self.titles[item] for item in met]
         self.pool = Trie([*titles_met, *self.values.values(), *self.verdicts(SEEN_WORDINGS)])
@@ -312,21 +314,14 @@ class Trie:
             found[place] |= found[self.row[self.parent[node]]]
         return found
 
-    @functools.cached_property
-    def paths(self):
-        """float (entities, nodes): 1 where a node is on the way to the entity's end."""
-        found = torch.zeros(len(self.last), len(self.children))
-        for entity, node in enumerate(self.last):
-            while node:
-                found[entity, node] = 1
-                node = self.parent[node]
-        return found
-
     def scores(self, log_p):
         """log p of each entity, float64 (entities,), of log_p (inner, vocabulary): what follows a node."""
         parents = [self.row[parent] for parent in self.parent[1:]]
-        steps = log_p[parents, self.token[1:]].cpu().double()  # of each node behind its parent
-        return (self.paths[:, 1:].double() @ steps).numpy()
+        steps = log_p[parents, self.token[1:]].tolist()  # of each node behind its parent
+        total = [0.0]  # of each node the sum of the steps that lead to it
+        for parent, step in zip(self.parent[1:], steps):
+            total.append(total[parent] + step)
+        return np.array([total[node] for node in self.last])
 
 
 def build_visibility(corrupted, length, attention):
@@ -427,8 +422,12 @@ class RecSysLLM(nn.Module):
         """{name: parameter} of all that is trained."""
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
-    def states(self, ids, inter, intra, visible):
-        """Last hidden states (B, S, d). ids, inter, intra: int (B, S); visible: bool (B, S, S)."""
+    def states(self, ids, inter, intra, visible, cache=None):
+        """Last hidden states (B, S, d). ids, inter, intra: int (B, S); visible: bool (B, S, S).
+
+        cache: keys and values of n tokens before these, of which the S columns more are added to it; visible
+        is then (B, S, n + S).
+        """
         self.passes += len(ids)
         words = self.word_table(ids.clamp(max=self.vocabulary - 1))
         marks = self.mark_vectors[(ids - self.vocabulary).clamp(min=0)].to(words.dtype)
@@ -437,7 +436,7 @@ class RecSysLLM(nn.Module):
         lowest = torch.finfo(words.dtype).min
         mask = torch.zeros(visible.shape, dtype=words.dtype, device=ids.device).masked_fill(~visible, lowest)
         return self.body(inputs_embeds=embedded, attention_mask=mask[:, None], position_ids=inter,
-                         use_cache=False).last_hidden_state
+                         past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
     def log_softmax(self, states):
         """log p of the next token: float32 (n, vocabulary + MARKS), of states (n, d). Only [END] of MARKS."""
@@ -524,28 +523,41 @@ def trees_of(entities, end, most=MOST_NODES):
 
 
 @torch.no_grad()
-def log_probabilities(model, prompt, trees, texts):
-    """log p of each entity of the trees in the place of the prompt's one blank: float64 (entities,), exact.
+def scores_behind(model, text, trees, root, inter, log_softmax, intra=1):
+    """log p of each entity of the trees behind a text: float64 (entities,), exact.
 
-    One forward pass for each tree: its entities share the keys and values of the corrupted text, and behind
-    it every node stands once. A node sees the text, [START] and the nodes that it goes on from, as if its
-    entity were written there alone.
+    text: three lists, the ids, inter- and intra-positions of its tokens; root: the token behind it that the
+    entity follows; inter: a function that gives the place of a node by its depth; intra: of the root; the
+    nodes' own go up by it. The text goes through the LLM once, and all trees share its keys and values. Then
+    one pass for each tree, in which every node stands once. A node sees the text, the root and the nodes that
+    it goes on from, as if its entity were written there alone. Leaves need no pass: nothing follows them.
     """
     device = model.intra_table.weight.device
-    place = prompt.inter[-1]  # of the [MASK], which all of its span have
-    text = prompt.corrupted
+
+    def run(ids, inter, intra, visible, cache):
+        inputs = [torch.tensor([values], device=device) for values in (ids, inter, intra)]
+        return model.states(*inputs, visible[None].to(device), cache)[0]
+
+    length = len(text[0])
+    of_text = DynamicCache()
+    run(*text, build_visibility(torch.tensor([length]), length, model.attention)[0], of_text)
     found = np.zeros(sum(len(numbers) for numbers, _ in trees))
     for numbers, tree in trees:
         nodes = tree.inner
-        ids = [*prompt.ids[:text], texts.marks["start"], *(tree.token[node] for node in nodes[1:])]
-        inter = [*prompt.inter[:text], *(place for _ in nodes)]
-        intra = [*prompt.intra[:text], *(1 + tree.depth[node] for node in nodes)]
-        visible = build_visibility(torch.tensor([text]), len(ids), model.attention)[0].clone()
-        visible[text:, text:] = tree.visible
-        inputs = (torch.tensor([values], device=device) for values in (ids, inter, intra))
-        states = model.states(*inputs, visible[None].to(device))[0, text:]
-        found[numbers] = tree.scores(model.log_softmax(states))
+        depths = [tree.depth[node] for node in nodes]
+        visible = torch.cat([torch.ones(len(nodes), length, dtype=torch.bool), tree.visible], dim=1)
+        states = run([root, *(tree.token[node] for node in nodes[1:])], [inter(depth) for depth in depths],
+                     [intra * (1 + depth) for depth in depths], visible, copy.deepcopy(of_text))
+        found[numbers] = tree.scores(log_softmax(states))
     return found
+
+
+def log_probabilities(model, prompt, trees, texts):
+    """log p of each entity of the trees in the place of the prompt's one blank: float64 (entities,)."""
+    length = prompt.corrupted
+    text = [values[:length] for values in (prompt.ids, prompt.inter, prompt.intra)]
+    place = prompt.inter[-1]  # of the [MASK], which all of its span have
+    return scores_behind(model, text, trees, texts.marks["start"], lambda depth: place, model.log_softmax)
 
 
 @torch.no_grad()
@@ -711,7 +723,7 @@ def fit(model, texts, histories, work, args):
         if not all(value.isfinite().all() for value in learned.values()):
             raise common.UserError(f"training diverged in epoch {epoch + 1}", f"--lr {args.lr}", "lower --lr")
         print(f"epoch {epoch + 1}: {facts['losses'][-1]:.4f} nats a token of the spans")
-        common.save_torch(work / f"epoch-{epoch:03d}.pt", {
+        common.save_torch(work / f"epoch-{epoch:06d}.pt", {
             "learned": values_of(learned), "optimizer": optimizer.state_dict(), "facts": facts})
     return facts
 
@@ -741,37 +753,31 @@ def evaluate(model, texts, task, rows, args):
     return found
 
 
-@torch.no_grad()
 def left_to_right(likelihood, texts, task, args):
     """log p of each title, marked as liked, behind a user's text, as any LM reads: float64 (users, I).
 
-    The control of the training: the LLM as it is, without blanks, marks and a mask of two directions. As in
-    log_probabilities(), titles that begin alike share their nodes.
+    The control of the training: the LLM as it is, without blanks, marks and a mask of two directions. Note:
+    to be called before make_model(), which puts LoRA into the likelihood's own body.
     """
     wording = SEEN_WORDINGS[0]
     liked = texts.words[wording.between] + texts.words[wording.verdicts[1]] + texts.words[wording.end]
     trees = trees_of([title + liked[:-1] for title in texts.titles], liked[-1])
-    device = likelihood.device
+    model = RecSysLLM(likelihood, texts.characters, 1, rank=0, alpha=1, attention="causal")
+
+    def log_softmax(states):  # among the LLM's own words: it knows no [END]
+        return model.log_softmax(states)[:, :model.vocabulary].log_softmax(1)
+
     scores = []
     for known in common.progress(task.known, "left to right", "user"):
         rows = latest(known, args)
         pieces = texts.opening(rows, wording)
         for _, item, label in rows:
             pieces += texts.sentence(item, label, wording)
-        text = tokens_of(pieces)
-        found = np.zeros(len(texts.titles))
-        for numbers, tree in trees:
-            first = len(text) - 1  # the place of the root: what the text ends with
-            ids = text + [tree.token[node] for node in tree.inner[1:]]
-            places = [*range(first), *(first + tree.depth[node] for node in tree.inner)]
-            visible = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-            visible[first:, first:] = tree.visible
-            mask = infer.additive_mask(visible, likelihood.dtype).to(device)
-            states = likelihood.body(
-                inputs_embeds=likelihood.vectors(ids)[None].to(likelihood.dtype), attention_mask=mask,
-                position_ids=torch.tensor([places], device=device), use_cache=False).last_hidden_state
-            found[numbers] = tree.scores(likelihood.head(states[0, first:]).float().log_softmax(1))
-        scores.append(found)
+        *ids, last = tokens_of(pieces)  # the last token is the root of each tree
+        first = len(ids)
+        text = ids, range(first), [0 for _ in ids]
+        scores.append(scores_behind(
+            model, text, trees, last, lambda depth, first=first: first + depth, log_softmax, intra=0))
     return np.stack(scores)
 
 
@@ -826,8 +832,7 @@ def show(results):
 def make_model(likelihood, texts, args):
     """The RecSysLLM of the flags, before training."""
     common.seeded(args.seed, 25)
-    characters = [ids[-1] for ids in texts.token_lists(MARKS.values())]
-    model = RecSysLLM(likelihood, characters, 1 + texts.longest, args.rank, args.alpha, args.attention,
+    model = RecSysLLM(likelihood, texts.characters, 1 + texts.longest, args.rank, args.alpha, args.attention,
                       args.intra)
     if args.attention == "two-way":
         check_two_way(model)

@@ -199,13 +199,17 @@ def test_the_dynamic_position_mechanism_by_hand():
     assert trie.intra([1, 5]) == [1, 2, 1]
 
 
-def test_the_pool_of_entities_knows_titles_and_values_of_training_rows_alone(texts, dataset):
+def with_test_row(dataset):
+    """The data set and an item that is met in a test row alone."""
     new = {"id": "new", "title": "Gold " * 12, "attributes": {"hobby": ["Gold " * 15], "background": []}}
     row = np.array([[0, len(dataset.items), 1, TEST]], np.int32)
-    with_test_row = common.Dataset(np.concatenate([dataset.interactions, row]), dataset.users,
-                                   [*dataset.items, new], dataset.profiles, dataset.task_prompt)
+    return common.Dataset(np.concatenate([dataset.interactions, row]), dataset.users,
+                          [*dataset.items, new], dataset.profiles, dataset.task_prompt)
+
+
+def test_the_pool_of_entities_knows_titles_and_values_of_training_rows_alone(texts, dataset):
     model, tokenizer = make_lm("gpt2")
-    changed = recsysllm.Texts(tokenizer, with_test_row, len(model.get_input_embeddings().weight))
+    changed = recsysllm.Texts(tokenizer, with_test_row(dataset), len(model.get_input_embeddings().weight))
     assert changed.longest == texts.longest and changed.pool.children == texts.pool.children
     assert len(changed.titles) == len(texts.titles) + 1
 
@@ -567,6 +571,15 @@ def test_the_tiny_lm_has_read_every_wording_and_is_made_once(prepared, tmp_path,
             assert len(common.pieces_of(tokenizer, [verdict])[0]) == 1  # a word of its own
 
 
+def test_the_tiny_lm_reads_no_title_of_test_rows(dataset, tmp_path, monkeypatch, capsys):
+    """Its weights are kept where an item is added that test rows alone hold: it would not be read."""
+    monkeypatch.setattr(common, "tiny_sizes", lambda items: (64, 768, 320))
+    args = SimpleNamespace(seed=0, titles=5)
+    for world, is_trained in ((dataset, True), (with_test_row(dataset), False)):
+        recsysllm.train_tiny(world, tmp_path / "lm", args)
+        assert ("training a tiny LM" in capsys.readouterr().out) == is_trained
+
+
 def test_a_title_of_an_invented_person_is_said_in_a_wording():
     wording = recsysllm.UNSEEN_WORDING
     assert recsysllm.said_as(" Gold Pan +;", wording) == " Gold Pan is great."
@@ -632,7 +645,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(trained, prepared, quick, tmp_pat
     run = copy_run(prepared, tmp_path / "run")
     train_epoch = recsysllm.train_epoch
     kill_in_the_second_epoch(run, quick, monkeypatch)
-    assert [path.name for path in run.glob("epochs-*/*")] == ["epoch-000.pt"]
+    assert [path.name for path in run.glob("epochs-*/*")] == ["epoch-000000.pt"]
     epochs = []
     monkeypatch.setattr(recsysllm, "train_epoch", lambda *args: epochs.append(args[4]) or train_epoch(*args))
     call_stage(recsysllm, "--run", run, *quick)
