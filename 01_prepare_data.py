@@ -483,10 +483,10 @@ def word_list(text):
 # -------- MovieLens and csv files
 
 def rating(user, item, value, time=0, low=1.0, high=5.0):
-    """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one."""
+    """(user, item, rating, time) of a row, -inf for an unknown time. ValueError or TypeError: it is none."""
     value = float(value)
     time = float(time or 0)
-    if not (low <= value <= high and math.isfinite(value) and math.isfinite(time)):
+    if not (low <= value <= high and math.isfinite(value) and time < math.inf):
         raise ValueError(f"rating {value:g} is not within {low:g} to {high:g}, or time infinite")
     return raw_id(user), raw_id(item), value, time
 
@@ -504,7 +504,7 @@ def csv_rating(user, item, value, time=""):
         raise ValueError(f"{value!r:.40} is no rating")
     time = "" if time.strip().lower() in MISSING else time.strip()
     try:
-        seconds = float(time or 0)
+        seconds = float(time or "-inf")  # unknown: before all others
     except ValueError:
         try:
             date = datetime.datetime.fromisoformat(time.replace("Z", "+00:00"))
@@ -536,8 +536,10 @@ def collect(rows, profiles, task_prompt):
     kept = found[np.sort(order[is_latest])]
     if len(kept) < len(found):
         print(f"{len(found) - len(kept):,d} repeated user-item pairs: the latest stays")
-    return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"],
-                  kept["time"] if kept["time"].any() else None, {}, {}, profiles, task_prompt)
+    known = kept["time"][np.isfinite(kept["time"])]
+    times = kept["time"] if known.any() else None  # some sources write 0 for all
+    return Source(list(users), list(items), kept["user"], kept["item"], kept["rating"], times, {}, {},
+                  profiles, task_prompt)
 
 
 def load_movielens(args):
@@ -705,10 +707,14 @@ def read_cells(path, separator, count, parse=lambda *cells: cells):
     return good(read_lines(path), parse_line, path)
 
 
+SURROGATE = re.compile("[\udc80-\udcff]")
+
+
 def encoding_of(path):
     """UTF-16 by its byte order mark, UTF-8 if nearly all of the file is that, else Windows-1252."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")  # writes \ufffd for what is no UTF-8
-    wrong = 0  # sequences that are no UTF-8
+    # What is no UTF-8 becomes a surrogate, a byte each, which no UTF-8 file can hold otherwise.
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    wrong = 0  # bytes that are no UTF-8
     right = 0  # characters beyond ASCII that are
     sample = ""  # the first line that has a wrong one
     try:
@@ -720,10 +726,10 @@ def encoding_of(path):
                 raise UserError(f"{path.name} is a spreadsheet", path, "save it as a csv file in UTF-8")
             while part:
                 text = decoder.decode(part)
-                unread = text.count("\ufffd")
-                if unread and not wrong:
-                    line = next(line for line in part.splitlines()
-                                if "\ufffd" in line.decode(errors="replace"))
+                unread = len(SURROGATE.findall(text))
+                if unread and not sample:  # the first such byte may end the part before: then the next one
+                    line = next((line for line in part.splitlines()
+                                 if SURROGATE.search(line.decode(errors="surrogateescape"))), b"")
                     sample = line.decode("cp1252", "replace")[:60]
                 wrong += unread
                 right += len(text) - len(text.encode("ascii", "ignore")) - unread
@@ -770,9 +776,11 @@ def csv_records(texts, separator):
                 else:
                     record.append(line)
         # Where each further line has as many cells as the header, these were records of their own, and the
-        # quotation mark that joined them to this one is stray.
+        # quotation mark that joined them to this one is stray. In a table of two columns any comma of a text
+        # would say so: there the whole is kept if it has two cells.
         full_lines = [line.count(separator) + 1 >= width for line in record[1:]] if width else []
-        if isinstance(found, list) and full_lines and all(full_lines):
+        is_text = isinstance(found, list) and len(found) == width == 2
+        if isinstance(found, list) and not is_text and full_lines and all(full_lines):
             found = csv.Error("a quotation mark is never closed")
             again.extend(reversed(record[1:]))
         if width is None:

@@ -594,12 +594,14 @@ def name_codes(books, word_z, word_texts, centre):
     code_names = []
     for book, vectors, texts, mean in zip(books, word_z, word_texts, centre):
         cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, n_words)
-        taken = Counter()
         names = []
         for index in cosine.argmax(1).tolist():
-            taken[texts[index]] += 1
-            number = taken[texts[index]]
-            names.append(texts[index] if number == 1 else f"{texts[index]} {number}")
+            name = texts[index]
+            number = 1
+            while name in names or number > 1 and name in texts:  # "model 2" may be a word, too
+                number += 1
+                name = f"{texts[index]} {number}"
+            names.append(name)
         code_names.append(names)
     return code_names
 

@@ -32,9 +32,10 @@ Run:
     python 04_train_ctr.py --models all --ids none,random,shuffled,userip  # Tables 2 and 4
 """
 
+import contextlib
 import copy
+import inspect
 import itertools
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -595,16 +596,21 @@ def read_bank(run, name, dataset):
                         f"known: {','.join(IDS)}; or write {bank}, {card}")
     facts = load(run, card, ("codes", "dataset_fingerprint"))
     codes = np.array(load(run, bank))
-    sizes = np.atleast_1d(facts["codes"])
+    sizes = facts["codes"] if isinstance(facts["codes"], list) else [facts["codes"]]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise UserError(f"{card} has codes {facts['codes']}", run,
+                        "give for each column how many codes it has, as in [4, 3]")
     check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
+        if (run / "profiles.json").exists():  # of stage 02, which may have run again since
+            theta = load(run, "profiles.json", ("fingerprint",))["fingerprint"]
+            check_same(run, bank, "profiles.npy", facts.get("profiles_fingerprint"), theta)
     shape = (len(dataset.users), len(sizes))
-    are_integers = codes.dtype.kind in "iu" and sizes.dtype.kind in "iu"
-    if not are_integers or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
+    if codes.dtype.kind not in "iu" or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
         raise UserError(f"{bank} holds {codes.dtype} {codes.shape}; wanted are integers {shape} from 0 to "
                         f"{facts['codes']}", run, f"write it anew; K (in {card}) means unknown")
-    return codes, sizes.tolist()
+    return codes, sizes
 
 
 def read_inputs(args):
@@ -629,7 +635,8 @@ def read_inputs(args):
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(z), expected)
         z = standardized(z)
-    if (run / "profiles.json").exists() and load(run, "profiles.json", ("rows_kept",))["rows_kept"]:
+    if "userip" in names and (run / "profiles.json").exists() and load(
+            run, "profiles.json", ("rows_kept",))["rows_kept"]:
         print("WARNING: stage 02 ran with --users: theta of the first run's users is of another split and "
               "may have seen what are test rows now. Serve this bank; measure with one that is inferred anew")
     return dataset, Inputs(banks, z)
@@ -759,6 +766,15 @@ def save(args, dataset, inputs, files):
 
 # -------- main
 
+def code_of(models):
+    """The files of code on which rows depend, as a model of yours may stand in a file of yours, sorted."""
+    files = {__file__, common.__file__, getattr(sys.modules["__main__"], "__file__", __file__)}
+    for model in models:
+        with contextlib.suppress(TypeError, OSError):  # a model of a notebook has no file
+            files.add(inspect.getfile(MODELS[model]))
+    return sorted({Path(file).resolve() for file in files})
+
+
 def main():
     args = parse_arguments()
     device = pick_device(args.device)
@@ -771,7 +787,7 @@ def main():
     # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
     varied = ("run", "models", "ids", "seeds")  # these flags say which rows there are, and change none
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
-    sources = [Path(module).read_text("utf-8") for module in (__file__, common.__file__)]
+    sources = [path.read_text("utf-8") for path in code_of(args.models)]
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, sources)[:12]}"
     files = {}
     for model, repetition, ids_name in itertools.product(args.models, range(args.seeds), args.ids):
@@ -780,7 +796,10 @@ def main():
     pieces = [(path, run_one, dataset, *key, inputs, args, device) for key, path in files.items()]
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, files))
-    shutil.rmtree(work)
+    for path in files.values():  # those of another command, for other --models or --ids, wait for it
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # where some do
+        work.rmdir()
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
           f"{args.run}")
 

@@ -201,7 +201,8 @@ def guarded(main, when_full="take fewer users"):
     try:
         main()
     except KeyboardInterrupt:
-        fail("interrupted: finished files are kept; run the same command again", 130)
+        without = " without --fresh" if "--fresh" in sys.argv else ""
+        fail(f"interrupted: finished files are kept; run the same command again{without}", 130)
     except UserError as error:
         fail(f"error: {error}")
     except BrokenPipeError:  # of `| head`
@@ -671,6 +672,8 @@ def lm_folder(name):
     if name not in PACKAGED and not name.endswith(".gguf"):
         return name
     target = Path("data", Path(name).name)
+    if target.is_file():  # the GGUF file itself lies in data/
+        target = target.with_name(f"{target.name}.folder")
     finish(target)
     if name in PACKAGED:
         if not (target / "gguf.json").exists():

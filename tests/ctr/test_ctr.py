@@ -163,6 +163,8 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: write_bank(run, "mine", codes - 1, [4, 3]), "from 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes * 0 + 4, [4, 3]), "from 0 to [4, 3]"),
     (lambda run, codes: write_bank(run, "mine", codes, 4), "feature_bank_mine.json"),
+    (lambda run, codes: write_bank(run, "mine", codes, [0, 3]), "feature_bank_mine.json"),
+    (lambda run, codes: write_bank(run, "mine", codes, [[4], [3, 4]]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, "3"]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3.5]), "feature_bank_mine.json")]
 

