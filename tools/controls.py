@@ -132,6 +132,32 @@ def mf(problem, sizes, device, seed):
     return [(clusters(svd.fit_transform(matrix), known, size, seed), size)]
 
 
+SHARES = (0.25, 0.5, 1.0)  # of the way to the word: a whole word may be too much
+
+
+def nll_of_words(problem, columns, device):
+    """What asking predicts: (nats per token of validation titles, standard errors of the difference to own).
+
+    own: under the user's theta of the descent, as stage 02 says; and for each of SHARES under a theta so far
+    on the way from the mean user's to the word that a user got by asking. The word stands there itself, also
+    where it lies outside the space.
+    """
+    likelihood, _, space, tokenizer = problem.open_likelihood(device)
+    texts = infer.history_texts(problem.dataset, common.VALIDATION, SimpleNamespace(**problem.facts))
+    histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
+    mean = problem.space.origin.numpy()  # Shape: (M, d)
+    asked = np.zeros((len(texts), *mean.shape), np.float32)
+    for m, (codes, size) in enumerate(columns):
+        known = codes < size
+        asked[known, m] = problem.space.vectors[m].numpy()[codes[known]] - mean[m]
+    variants = {"own": problem.theta()}
+    for share in SHARES:
+        variants[f"{share:g}"] = mean + share * asked
+    theta_itself = SimpleNamespace(theta=lambda theta: theta)
+    return infer.nll_per_token(likelihood, theta_itself, variants,
+                               infer.only(histories, np.flatnonzero(problem.inferred)))
+
+
 CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
 WITHOUT_LLM = ("metadata", "generosity", "mf")  # these need stage 01 alone
 
@@ -145,14 +171,17 @@ def open_run(run, names):
     return quantize.read_problem(run)
 
 
-def save_bank(run, name, columns, dataset, made_by):
-    """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M')."""
+def save_bank(run, name, columns, dataset, made_by, **more):
+    """Write feature_bank_NAME.npy and .json of M' pairs (codes (U,), size). Returns the bank (U, M').
+
+    more: what else the .json is to hold.
+    """
     bank = np.stack([codes for codes, _ in columns], axis=1).astype(np.int16)
     (run / f"feature_bank_{name}.json").unlink(missing_ok=True)
     common.save_npy(run / f"feature_bank_{name}.npy", bank)
     common.save_json(run / f"feature_bank_{name}.json", {
         "codes": [int(size) for _, size in columns], "dataset_fingerprint": dataset.fingerprint(),
-        "made_by": made_by})
+        "made_by": made_by, **more})
     used = " / ".join(f"{quantize.perplexity(bank[:, m], size + 1):.2f}"
                       for m, (_, size) in enumerate(columns))
     print(f"feature_bank_{name}.npy: codes {[size for _, size in columns]}, perplexity {used}")
@@ -194,8 +223,15 @@ def main():
             print(f"WARNING: {name} is left out: {error}")
             continue
         made.append(name)
+        more = {}
+        if name == "words":
+            more["heldout_nll"], more["heldout_error"] = nll_of_words(problem, columns, device)
         bank = save_bank(args.run, name, columns, problem.dataset,
-                         f"tools/controls.py {name} --seed {args.seed}{given}")
+                         f"tools/controls.py {name} --seed {args.seed}{given}", **more)
+        if more.get("heldout_nll"):
+            found = [f"{share} of the way to the word {nll:.4f}" if share != "own" else f"own {nll:.4f}"
+                     for share, nll in more["heldout_nll"].items()]
+            print(f"    validation NLL per token: {', '.join(found)}")
         # text and hidden have columns of another meaning
         if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
             known = (bank < sizes).all(1)

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 import scipy.stats
-from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 from stages import ROOT, common
 
 CODE = ("01_prepare_data.py", "02_infer_profiles.py", "03_quantize.py", "04_train_ctr.py", "common.py",
@@ -527,12 +527,49 @@ def collect(study, seeds):
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
             "intervals": intervals(study, rows, seeds, metric, recommenders),
             "stability": stability(study, seeds),
-            "lm_both": mean_of_all(both), "costs": mean_costs(costs),
+            "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study, seeds),
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
             "recommenders": recommenders,
             "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
             "date": datetime.date.today().isoformat(),
             "code": common.load(folder(study, first, 0), "code.json")[:12]}
+
+
+def what_banks_say(study, seeds):
+    """{variant: {ids: {"nmi": of each profile, "heldout_nll": {share: nats}}}} of the controls' banks.
+
+    nmi: with the planted truth, means over the repetitions. A bank without a column for each profile (text,
+    hidden) has as many clusters as the first profile has codes in its last column, which is compared with
+    all. heldout_nll: of asking, of the first repetition.
+    """
+    found = {}
+    for name in STUDIES[study]:
+        runs = [folder(study, name, seed) for seed in range(seeds)]
+        truth = common.load_truth(runs[0])
+        found[name] = {}
+        for path in sorted(runs[0].glob("feature_bank_*.npy")):
+            ids = path.stem.removeprefix("feature_bank_")
+            card = common.load(runs[0], f"{path.stem}.json", ("codes",))
+            said = {}
+            if truth is not None:
+                said["nmi"] = np.mean([nmi_of_bank(run, path.name, card["codes"], truth) for run in runs],
+                                      axis=0).tolist()
+            if card.get("heldout_nll"):
+                said["heldout_nll"] = card["heldout_nll"]
+            found[name][ids] = said
+    return found
+
+
+def nmi_of_bank(run, name, codes, truth):
+    """NMI of a bank's columns, or of its last one, with each profile's planted values (U, M)."""
+    bank = np.load(run / name)
+    own_column = codes == common.load(run, "quantize.json", ("codes",))["codes"]
+    nmi = []
+    for m, planted in enumerate(truth.T):
+        column = m if own_column else len(codes) - 1
+        known = bank[:, column] < codes[column]
+        nmi.append(normalized_mutual_info_score(planted[known], bank[known, column]))
+    return nmi
 
 
 def mean_rows(rows):
@@ -730,6 +767,7 @@ def notes(data, cells):
         if health:
             found.append(f"{name}: " + health_of(health, data["stability"] and data["stability"][name]))
     found += against_rivals(cells, data["metric"])
+    found += lines_of_banks(data.get("banks", {}))
     if data.get("costs"):
         found.append("Cost in forward passes of the LM (userip's and pepler's go back as often; without the "
                      "population), and seconds: " + "; ".join(
@@ -749,6 +787,24 @@ def notes(data, cells):
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
                  f"{data['date']}, {versions}")
     return "\n".join(f"- {line}." for line in found)
+
+
+def lines_of_banks(banks):
+    """A line for each variant whose controls were compared with the planted truth, or asked."""
+    lines = []
+    for name, by_ids in banks.items():
+        texts = []
+        for ids, said in by_ids.items():
+            if "nmi" in said:
+                texts.append(f"{ids} " + " / ".join(f"{value:.2f}" for value in said["nmi"]))
+        text = "NMI with the truth: " + ", ".join(texts) if texts else ""
+        asked = by_ids.get("words", {}).get("heldout_nll")
+        if asked:
+            shares = [f"{nll:.4f} ({share} of the way)" for share, nll in asked.items() if share != "own"]
+            text += ("; " if text else "") + "validation NLL under the words asked for " + ", ".join(shares)
+        if text:
+            lines.append(f"{name}: {text}")
+    return lines
 
 
 def against_rivals(cells, metric):

@@ -152,6 +152,28 @@ def test_words_is_03_with_words(inferred, tmp_path):
     assert_bytes_equal(run / "feature_bank_words.npy", run / "feature_bank.npy")
 
 
+def test_what_asking_predicts_is_the_nll_of_validation_titles_on_the_way_to_the_word(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(controls, "--run", run, "words")
+    found = common.load(run, "feature_bank_words.json")["heldout_nll"]
+    assert found["own"] == pytest.approx(common.load(run, "profiles.json")["heldout_nll"]["own"], rel=1e-5)
+    problem, _ = quantize.read_problem(run)
+    likelihood, _, space, tokenizer = problem.open_likelihood(CPU)
+    facts = SimpleNamespace(**problem.facts)
+    texts = infer.history_texts(problem.dataset, VALIDATION, facts)
+    histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
+    bank = np.load(run / "feature_bank_words.npy")
+    total, tokens = 0.0, 0
+    for user in np.flatnonzero(problem.inferred):
+        if len(histories[user]):
+            words = torch.stack([space.vectors[m][bank[user, m]] for m in range(2)])
+            theta = space.origin + 0.25 * (words - space.origin)
+            with torch.no_grad():
+                total += likelihood(theta[None], *infer.pad(histories, [user], CPU)).item()
+            tokens += len(histories[user])
+    assert found["0.25"] == pytest.approx(total / tokens, rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def cold_runs(tmp_path_factory, lm_folders):
     """{name: run folder} with all banks: clean; poison where nobody may look; poison in support rows."""

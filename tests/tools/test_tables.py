@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import copy_run, ctr, infer, load_script, prepare, quantize, fork_stage
-from sklearn.metrics import adjusted_mutual_info_score, log_loss, roc_auc_score
+from conftest import call_stage, copy_run, ctr, infer, load_script, prepare, quantize, fork_stage
+from sklearn.metrics import adjusted_mutual_info_score, log_loss, normalized_mutual_info_score, roc_auc_score
 
 import common
 
@@ -277,8 +277,8 @@ class Pretender:
 
     def stage_co(self, run, words, seed):
         for name in words[:words.index("--seed")]:
-            for ending in ("npy", "json"):
-                (run / f"feature_bank_{name}.{ending}").write_text(f"{name} of {run.name}")
+            (run / f"feature_bank_{name}.npy").write_text(f"{name} of {run.name}")
+            common.save_json(run / f"feature_bank_{name}.json", {"codes": [3, 3], "of": run.name})
 
     def stage_lm(self, run, words, seed):
         (run / "lm-both").mkdir(exist_ok=True)
@@ -406,7 +406,7 @@ def test_controls_that_ask_a_large_llm_are_made_once_for_all_repetitions(studies
     assert made == [["metadata", "text", "words", "--seed", "0"], ["metadata", "--seed", "1"]]
     later = module.folder("small", "default", 1)
     assert (later / "feature_bank_words.npy").read_text() == "words of 0"
-    assert (later / "feature_bank_text.json").read_text() == "text of 0"
+    assert common.load(later, "feature_bank_text.json")["of"] == "0"
     assert (later / "feature_bank_metadata.npy").read_text() == "metadata of 1"
     assert [words for script, _, words in calls if script.startswith("02")] == [["--seed", "0"]]  # one theta
 
@@ -576,6 +576,28 @@ def test_what_is_kept_holds_rows_intervals_and_how_far_codes_agree(studies, monk
         none = [np.load(base / "predictions" / f"dcn-none-{number}.npy") for number in range(3)]
         repetitions.append((test[:, 0], test[:, 2], ours, none))
     assert data["intervals"]["K means|dcn|userip"]["none"] == module.bootstrap(repetitions)
+
+
+def test_what_the_banks_of_controls_say_stands_below_the_table(inferred, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setitem(tables.STUDIES, "small", {"default": tables.variant("", "")})
+    run = tables.folder("small", "default", 0)
+    copy_run(inferred, run)
+    call_stage(load_script("controls"), "--run", run, "metadata", "text", "words")
+    found = tables.what_banks_say("small", 1)["default"]
+    truth = np.load(run / "truth.npy")
+    for ids, columns in (("metadata", (0, 1)), ("text", (1, 1))):
+        bank = np.load(run / f"feature_bank_{ids}.npy")
+        sizes = common.load(run, f"feature_bank_{ids}.json")["codes"]
+        for m, column in enumerate(columns):
+            known = bank[:, column] < sizes[column]
+            expected = normalized_mutual_info_score(truth[known, m], bank[known, column])
+            assert found[ids]["nmi"][m] == pytest.approx(expected)
+    asked = common.load(run, "feature_bank_words.json")["heldout_nll"]
+    assert found["words"]["heldout_nll"] == asked
+    line, = tables.lines_of_banks({"default": found, "without controls": {}})
+    assert "metadata {:.2f} / {:.2f}".format(*found["metadata"]["nmi"]) in line
+    assert f"{asked['0.5']:.4f} (0.5 of the way)" in line
 
 
 def test_kept_tables_need_no_run_and_stand_between_their_markers(studies, monkeypatch, tmp_path, capsys):
