@@ -191,6 +191,7 @@ STUDIES = {  # name: {variant: flags}
         "tiny LM, no intra-positions": trained(f"{TINY} --no-intra", after="tiny LM"),
         "tiny LM, causal mask": trained(f"{TINY} --attention causal", after="tiny LM"),
         "SmolLM2": trained(SMOL, "--subsample-users 600", None, most=1),
+        "SmolLM2, without training": trained(f"{SMOL} --rank 0", after="SmolLM2", most=1),
         "SmolLM2, no intra-positions": trained(f"{SMOL} --no-intra", after="SmolLM2", most=1),
         "SmolLM2, causal mask": trained(f"{SMOL} --attention causal", after="SmolLM2", most=1),
         "SmolLM2, causal mask, without training": trained(
@@ -200,7 +201,8 @@ STUDIES = {  # name: {variant: flags}
         "tiny LM, without training": trained(f"{TINY} --rank 0", after="tiny LM", most=1),
         "tiny LM, no intra-positions": trained(f"{TINY} --no-intra", after="tiny LM", most=1),
         "tiny LM, causal mask": trained(f"{TINY} --attention causal", after="tiny LM", most=1),
-        "SmolLM2": trained(FEW, f"{ML} --subsample-users 100", None, most=1)},
+        "SmolLM2": trained(FEW, f"{ML} --subsample-users 100", None, most=1),
+        "SmolLM2, without training": trained(f"{FEW} --rank 0", after="SmolLM2", most=1)},
 }
 FROM = {"demo-models": "demo", "demo-ablations": "demo", "demo-codes": "demo", "demo-baselines": "demo",
         "ml-100k-attributes": "ml-100k", "ml-100k-baselines": "ml-100k",

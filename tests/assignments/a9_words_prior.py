@@ -1,4 +1,4 @@
-"""Assignment 9: from words to a prior, DEVIATION(4).                                  pytest -m a9
+"""Assignment 9: from words to a prior, as in 02 --space words.                        pytest -m a9
 
 Somebody's hobby is music, or fishing, or something between and beside them. The LLM has a vector for each of
 these words, so a soft token for "hobby" should lie where such words lie: near their mean, and away from it
@@ -10,13 +10,16 @@ in the directions in which they differ. That is a Gaussian, fitted to the words'
     theta      = origin + z basis,    z ~ N(0, I)
 
 n words span at most n - 1 directions: a user is a few numbers z and not d of them. The rows of the basis are
-the principal directions, each as long as the standard deviation along it, the longest first.
+the principal directions, each as long as the standard deviation along it, the longest first. (By default
+stage 02 begins at the same origin, but moves in all d coordinates and keeps those directions in which users
+turn out to differ, DEVIATION(4): what do words miss that users have?)
 
 You write two functions. The tests compare your covariance with one made by loops, ask for each word's z (what
 puts theta on the word itself), and hold your gradient against finite differences: since theta is linear in z,
 the likelihood's gradient in theta is all that the LLM has to give.
 
-Then, on paper: what does `--rank 1` leave of four hobbies? What does a word that is in the list twice do?
+Then, on paper: what does `--space words --rank 1` leave of four hobbies? What does a word that is in the list
+twice do?
 """
 
 

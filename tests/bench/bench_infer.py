@@ -4,6 +4,7 @@
     python tests/bench/bench_infer.py --full         # more users, medians of five, peak memory: half an hour
     python tests/bench/bench_infer.py --quick        # a small shape, a minute: does it run?
     python tests/bench/bench_infer.py --linear       # 1k, 4k, 16k users, a tiny LM: time a user, peak memory
+    python tests/bench/bench_infer.py --million      # what a million users of Llama-2-7B's width are on disk
     python tests/bench/bench_infer.py --device cuda  # and Llama-2-7B's shape in fp16, whole runs on the card
     python tests/bench/bench_infer.py --processes    # these whole runs alone: killed and resumed, two ranks
     python tests/bench/bench_infer.py --profile      # where our time goes, by operator
@@ -25,6 +26,9 @@ likelihood; users whom it has not solved at the cap count with the cap, and the 
 
 Whole runs: stage 02 as a process with a random Llama in fp16 (on a GPU Llama-2-7B's width and four layers),
 unbroken; killed with SIGKILL between two blocks and started again; as two ranks on the one device. Then 04.
+
+A million users: stage 02's files of theirs, random numbers in an LLM's place, are written block by block,
+gathered and read. The first 256 users, who tell the directions, lie in all coordinates, the others in 16.
 
 Progress goes to stderr; a table and, last, one JSON object to stdout.
 """
@@ -504,6 +508,46 @@ def linear(sizes):
             "peak_mb": {str(size): value[1] for size, value in found.items()}}
 
 
+def million(users, width=4096, rank=16, block=64):
+    """Seconds, MB on disk and peak memory of stage 02's files for so many users, the LLM left out."""
+    rng = torch.Generator().manual_seed(0)
+    random = {name: torch.randn(shape, generator=rng) for name, shape in (
+        ("mean", (2, width)), ("task", (8, width)), ("words", (20, width)), ("basis", (2, rank, width)))}
+    space = infer.Space(random["mean"], torch.linalg.qr(random["basis"].mT)[0].mT.contiguous(),
+                        random["mean"], random["task"], [[], []], [random["words"], random["words"]])
+    wide = infer.whole_space(space)
+    blocks = [list(range(first, min(first + block, users))) for first in range(0, users, block)]
+    n_first = min(len(blocks), infer.DIRECTION_USERS // block)
+    facts = {"nll": [2.0, 1.0], "tokens": 100, "seconds": 1.0}
+    nothing = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        clock = time.perf_counter()
+        common.save_torch(work / "wide.pt", infer.saved_space(wide))
+        common.save_torch(work / "space.pt", infer.saved_space(space))
+        for number, some in enumerate(blocks):
+            z = torch.randn(len(some), 2, width if number < n_first else rank, generator=rng)
+            common.save_torch(work / f"{number:06d}.pt", {"z": z, **facts})
+        written = time.perf_counter() - clock
+        unfinished = sum(path.stat().st_size for path in work.iterdir())
+        clock = time.perf_counter()
+        z, known, _ = infer.gather(work, blocks, n_first, None, {}, (space, wide), users, nothing)
+        common.save_npy(work / "profiles.npy", z)
+        common.save_json(work / "profiles_users.json",
+                         {"users": [f"user{user}" for user in range(users)], "inferred": known})
+        gathered = time.perf_counter() - clock
+        kept = {name: (work / name).stat().st_size / 1e6
+                for name in ("profiles.npy", "profiles_users.json", "space.pt")}
+    figures = {"million_users": users, "million_blocks": len(blocks), "million_write_seconds": written,
+               "million_gather_seconds": gathered, "million_unfinished_mb": unfinished / 1e6,
+               "million_kept_mb": kept, "million_peak_mb": common.peak_memory_mb(torch.device("cpu"))}
+    print(f"{users:,d} users, {len(blocks):,d} blocks: written in {written:.0f} s, "
+          f"{unfinished / 1e6:,.0f} MB until done; gathered in {gathered:.0f} s into "
+          f"{kept['profiles.npy']:,.1f} MB of coordinates "
+          f"(all of theta: {users * 2 * width * 4 / 1e6:,.0f} MB); peak {figures['million_peak_mb']} MB")
+    return figures
+
+
 def write_world(run, users):
     """Stage 01's artifacts for many users with 10 training rows each."""
     demo, rng = demo_world(), np.random.default_rng(0)
@@ -571,7 +615,7 @@ def main():
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=int, default=common.THREADS, help="CPU threads (default: the cores)")
-    for name in ("quick", "full", "linear", "profile", "processes", "smollm2"):
+    for name in ("quick", "full", "linear", "million", "profile", "processes", "smollm2"):
         add(f"--{name}", action="store_true")
     add("--memory-of", choices=VARIANTS, help="one variant's peak memory alone")
     args = parser.parse_args()
@@ -581,6 +625,8 @@ def main():
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
         figures = linear((200,) if args.quick else (1000, 4000, 16000))
+    elif args.million:
+        figures = million(2000 if args.quick else 10**6)
     elif args.smollm2:
         leave_out_emulated_bf16()
         folder = common.lm_folder("smollm2")

@@ -190,7 +190,7 @@ def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, mo
 
 def test_smollm2_goes_on_after_a_kill_in_the_same_bits(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(smollm2)
-    flags = ["--lm", "smollm2", "--task-steps", 0, "--steps", 1, "--max-history", 3, "--block-size", 8]
+    flags = ["--lm", "smollm2", "--task-steps", 2, "--steps", 1, "--max-history", 3, "--block-size", 8]
     run, broken = tmp_path / "run", tmp_path / "broken"
     call_stage(prepare, "--run", run, "--subsample-users", 20, "--min-interactions", 1)
     copy_run(run, broken)

@@ -739,6 +739,8 @@ def test_warnings_stand_in_what_stage_02_prints(prepared, lm_folders, tmp_path, 
     failed = [name for name, error in errors.items() if heldout[name] - heldout["own"] <= 2 * error]
     printed = capsys.readouterr().out
     assert failed and printed.count("WARNING: on titles not seen") == len(failed)
+    for profile in common.load_dataset(run).profiles:
+        assert f"words of {profile['name']}: {', '.join(profile['words'])}" in printed
 
 
 # ---------------------------------------------------------------- histories and blocks

@@ -167,6 +167,9 @@ def test_the_order_of_words_belongs_to_the_data():
 
 
 def test_words_by_flag_take_the_place_of_the_values():
+    dataset, _ = small_world(background_words=["dear", "cheap"])
+    words = [profile["words"] for profile in dataset.profiles]
+    assert set(words[0]) == {"music", "fishing", "cooking", "cycling"} and words[1] == {"dear": 1, "cheap": 1}
     dataset, _ = small_world(hobby_words=["chess", "music"], critic=True)
     words = [profile["words"] for profile in dataset.profiles]
     assert words[0] == {"chess": 1, "music": 1} and set(words[1]) == {"cheap", "ordinary", "luxurious"}
