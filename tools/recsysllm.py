@@ -482,7 +482,7 @@ def train_epoch(model, optimizer, texts, histories, epoch, args):
         done = (epoch * len(batches) + len(losses)) / steps
         rate = args.lr * min((done + 1 / steps) / WARM_UP, (1 - done) / (1 - WARM_UP), 1)
         optimizer.param_groups[0]["lr"] = rate
-        loss = model.nll([examples[at] for at in batches[number]]).mean()
+        loss = model.nll([examples[at] for at in batches[number]]).mean()  # DEVIATION(R7): Eq. (1) is a sum
         if not loss.isfinite():
             raise common.UserError(f"training diverged in epoch {epoch + 1}", f"--lr {args.lr}", "lower --lr")
         optimizer.zero_grad()
@@ -553,7 +553,10 @@ def scores_behind(model, text, trees, root, inter, log_softmax, intra=1):
 
 
 def log_probabilities(model, prompt, trees, texts):
-    """log p of each entity of the trees in the place of the prompt's one blank: float64 (entities,)."""
+    """log p of each entity of the trees in the place of the prompt's one blank: float64 (entities,).
+
+    DEVIATION(R8): no other text than these entities can come out.
+    """
     length = prompt.corrupted
     text = [values[:length] for values in (prompt.ids, prompt.inter, prompt.intra)]
     place = prompt.inter[-1]  # of the [MASK], which all of its span have
