@@ -483,7 +483,10 @@ def word_list(text):
 # -------- MovieLens and csv files
 
 def rating(user, item, value, time=0, low=1.0, high=5.0):
-    """(user, item, rating, time) of a row, -inf for an unknown time. ValueError or TypeError: it is none."""
+    """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one.
+
+    time: seconds or what sorts like them; None, "" and 0 where a source has no times; -inf: unknown, of one.
+    """
     value = float(value)
     time = float(time or 0)
     if not (low <= value <= high and math.isfinite(value) and time < math.inf):
@@ -756,6 +759,7 @@ def csv_records(texts, separator):
     texts = iter(texts)
     again = []  # lines to be read once more, the next one last
     width = None  # cells of the header
+    mark = None  # pattern of a separator between two cells
     while True:
         line = again.pop() if again else next(texts, None)
         if line is None:
@@ -776,15 +780,15 @@ def csv_records(texts, separator):
                 else:
                     record.append(line)
         # Where each further line has as many cells as the header, these were records of their own, and the
-        # quotation mark that joined them to this one is stray. In a table of two columns any comma of a text
-        # would say so: there the whole is kept if it has two cells.
-        full_lines = [line.count(separator) + 1 >= width for line in record[1:]] if width else []
-        is_text = isinstance(found, list) and len(found) == width == 2
-        if isinstance(found, list) and not is_text and full_lines and all(full_lines):
+        # quotation mark that joined them to this one is stray. (A comma of a text has a blank behind it.)
+        full_lines = [len(mark.findall(line)) + 1 >= width for line in record[1:]] if width else []
+        if isinstance(found, list) and full_lines and all(full_lines):
             found = csv.Error("a quotation mark is never closed")
             again.extend(reversed(record[1:]))
         if width is None:
             width = len(found) if isinstance(found, list) else 0
+            blank_follows = f"{separator} " in record[0]
+            mark = re.compile(re.escape(separator) + ("" if blank_follows else "(?! )"))
         yield found
 
 

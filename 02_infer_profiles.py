@@ -428,22 +428,29 @@ def descend(likelihood, space, ids, lengths, args):
 # -------- here the method ends; evaluate: does theta hold for titles that it has not seen?
 
 def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
-    """nll_per_token() of validation titles under five or more variants of z:
+    """nll_per_token() of validation titles under variants of z:
 
     own: the user's; population: 0, the mean user (--rank 0, --space words: the words' mean);
     shuffled: the z of another of these users;
-    and for each profile, by its name: the user's own z, but this one profile of another user.
+    and of several profiles for each, by its name: the user's own z, but this one profile of another user.
     """
     ring = rng.permutation(np.array(users, int))
     neighbour = np.arange(len(z))
     neighbour[ring] = np.roll(ring, 1)
-    variants = {"own": z, "population": np.zeros_like(z)}
-    if len(users) > 1:
-        variants["shuffled"] = z[neighbour]
-    if len(users) > 1 and len(profiles) > 1:
-        for m, profile in enumerate(profiles):
-            variants[profile["name"]] = z.copy()
-            variants[profile["name"]][:, m] = z[neighbour, m]
+
+    def variants(block):
+        own = z[block]
+        other = z[neighbour[block]]
+        found = {"own": own, "population": np.zeros_like(own)}
+        if len(users) > 1:
+            found["shuffled"] = other
+        if len(users) > 1 and len(profiles) > 1:
+            for m, profile in enumerate(profiles):
+                swapped = own.copy()
+                swapped[:, m] = other[:, m]
+                found[profile["name"]] = swapped
+        return found
+
     return nll_per_token(likelihood, space, variants, only(histories, users))
 
 
@@ -451,20 +458,20 @@ def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
 def nll_per_token(likelihood, space, variants, histories):
     """({name: nats per token of these histories}, {name: standard error}), {} without any tokens.
 
-    variants: {"own" and other names: z (U, M, r)}. The error is that of the difference to own, over users;
-    there is none where one user alone has tokens.
+    variants: a function of a block of users that returns {"own" and other names: z (B, M, r)}. The error is
+    that of the difference to own, over users; fewer than ENOUGH of them tell none.
     """
     nlls = {}  # of each variant the nats of each user, in the order of the blocks
     tokens = []  # of these users
     for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
         ids, lengths = pad(histories, block, likelihood.device)
         tokens.extend(lengths.tolist())
-        for name, z in variants.items():
-            theta = space.theta(torch.tensor(z[block], device=likelihood.device))
+        for name, z in variants(block).items():
+            theta = space.theta(torch.tensor(z, device=likelihood.device))
             nlls.setdefault(name, []).extend(likelihood(theta, ids, lengths).tolist())
     means = {name: sum(of_users) / sum(tokens) for name, of_users in nlls.items()}
     errors = {}
-    others = [name for name in nlls if name != "own"] if len(tokens) > 1 else []
+    others = [name for name in nlls if name != "own"] if len(tokens) >= ENOUGH else []
     for name in others:
         # The mean difference is a ratio of two sums over users. So its error is that of what is left when
         # each user's tokens at the mean difference are taken off.
@@ -511,6 +518,7 @@ def parse_arguments():
 
 METHOD = 2  # goes up when the same flags give another theta: a finished run of before is then inferred anew
 DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
+ENOUGH = 10  # users of whom a standard error says something
 KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
@@ -1105,8 +1113,9 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     heldout, errors = heldout_nll(likelihood, space, z, validation, users, dataset.profiles,
                                   seeded(args.seed, 3))
     some = seeded(args.seed, 15).permutation(np.array(users, int))[:KEPT_USERS]
-    variants = {"own": z, "population": np.zeros_like(z)}
-    kept, kept_error = nll_per_token(likelihood, space, variants, only(histories, some))
+    kept, kept_error = nll_per_token(
+        likelihood, space, lambda block: {"own": z[block], "population": np.zeros_like(z[block])},
+        only(histories, some))
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
     owners = {"users": dataset.users, "inferred": known}
@@ -1143,19 +1152,29 @@ def warnings_of(facts):
     if not steps[-1] < steps[0]:
         found.append(f"the train NLL per token did not fall ({steps[0]:.4f} -> {steps[-1]:.4f}): "
                      "theta says nothing of its user")
-    if kept["error"] is not None and kept["population"] - kept["own"] <= 2 * kept["error"]:
-        found.append(f"the theta that is kept makes the histories it was fitted to not surely likelier "
-                     f"({kept['own']:.4f} nats a token, {kept['users']} users) than the mean user's "
-                     f"({kept['population']:.4f}, {kept['population'] - kept['own']:+.4f} ± "
-                     f"{kept['error']:.4f})")
-    for name, error in (facts["heldout_error"] or {}).items():
-        difference = heldout[name] - heldout["own"]
-        if difference <= 2 * error:  # less than noise would give in one of forty runs
-            other = {"population": "what all users share", "shuffled": "the theta of another user"}
-            what = other.get(name, f"the {name} of another user: the words for it may say nothing here")
-            found.append(f"on titles not seen a user's own theta is not surely better ({heldout['own']:.4f} "
-                         f"nats a token) than {what} ({heldout[name]:.4f}, {difference:+.4f} ± {error:.4f})")
+    if kept["users"]:
+        doubt = doubt_of(kept["own"], kept["population"], kept["error"])
+        if doubt:
+            found.append("the theta that is kept makes the histories it was fitted to not surely likelier "
+                         f"than the population's, of {kept['users']} users: {doubt}")
+    others = {"population": "what all users share", "shuffled": "the theta of another user"}
+    for name in heldout.keys() - {"own"}:
+        doubt = doubt_of(heldout["own"], heldout[name], (facts["heldout_error"] or {}).get(name))
+        if doubt:
+            what = others.get(name, f"the {name} of another user (the words for it may say nothing here)")
+            found.append(f"on titles not seen a user's own theta is not surely better than {what}: {doubt}")
     return found
+
+
+def doubt_of(own, other, error):
+    """The figures, if another NLL is not above own by two standard errors (None: above at all); else None.
+
+    By chance it is so in about one run of forty.
+    """
+    if other - own > 2 * (error or 0):
+        return None
+    spread = f" ± {error:.4f}" if error else ""
+    return f"{own:.4f} and {other:.4f} nats a token, {other - own:+.4f}{spread}"
 
 
 def report(facts):

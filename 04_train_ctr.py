@@ -25,7 +25,7 @@ Reads:  01's files, for planted truth.npy; feature_bank.npy quantize.json (03), 
         profiles.json (02); for --profile-input embedding profiles.npy (02)
 Writes: results.json, an entry for each model, bank and repetition, and a summary; predictions/, of test and
         cold rows; ctr_<model>.pt, the weights of repetition 0 with userip (else the first of --ids) at the
-        best epoch, and ctr_<model>.json, what they were made from; until all is done rows-*/, a file an entry
+        best epoch, and ctr_<model>.json, what they were made from; until it is shown rows-*/, a file an entry
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -603,9 +603,6 @@ def read_bank(run, name, dataset):
     check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
-        if (run / "profiles.json").exists():  # of stage 02, which may have run again since
-            theta = load(run, "profiles.json", ("fingerprint",))["fingerprint"]
-            check_same(run, bank, "profiles.npy", facts.get("profiles_fingerprint"), theta)
     shape = (len(dataset.users), len(sizes))
     if codes.dtype.kind not in "iu" or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
         raise UserError(f"{bank} holds {codes.dtype} {codes.shape}; wanted are integers {shape} from 0 to "
@@ -629,17 +626,28 @@ def read_inputs(args):
                             f"rename feature_bank_{name}.npy and .json")
     names = dict.fromkeys(bank_name(name) for name in args.ids if name != "none")
     banks = {name: read_bank(run, name, dataset) for name in names}
+    if "userip" in names and (run / "profiles.json").exists():
+        check_theta(run)
     z = None
     if args.profile_input == "embedding" and "userip" in names:
         z = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(z), expected)
         z = standardized(z)
-    if "userip" in names and (run / "profiles.json").exists() and load(
-            run, "profiles.json", ("rows_kept",))["rows_kept"]:
+    return dataset, Inputs(banks, z)
+
+
+def check_theta(run):
+    """UserError where stage 02 has run again since 03 made the bank; a WARNING where it ran with --users."""
+    profiles = load(run, "profiles.json", ("fingerprint", "rows_kept"))
+    made_from = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
+    if made_from != profiles["fingerprint"]:
+        keep = " --keep-codebooks" if profiles["rows_kept"] else ""
+        raise UserError("feature_bank.npy was made from another profiles.npy", run,
+                        f"run: python 03_quantize.py --run {run}{keep}")
+    if profiles["rows_kept"]:
         print("WARNING: stage 02 ran with --users: theta of the first run's users is of another split and "
               "may have seen what are test rows now. Serve this bank; measure with one that is inferred anew")
-    return dataset, Inputs(banks, z)
 
 
 def standardized(z):
@@ -766,13 +774,13 @@ def save(args, dataset, inputs, files):
 
 # -------- main
 
-def code_of(models):
-    """The files of code on which rows depend, as a model of yours may stand in a file of yours, sorted."""
+def files_of_code():
+    """The files of code on which rows depend: a model of yours may stand in one of yours."""
     files = {__file__, common.__file__, getattr(sys.modules["__main__"], "__file__", __file__)}
-    for model in models:
+    for model in MODELS.values():
         with contextlib.suppress(TypeError, OSError):  # a model of a notebook has no file
-            files.add(inspect.getfile(MODELS[model]))
-    return sorted({Path(file).resolve() for file in files})
+            files.add(inspect.getfile(model))
+    return [path for path in sorted(map(Path, files)) if path.is_file()]
 
 
 def main():
@@ -787,7 +795,7 @@ def main():
     # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
     varied = ("run", "models", "ids", "seeds")  # these flags say which rows there are, and change none
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
-    sources = [path.read_text("utf-8") for path in code_of(args.models)]
+    sources = [path.read_text("utf-8") for path in files_of_code()]
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, sources)[:12]}"
     files = {}
     for model, repetition, ids_name in itertools.product(args.models, range(args.seeds), args.ids):
@@ -796,9 +804,13 @@ def main():
     pieces = [(path, run_one, dataset, *key, inputs, args, device) for key, path in files.items()]
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, files))
-    for path in files.values():  # those of another command, for other --models or --ids, wait for it
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # where some do
+    for path in files.values():
+        for own in work.glob(f"*{path.name}*"):  # and what a killed process left of it
+            own.unlink(missing_ok=True)
+    others = len(list(work.iterdir()))  # of a command for other --models, --ids or --seeds
+    if others:
+        print(f"unfinished: {work} has {others} rows of another command, which goes on with them")
+    else:
         work.rmdir()
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
           f"{args.run}")

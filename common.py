@@ -201,8 +201,8 @@ def guarded(main, when_full="take fewer users"):
     try:
         main()
     except KeyboardInterrupt:
-        without = " without --fresh" if "--fresh" in sys.argv else ""
-        fail(f"interrupted: finished files are kept; run the same command again{without}", 130)
+        hint = " (--fresh begins anew, without it the work goes on)" if "--fresh" in sys.argv else ""
+        fail(f"interrupted: finished files are kept; run the same command again{hint}", 130)
     except UserError as error:
         fail(f"error: {error}")
     except BrokenPipeError:  # of `| head`

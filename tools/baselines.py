@@ -141,8 +141,8 @@ def save_theta(world, theta):
     space = infer.whole_space(world.space)
     z = space.project(torch.from_numpy(theta).to(world.device)).cpu().numpy()
     run = world.args.run / "kar"
-    changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None,
-               "space_fingerprint": infer.space_fingerprint(space)}
+    changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None, "heldout_error": None,
+               "train_nll_kept": None, "space_fingerprint": infer.space_fingerprint(space)}
     shutil.rmtree(run, ignore_errors=True)
     later = shutil.ignore_patterns(
         "kar", "lm-both", "lm-verdicts", "*bank*", "quantize.*", "results.*", "pred*", "*.pt", "profiles.*",

@@ -8,7 +8,8 @@ metadata    no LLM: k-means, K_m a profile, over the shares of the liked items' 
 text        no inference: k-means of the history's mean word vector, twice: a column of K_1 x ... x K_M
             clusters, as many as userip tells apart, and one of K_1
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
-words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words)
+words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words); and what they
+            predict of validation titles
 generosity  one number: eight quantiles of the share of likes
 mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
 
@@ -17,7 +18,8 @@ item with a value; for generosity and mf no row) gets the unknown code K. hidden
 02's learned task prompt.
 Reads:  stage 01's files, truth.npy for evaluation alone; quantize.json (03), where it is, for the numbers of
         codes; text, hidden and words what 03 reads, for they look at the LLM of stage 02
-Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by}
+Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by; of
+        words heldout_nll and heldout_error, of the differences to own}
 """
 
 import math
@@ -154,8 +156,23 @@ def nll_of_words(problem, columns, device):
     for share in SHARES:
         variants[f"{share:g}"] = mean + share * asked
     theta_itself = SimpleNamespace(theta=lambda theta: theta)
-    return infer.nll_per_token(likelihood, theta_itself, variants,
-                               infer.only(histories, np.flatnonzero(problem.inferred)))
+    means, errors = infer.nll_per_token(
+        likelihood, theta_itself, lambda block: {name: theta[block] for name, theta in variants.items()},
+        infer.only(histories, np.flatnonzero(problem.inferred)))
+    if not np.isfinite(list(means.values())).all():
+        raise common.UserError("the likelihood of a word is not finite", str(likelihood.dtype),
+                               "run 02 with --dtype bf16 or fp32, or leave words out")
+    return means, errors
+
+
+def said_of_words(card):
+    """What nll_of_words() found, in words. card: heldout_nll and heldout_error."""
+    texts = [f"own {card['heldout_nll']['own']:.4f}"]
+    for share, nll in card["heldout_nll"].items():
+        if share != "own":
+            error = card["heldout_error"].get(share)
+            texts.append(f"{share} of the way to the word {nll:.4f}" + (f" ± {error:.4f}" if error else ""))
+    return ", ".join(texts)
 
 
 CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
@@ -217,21 +234,20 @@ def main():
             continue
         try:
             columns = CONTROLS[name](problem, sizes, device, args.seed)
+            more = {}
+            # After 02 --users the theta of the first run's users may have seen what are validation rows now.
+            if name == "words" and not problem.facts["rows_kept"]:
+                more["heldout_nll"], more["heldout_error"] = nll_of_words(problem, columns, device)
         except common.UserError as error:
             if args.names:
                 raise
             print(f"WARNING: {name} is left out: {error}")
             continue
         made.append(name)
-        more = {}
-        if name == "words":
-            more["heldout_nll"], more["heldout_error"] = nll_of_words(problem, columns, device)
         bank = save_bank(args.run, name, columns, problem.dataset,
                          f"tools/controls.py {name} --seed {args.seed}{given}", **more)
         if more.get("heldout_nll"):
-            found = [f"{share} of the way to the word {nll:.4f}" if share != "own" else f"own {nll:.4f}"
-                     for share, nll in more["heldout_nll"].items()]
-            print(f"    validation NLL per token: {', '.join(found)}")
+            print(f"    validation NLL per token: {said_of_words(more)}")
         # text and hidden have columns of another meaning
         if truth is not None and bank.shape == truth.shape and [size for _, size in columns] == sizes:
             known = (bank < sizes).all(1)

@@ -32,6 +32,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import controls
 import numpy as np
 import scipy.stats
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
@@ -529,7 +530,7 @@ def collect(study, seeds):
     return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
             "intervals": intervals(study, rows, seeds, metric, recommenders),
             "stability": stability(study, seeds),
-            "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study, seeds),
+            "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study),
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
             "recommenders": recommenders,
             "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
@@ -537,38 +538,36 @@ def collect(study, seeds):
             "code": common.load(folder(study, first, 0), "code.json")[:12]}
 
 
-def what_banks_say(study, seeds):
-    """{variant: {ids: {"nmi": of each profile, "heldout_nll": {share: nats}}}} of the controls' banks.
+def what_banks_say(study):
+    """{variant: {ids: {"nmi": of each profile, "heldout_nll", "heldout_error"}}} of the controls' banks.
 
-    nmi: with the planted truth, means over the repetitions. A bank without a column for each profile (text,
-    hidden) has as many clusters as the first profile has codes in its last column, which is compared with
-    all. heldout_nll: of asking, of the first repetition.
+    All of the first repetition. nmi: with the planted truth, of banks with a column for each profile; of text
+    and hidden that of their last column, which has as many codes as the first profile, with each profile.
+    heldout_nll, heldout_error: of asking, see nll_of_words() in tools/controls.py.
     """
     found = {}
     for name in STUDIES[study]:
-        runs = [folder(study, name, seed) for seed in range(seeds)]
-        truth = common.load_truth(runs[0])
+        run = folder(study, name, 0)
+        truth = common.load_truth(run)
         found[name] = {}
-        for path in sorted(runs[0].glob("feature_bank_*.npy")):
+        for path in sorted(run.glob("feature_bank_*.npy")):
             ids = path.stem.removeprefix("feature_bank_")
-            card = common.load(runs[0], f"{path.stem}.json", ("codes",))
-            said = {}
-            if truth is not None:
-                said["nmi"] = np.mean([nmi_of_bank(run, path.name, card["codes"], truth) for run in runs],
-                                      axis=0).tolist()
-            if card.get("heldout_nll"):
-                said["heldout_nll"] = card["heldout_nll"]
-            found[name][ids] = said
+            card = common.load(run, f"{path.stem}.json", ("codes",))
+            said = {key: card[key] for key in ("heldout_nll", "heldout_error") if card.get(key)}
+            has_columns = truth is not None and len(card["codes"]) == truth.shape[1]
+            if has_columns and (ids in ("text", "hidden") or
+                                card["codes"] == common.load(run, "quantize.json", ("codes",))["codes"]):
+                said["nmi"] = nmi_of_bank(np.load(path), card["codes"], truth, ids in ("text", "hidden"))
+            if said:
+                found[name][ids] = said
     return found
 
 
-def nmi_of_bank(run, name, codes, truth):
+def nmi_of_bank(bank, codes, truth, by_last_column):
     """NMI of a bank's columns, or of its last one, with each profile's planted values (U, M)."""
-    bank = np.load(run / name)
-    own_column = codes == common.load(run, "quantize.json", ("codes",))["codes"]
     nmi = []
     for m, planted in enumerate(truth.T):
-        column = m if own_column else len(codes) - 1
+        column = len(codes) - 1 if by_last_column else m
         known = bank[:, column] < codes[column]
         nmi.append(normalized_mutual_info_score(planted[known], bank[known, column]))
     return nmi
@@ -800,12 +799,11 @@ def lines_of_banks(banks):
             if "nmi" in said:
                 texts.append(f"{ids} " + " / ".join(f"{value:.2f}" for value in said["nmi"]))
         text = "NMI with the truth: " + ", ".join(texts) if texts else ""
-        asked = by_ids.get("words", {}).get("heldout_nll")
-        if asked:
-            shares = [f"{nll:.4f} ({share} of the way)" for share, nll in asked.items() if share != "own"]
-            text += ("; " if text else "") + "validation NLL under the words asked for " + ", ".join(shares)
+        words = by_ids.get("words", {})
+        if "heldout_nll" in words:
+            text += ("; " if text else "") + f"validation NLL of asking: {controls.said_of_words(words)}"
         if text:
-            lines.append(f"{name}: {text}")
+            lines.append(f"{name}, first repetition: {text}")
     return lines
 
 

@@ -646,7 +646,9 @@ def test_the_error_of_a_heldout_difference_is_that_of_a_bootstrap_over_users():
             return torch.tensor(own[users] + (extra[kind][users] if kind in extra else 0))
 
     z = np.repeat(1.0 + np.arange(n), 2).reshape(n, 1, 2)  # of user u: u + 1 in each coordinate
+    few = [ids if user < infer.ENOUGH - 1 else ids[:0] for user, ids in enumerate(histories)]
     space = types.SimpleNamespace(theta=lambda z: z)
+    assert infer.heldout_nll(Likelihood(), space, z, few, range(n), [{"name": "hobby"}], rng)[1] == {}
     means, errors = infer.heldout_nll(Likelihood(), space, z, histories, range(n), [{"name": "hobby"}], rng)
     assert list(means) == ["own", "population", "shuffled"] and list(errors) == ["population", "shuffled"]
     for name, values in extra.items():
@@ -701,6 +703,11 @@ def test_what_failed_is_said_with_its_figures():
     assert "2.0000" in line and "2.2500" in line
     line, = infer.warnings_of(good | {"train_nll_kept": kept | {"own": 1.7123}})
     assert "1.7123" in line and "1.9000" in line and "5 users" in line
+    few = {"heldout_error": None, "train_nll_kept": kept | {"error": None}}  # too few users to tell an error
+    assert infer.warnings_of(good | few) == []
+    line, = infer.warnings_of(good | few | {"heldout_nll": heldout | {"shuffled": 0.9999}})
+    assert "1.0000" in line and "0.9999" in line
+    assert infer.warnings_of(good | {"train_nll_kept": {"error": None, "users": 0}}) == []  # nobody new
     for name in ("population", "shuffled", "hobby"):
         for value, error in ((0.9876, 0.001), (1.0, 0.0), (1.0123, 0.0062)):  # worse, equal, within noise
             line, = infer.warnings_of(good | {"heldout_nll": heldout | {name: value},
@@ -710,9 +717,17 @@ def test_what_failed_is_said_with_its_figures():
                                          "heldout_error": errors | {name: 0.0061}}) == []
 
 
-def test_what_is_kept_of_theta_is_tried_on_the_users_own_histories(sparse):
+def test_what_is_kept_of_theta_is_tried_on_the_users_own_histories(sparse, tmp_path, monkeypatch):
     """The NLL under the saved z, which is not that of the descent: squeezed and shrunk."""
-    run, _ = sparse
+    run = copy_run(sparse[0], tmp_path / "run")
+    few = common.load(run, "profiles.json")
+    with monkeypatch.context() as patched:
+        patched.setattr(infer, "KEPT_USERS", 5)
+        flags = [f"--{key.replace('_', '-')}={few[key]}" for key in ("lm", "steps", "lr", "prior")]
+        call_stage(infer, "--run", run, *flags, "--fresh")
+    found = common.load(run, "profiles.json")["train_nll_kept"]
+    assert found["users"] == 5 and found["error"] is None and found["own"] != few["train_nll_kept"]["own"]
+    run = sparse[0]
     dataset, likelihood, tokenizer, space = reopened(run)
     facts = common.load(run, "profiles.json")
     texts = infer.history_texts(dataset, common.SEEN, settings(**facts))
@@ -727,6 +742,7 @@ def test_what_is_kept_of_theta_is_tried_on_the_users_own_histories(sparse):
             with torch.no_grad():
                 total += likelihood(theta, *infer.pad(histories, [user], torch.device("cpu"))).item()
         tokens = sum(map(len, histories))
+        assert facts["train_nll_kept"]["error"] > 0
         assert facts["train_nll_kept"][name] == pytest.approx(total / tokens, rel=1e-5)
 
 

@@ -164,6 +164,14 @@ def test_a_row_without_a_time_is_older_than_any_date(make):
     assert set(found[-len(known):]) == {(str(user), str(item)) for user, item, _, _ in known}
 
 
+def test_a_stray_quote_in_a_table_of_two_columns_swallows_no_lines(make):
+    rows = [(number, f"Thing {number}") for number in range(1, ITEMS + 1)]
+    rows[4] = (5, '"Rear Window')
+    rows[7] = (8, 'Screen 12"')
+    with pytest.raises(common.UserError, match="1 of 10 records cannot be read, the first is record 5"):
+        make(csv_text(ratings()), csv_text(rows, "item_id,title"))
+
+
 @pytest.mark.parametrize("raw, words", [
     ("NULL", "one is missing"), ("nan", "one is missing"), ("\\N", "one is missing"),
     ("7.6561E+16", "a spreadsheet rounded it")])

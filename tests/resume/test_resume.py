@@ -801,6 +801,7 @@ def test_rows_of_a_model_in_a_file_of_yours_that_was_edited_meanwhile_are_traine
     run = copy_run(inferred, tmp_path / "run")
     (tmp_path / "mine.py").write_text("class Mine: pass\n", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     mine = importlib.import_module("mine").Mine
     mine = type("Mine", (common.DCN,), {"__module__": mine.__module__})
     monkeypatch.setitem(ctr.MODELS, "mine", mine)
@@ -808,13 +809,30 @@ def test_rows_of_a_model_in_a_file_of_yours_that_was_edited_meanwhile_are_traine
     assert call_04(monkeypatch, run, *flags, number=2) == 2
     (tmp_path / "mine.py").write_text("class Mine: 'edited'\n", encoding="utf-8")
     assert call_04(monkeypatch, run, *flags) == 4
+    del sys.modules["mine"]
 
 
-def test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another(inferred, tmp_path, monkeypatch):
+def test_rows_of_a_script_of_yours_that_was_edited_meanwhile_are_trained_anew(inferred, tmp_path,
+                                                                               monkeypatch):
+    """README's way: python mine.py, which changes a part and calls 04's main."""
+    run = copy_run(inferred, tmp_path / "run")
+    script = tmp_path / "mine.py"
+    script.write_text("# mine\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    assert call_04(monkeypatch, run, *FEW_ROWS, number=2) == 2
+    script.write_text("# mine, edited\n", encoding="utf-8")
+    assert call_04(monkeypatch, run, *FEW_ROWS) == 4
+
+
+def test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another(inferred, tmp_path, monkeypatch,
+                                                                       capsys):
     run = copy_run(inferred, tmp_path / "run")
     assert call_04(monkeypatch, run, *FEW_ROWS, number=4) == 4  # the last one was not finished
     assert call_04(monkeypatch, run, *FEW_ROWS, "--seeds", 1) == 0  # its two are there
     assert [path.name for path in run.glob("rows-*/*")] == ["dcn-none-1.pt"]
+    assert "unfinished: " in capsys.readouterr().out
+    left, = run.glob("rows-*")
+    (left / ".dcn-userip-1.pt.0.77.tmp").write_bytes(b"of a killed process")
     assert call_04(monkeypatch, run, *FEW_ROWS) == 3 and not leftovers(run)
 
 

@@ -172,6 +172,9 @@ def test_what_asking_predicts_is_the_nll_of_validation_titles_on_the_way_to_the_
                 total += likelihood(theta[None], *infer.pad(histories, [user], CPU)).item()
             tokens += len(histories[user])
     assert found["0.25"] == pytest.approx(total / tokens, rel=1e-5)
+    assert found["0.5"] != found["1"] != found["0.25"]
+    errors = common.load(run, "feature_bank_words.json")["heldout_error"]
+    assert set(errors) == {"0.25", "0.5", "1"} and min(errors.values()) > 0
 
 
 @pytest.fixture(scope="module")

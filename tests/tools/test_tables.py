@@ -583,8 +583,8 @@ def test_what_the_banks_of_controls_say_stands_below_the_table(inferred, tmp_pat
     monkeypatch.setitem(tables.STUDIES, "small", {"default": tables.variant("", "")})
     run = tables.folder("small", "default", 0)
     copy_run(inferred, run)
-    call_stage(load_script("controls"), "--run", run, "metadata", "text", "words")
-    found = tables.what_banks_say("small", 1)["default"]
+    call_stage(load_script("controls"), "--run", run, "metadata", "text", "words", "generosity", "mf")
+    found = tables.what_banks_say("small")["default"]
     truth = np.load(run / "truth.npy")
     for ids, columns in (("metadata", (0, 1)), ("text", (1, 1))):
         bank = np.load(run / f"feature_bank_{ids}.npy")
@@ -593,11 +593,12 @@ def test_what_the_banks_of_controls_say_stands_below_the_table(inferred, tmp_pat
             known = bank[:, column] < sizes[column]
             expected = normalized_mutual_info_score(truth[known, m], bank[known, column])
             assert found[ids]["nmi"][m] == pytest.approx(expected)
-    asked = common.load(run, "feature_bank_words.json")["heldout_nll"]
-    assert found["words"]["heldout_nll"] == asked
+    asked = common.load(run, "feature_bank_words.json")
+    assert all(found["words"][key] == asked[key] for key in ("heldout_nll", "heldout_error"))
+    assert not {"generosity", "mf"} & set(found)  # their codes are no profile's
     line, = tables.lines_of_banks({"default": found, "without controls": {}})
     assert "metadata {:.2f} / {:.2f}".format(*found["metadata"]["nmi"]) in line
-    assert f"{asked['0.5']:.4f} (0.5 of the way)" in line
+    assert f"{asked['heldout_nll']['0.5']:.4f} ± {asked['heldout_error']['0.5']:.4f}" in line
 
 
 def test_kept_tables_need_no_run_and_stand_between_their_markers(studies, monkeypatch, tmp_path, capsys):
