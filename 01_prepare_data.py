@@ -66,7 +66,7 @@ from common import (
 HOBBY = {"name": "hobby", "prompt": "This user's hobby is", "codes": 4}
 BACKGROUND = {"name": "background", "prompt": ", and this user's background is", "codes": 3}
 PASTIME = {**HOBBY, "prompt": "This user's favorite hobby is"}
-BRAND = {**HOBBY, "prompt": "This user's favorite brand is"}
+BRAND = {**HOBBY, "prompt": "This user is a fan of the brand"}
 PLACE = {**HOBBY, "prompt": "This user's favorite kind of place is"}
 GENRE = {**HOBBY, "prompt": "This user's favorite movie genre is"}
 PRICE = {**BACKGROUND, "prompt": ". This user only buys products that are"}
