@@ -1158,7 +1158,7 @@ def warnings_of(facts):
             found.append("the theta that is kept makes the histories it was fitted to not surely likelier "
                          f"than the population's, of {kept['users']} users: {doubt}")
     others = {"population": "what all users share", "shuffled": "the theta of another user"}
-    for name in heldout.keys() - {"own"}:
+    for name in [name for name in heldout if name != "own"]:
         doubt = doubt_of(heldout["own"], heldout[name], (facts["heldout_error"] or {}).get(name))
         if doubt:
             what = others.get(name, f"the {name} of another user (the words for it may say nothing here)")
@@ -1169,7 +1169,7 @@ def warnings_of(facts):
 def doubt_of(own, other, error):
     """The figures, if another NLL is not above own by two standard errors (None: above at all); else None.
 
-    By chance it is so in about one run of forty.
+    Where nothing was inferred, chance alone passes this in about one run of forty.
     """
     if other - own > 2 * (error or 0):
         return None

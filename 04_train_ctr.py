@@ -805,7 +805,7 @@ def main():
     do_all(pieces, "training", "run", device)
     show(*save(args, dataset, inputs, files))
     for path in files.values():
-        for own in work.glob(f"*{path.name}*"):  # and what a killed process left of it
+        for own in [path, *work.glob(f".{path.name}.*")]:  # and what a killed process left of it
             own.unlink(missing_ok=True)
     others = len(list(work.iterdir()))  # of a command for other --models, --ids or --seeds
     if others:
