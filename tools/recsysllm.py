@@ -425,8 +425,8 @@ class RecSysLLM(nn.Module):
     def states(self, ids, inter, intra, visible, cache=None):
         """Last hidden states (B, S, d). ids, inter, intra: int (B, S); visible: bool (B, S, S).
 
-        cache: keys and values of n tokens before these, of which the S columns more are added to it; visible
-        is then (B, S, n + S).
+        cache: keys and values of the n tokens before these; those of the S tokens are added to it, and
+        visible is (B, S, n + S).
         """
         self.passes += len(ids)
         words = self.word_table(ids.clamp(max=self.vocabulary - 1))
