@@ -46,9 +46,9 @@ from torch import nn
 
 from common import (
     PROCESS, READY, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, check_same,
-    count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_small, lm_fingerprint,
-    lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device, pieces_of,
-    progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
+    count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_out_of_memory, is_small,
+    lm_fingerprint, lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device,
+    pieces_of, progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
 
 # -------- settings
 
@@ -339,6 +339,8 @@ def fit_task(likelihood, space, histories, args):
     likelihood.task). Note: fewer than 5 users leave no judge; then all trials are equal and the first, the
     text, stays. Histories are of training (of cold users: support) rows: no other row influences theta.
     """
+    if not likelihood.task.numel():  # a prompt without a task
+        return likelihood.task
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
@@ -363,7 +365,7 @@ def fit_task(likelihood, space, histories, args):
             optimizer.zero_grad()
             for nll in shared_nll(likelihood, space, histories, chosen, args):
                 nll.backward()
-            check_finite(task.grad, likelihood.dtype)
+            check_finite(task.grad, "the task prompt's gradient", likelihood.dtype)
             optimizer.step()
             schedule.step()
     likelihood.task = best_task
@@ -468,7 +470,9 @@ def nll_per_token(likelihood, space, variants, histories):
         tokens.extend(lengths.tolist())
         for name, z in variants(block).items():
             theta = space.theta(torch.tensor(z, device=likelihood.device))
-            nlls.setdefault(name, []).extend(likelihood(theta, ids, lengths).tolist())
+            nll = likelihood(theta, ids, lengths)
+            check_finite(nll, f"the likelihood of some titles ({name})", likelihood.dtype)
+            nlls.setdefault(name, []).extend(nll.tolist())
     means = {name: sum(of_users) / sum(tokens) for name, of_users in nlls.items()}
     errors = {}
     others = [name for name in nlls if name != "own"] if len(tokens) >= ENOUGH else []
@@ -496,7 +500,7 @@ def parse_arguments():
         help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
     add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
-        help="most that a coordinate of theta moves in a step, in the words' spread (paper: Adam's .001)")
+        help="most that a coordinate of theta moves in a step, in the words' spread (paper: AdamW's .001)")
     add("--prior", type=at_least(0, float, 1e6), default=0.0, help="weight of a Gaussian prior (paper: 0)")
     add("--space", choices=("users", "words"), default="users",
         help="users: theta moves in all d coordinates, and directions in which users differ are kept; words: "
@@ -689,11 +693,10 @@ def make_space(work, n_first, wide, args):
     return squeeze(wide, torch.cat(z).to(wide.origin.device), args.rank)
 
 
-def check_finite(gradient, dtype):
-    """UserError where low precision overflowed in the task prompt's gradient."""
-    if not gradient.isfinite().all():
-        raise UserError("the task prompt's gradient is not finite", str(dtype),
-                        "take --dtype bf16 or fp32, or --task-steps 0")
+def check_finite(values, what, dtype):
+    """UserError where low precision overflowed."""
+    if not values.isfinite().all():
+        raise UserError(f"{what} is not finite", str(dtype), "run 02 with --dtype bf16 or fp32")
 
 
 # -------- variants of the space, and its words
@@ -713,8 +716,10 @@ def words_space(wide, profiles, rank):
     origins = []
     bases = []
     for m, profile in enumerate(profiles):
-        counts = [profile.get("words", {}).get(word, 1) for word in wide.words[m]]
-        origin, basis = gaussian_of(wide.vectors[m], word_weights(counts), rank or len(counts))
+        counts = profile.get("words", {})
+        if len(counts) < 2:  # as in fit_space() the words are the LLM's own
+            counts = dict.fromkeys(wide.words[m], 1)
+        origin, basis = gaussian_of(wide.vectors[m], word_weights(counts.values()), rank or len(counts))
         origins.append(origin)
         bases.append(basis)
     # Profiles of fewer words than others have directions of length 0 at the end.
@@ -888,9 +893,9 @@ def open_model(dataset, args, device, length):
     likelihood.layout(4)
     try:
         flaw = find_flaw(likelihood) if likelihood.room > 4 else "no title fits into the LLM's window"
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # it takes no embeddings, mask or positions
+        if is_out_of_memory(error):
+            raise
         flaw = f"this LLM cannot read the prompt: {error!r:.150}"
     if flaw:
         raise UserError(flaw, model.config.model_type, "change --lm")
@@ -929,7 +934,8 @@ def likeliest_words(likelihood, tokenizer, m):
         # What byte-level tokenizers and sentencepiece write for the space before a word.
         begins_a_word = (tokenizer.convert_ids_to_tokens(token) or "")[:1] in ("\u0120", "\u2581")
         word = tokenizer.decode([token]).strip().lower()
-        tells_something = word.isalpha() and len(word) > 2 and word not in ENGLISH_STOP_WORDS
+        # In feature_bank.csv "unknown" says that nothing was inferred.
+        tells_something = word.isalpha() and len(word) > 2 and word not in (*ENGLISH_STOP_WORDS, "unknown")
         if begins_a_word and tells_something and word not in words:
             words.append(word)
         if len(words) == OWN_WORDS:
@@ -1030,12 +1036,14 @@ def say_who_is_missing(run, strangers, path):
         flags = f"--min-interactions {facts['min_interactions']}"
         if facts["subsample_users"]:
             flags += f", --subsample-users {facts['subsample_users']}"
-        print(f"WARNING: {len(dropped)} users of {path} get no profile, among them '{min(dropped)}': "
-              f"stage 01 dropped them ({flags})")
-    unseen = strangers - dropped
-    if unseen:
-        print(f"WARNING: {len(unseen)} users of {path} get no profile, among them '{min(unseen)}': they are "
-              "not in the data set; run 01 with their rows")
+        warn_of(dropped, path, f"stage 01 dropped them ({flags})")
+    warn_of(strangers - dropped, path, "they are not in the data set; run 01 with their rows")
+
+
+def warn_of(users, path, why):
+    """A WARNING line, if there are such users (raw ids) in the file."""
+    if users:
+        print(f"WARNING: {len(users)} users of {path} get no profile, among them '{min(users)}': {why}")
 
 
 def gather(work, blocks, n_first, old, rows, solved, n_users, before):
@@ -1094,6 +1102,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     old_rows = {}
     if args.users:
         before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
+        unread = {dataset.users[user] for user in missing if not len(histories[user])}
+        warn_of(unread, args.users, f"they have no title to read (--history {args.history})")
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     blocks, n_first = plan_blocks(likelihood, histories, args)
     work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
@@ -1182,7 +1192,7 @@ def report(facts):
     steps = facts["train_nll_steps"]
     kept = facts["train_nll_kept"]
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} in the descent; "
-          f"{facts['tokens_per_second']:,d} tokens x steps/s")
+          f"{facts['tokens_per_second']:,d} tokens x steps/s in each process")
     if kept["users"]:
         print(f"of {kept['users']} users, under what is kept of theta: own {kept['own']:.4f}, population "
               f"{kept['population']:.4f}")

@@ -330,11 +330,13 @@ class Problem:
         """A function of (z (B, M, r), users (B,)) that returns stage 02's loss, a mean over users.
 
         It also adds the loss's gradient to z.grad, block by block: a graph of all would not fit into memory.
-        The loss is l_llm and, where stage 02 had one, its prior on z (none by default).
+        The loss is l_llm and, where stage 02 had one, its prior (none by default).
         """
         likelihood, histories, space, _ = self.open_likelihood(device)
         budget = infer.token_budget_of(likelihood)
-        prior = self.facts["prior"]
+        settings = argparse.Namespace(**self.facts)
+        # The prior is on coordinates of the space in which stage 02 descended: its 0 is the words' mean.
+        wide = infer.whole_space(space) if settings.prior and infer.is_squeezed(settings) else space
 
         def add_llm_gradient(z, users):
             total = 0.0
@@ -343,8 +345,11 @@ class Problem:
             # other limit).
             for block in infer.make_blocks(some, None, budget, likelihood.prompt_length):
                 # Stage 02's Eq. (4), summed over the tokens of a user's history.
-                nll = likelihood(space.theta(z[block]), *infer.pad(some, block, device))
-                loss = nll + prior / 2 * (z[block] ** 2).sum((1, 2))
+                theta = space.theta(z[block])
+                loss = likelihood(theta, *infer.pad(some, block, device))
+                if settings.prior:
+                    loss = loss + settings.prior / 2 * (wide.project(theta) ** 2).sum((1, 2))
+                infer.check_finite(loss, "the likelihood of a history", likelihood.dtype)
                 (loss.sum() / len(users)).backward()
                 total += loss.sum().item() / len(users)
             return total
@@ -420,7 +425,9 @@ class SoftCodeEM(KMeans):
         padded = infer.pad(self.histories, users, self.device)
         columns = [-self.likelihood(self.theta(codes.expand(len(users), -1)), *padded)
                    for codes in self.combinations]
-        return torch.stack(columns, dim=1).cpu()
+        found = torch.stack(columns, dim=1).cpu()
+        infer.check_finite(found, "the likelihood of a history", self.likelihood.dtype)
+        return found
 
     def log_weight_of_combinations(self):
         """log pi_c of each combination of codes: float (C,)."""
@@ -525,7 +532,8 @@ QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 # -------- running it: the flags
 
-# The numbers of section 3.4. Where codebooks start it does not say: so --start stays as it is.
+# The numbers of section 3.4. Of alpha it has none: it gets that of the other weights. Nor does it say where
+# codebooks start: so --start stays as it is.
 PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}
 
 
@@ -541,7 +549,7 @@ def parse_arguments():
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
         help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
-    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: 0.001)")
+    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: not given)")
     add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
@@ -776,4 +784,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main, "lower --batch-users")
+    guarded(main, "lower --batch-users (of vq), or take fewer users")

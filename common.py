@@ -208,15 +208,20 @@ def guarded(main, when_full="take fewer users"):
     except BrokenPipeError:  # of `| head`
         sys.stdout = io.StringIO()  # else Python complains again at exit
         fail("error: nobody reads the output (stdout); run it without the pipe")
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            fail(f"error: out of memory (this machine); {when_full}")
+        if not isinstance(error, OSError):
+            raise  # a bug
         fail(f"error: {error.strerror or error} ({error.filename or 'a file of this run'}); check path, "
              "rights and free disk space")
-    except (MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        # On a CPU PyTorch raises a plain RuntimeError. Any other RuntimeError is a bug.
-        if not is_memory and "can't allocate memory" not in str(error):
-            raise
-        fail(f"error: out of memory (this machine); {when_full}")
+
+
+def is_out_of_memory(error):
+    """Was there too little memory? On a CPU PyTorch raises a plain RuntimeError then."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and "allocate memory" in str(error)
 
 
 def fail(message, status=2):
@@ -606,9 +611,9 @@ def load_language_model(name, dtype, device):
             model, loading = open_model(attention)
         except ValueError:  # an architecture without sdpa
             model, loading = open_model("eager")
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # network, gate, disk
+        if is_out_of_memory(error):
+            raise
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
                         "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
@@ -728,9 +733,9 @@ def convert_gguf(path, target):
     except ImportError:
         raise UserError("gguf and accelerate, which open a GGUF file, are not installed", path.name,
                         f"run: {LLM_PACKAGES}") from None
-    except MemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
         what = f"the GGUF file cannot be opened: {why:.200}"
         raise UserError(what, path, "check the file and --lm") from error

@@ -103,15 +103,28 @@ def test_exit_codes(capsys):
         (PermissionError(13, "Permission denied", "x"), 2),
         (torch.OutOfMemoryError("CUDA out of memory"), 2),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 2),
+        (OSError(12, "Cannot allocate memory", "x"), 2),
     ):
         with pytest.raises(SystemExit) as stop:
             common.guarded(raising(error))
         lines = capsys.readouterr().err.strip().split("\n")
         assert stop.value.code == code and len(lines) == 1
         assert lines[0].startswith("error: ") == (code == 2)
+        assert ("out of memory" in lines[0]) == ("memory" in str(error) or isinstance(error, MemoryError))
     for bug in (ZeroDivisionError("a bug"), RuntimeError("shapes do not match"), KeyError("x")):
         with pytest.raises(type(bug)):
             common.guarded(raising(bug))
+
+
+def test_too_little_memory_for_an_llm_is_no_fault_of_the_network(tmp_path, monkeypatch):
+    import transformers
+
+    def full(*_, **__):
+        raise RuntimeError("unable to mmap 538090408 bytes: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", full)
+    with pytest.raises(RuntimeError, match="mmap"):  # of which guarded() makes a line
+        common.load_language_model(str(tmp_path), torch.float32, torch.device("cpu"))
 
 
 def test_numbers_on_the_command_line_are_finite_and_within_bounds(capsys, monkeypatch):

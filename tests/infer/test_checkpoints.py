@@ -209,6 +209,22 @@ def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_
     assert users.index(new) in inferred
 
 
+def test_a_new_user_without_a_title_to_read_is_named(lm_folders, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 1]
+    call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1, "--max-per-user", 5,
+               "--positive-above", 4)
+    call_stage(infer, *flags)
+    users = json.loads((run / "users.json").read_text())
+    inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
+    without = next(raw for user, raw in enumerate(users) if user not in inferred)
+    (run / "some.txt").write_text(f"{without}\n{users[inferred[0]]}\n")
+    capsys.readouterr()
+    call_stage(infer, *flags, "--users", run / "some.txt")
+    text = capsys.readouterr().out
+    assert f"1 users of {run}/some.txt get no profile, among them '{without}': they have no title" in text
+
+
 def test_gpt2_of_the_hub_s_kind_with_a_prefix_opens(folder):
     """GPT-2's own files name the body without 'transformer.': transformers knows this prefix."""
     path = folder("gpt2", lambda tensors: {

@@ -220,6 +220,15 @@ def test_a_non_finite_likelihood_is_one_line_that_names_its_users_alone(world):
         infer.infer_block(likelihood, space, histories, [0, 3, 5], settings(), raw_ids)
 
 
+def test_titles_not_seen_whose_likelihood_is_not_finite_are_one_line(world):
+    model, tokenizer = make_lm("gpt2")
+    _, space, histories = problem((model, tokenizer), world[0])
+    likelihood = Poisoned(model, infer.prompt_segments(tokenizer, world[0]))
+    z = np.zeros((len(histories), *space.basis.shape[:2]), np.float32)
+    with pytest.raises(common.UserError, match=r"some titles \(own\) is not finite.*run 02 with --dtype"):
+        infer.nll_per_token(likelihood, space, lambda block: {"own": z[block]}, histories)
+
+
 @pytest.mark.parametrize("history", ["liked", "all", "rated"])
 def test_history_is_the_recent_training_titles_in_order(world, history):
     dataset, _ = world

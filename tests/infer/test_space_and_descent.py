@@ -261,7 +261,7 @@ def test_the_users_who_tell_directions_are_not_those_whom_stage_01_drew_to_be_co
     assert np.mean(shares) == pytest.approx(0.2, abs=0.06), shares
 
 
-def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world):
+def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(world, monkeypatch):
     """A likelihood that expects 'the' everywhere and 'Guitar' only where the prompt says hobby."""
     model, tokenizer = make_lm("gpt2")
     likelihood = likelihood_of(model, tokenizer, world[0])
@@ -279,6 +279,10 @@ def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(wor
     likelihood.model = expect
     found = infer.likeliest_words(likelihood, tokenizer, 0)
     assert found[:2] == ["music", "user"] and len(set(found)) == len(found)
+    with monkeypatch.context() as patch:  # "unknown" would read as if nothing had been inferred
+        decode = tokenizer.decode
+        patch.setattr(tokenizer, "decode", lambda ids: "unknown" if ids == [user] else decode(ids))
+        assert infer.likeliest_words(likelihood, tokenizer, 0) == [word for word in found if word != "user"]
     space = infer.fit_space(likelihood, tokenizer, [{**one, "words": {}} for one in world[0].profiles])
     assert space.words[0] == found  # and all weigh the same
     assert torch.allclose(space.origin[0], space.vectors[0].mean(0), atol=1e-6)
@@ -288,6 +292,18 @@ def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(wor
 
 
 # ---------------------------------------------------------------- the task prompt
+
+def test_a_prompt_without_a_task_has_nothing_to_learn(world):
+    dataset = copy.deepcopy(world[0])
+    dataset.task_prompt = ""
+    model, tokenizer = make_lm("gpt2")
+    likelihood = likelihood_of(model, tokenizer, dataset)
+    space = space_of(likelihood, tokenizer, dataset)
+    assert infer.fit_task(likelihood, space, some_histories(), settings(task_steps=5)).shape == (0, 32)
+    z, path = solve_block(likelihood, space, some_histories(), [0, 1], steps=2)
+    assert (path[-1] < path[0]).all() and z.isfinite().all()
+
+
 
 def some_histories(sizes=(3, 7, 7, 4, 5, 6)):
     rng = np.random.default_rng(3)
@@ -483,9 +499,12 @@ class Bad:
 def test_one_word_spans_nothing_so_the_llm_s_own_are_taken(world):
     likelihood, tokenizer = likelihood_of(*make_lm("gpt2"), world[0]), make_lm("gpt2")[1]
     dataset = copy.deepcopy(world[0])
-    dataset.profiles[0]["words"] = {"music": 400}
+    first = infer.likeliest_words(likelihood, tokenizer, 0)[0]
+    dataset.profiles[0]["words"] = {first: 400}
     space = space_of(likelihood, tokenizer, dataset)
     assert len(space.words[0]) > 1 and space.words[1] == list(dataset.profiles[1]["words"])
+    # They weigh all the same, also the one that some items have.
+    assert torch.allclose(space.origin[0], space.vectors[0].mean(0), atol=1e-6)
 
 
 def test_fp16_finds_the_z_of_fp32_with_the_same_prior(world):

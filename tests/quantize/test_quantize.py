@@ -196,24 +196,34 @@ def test_every_joint_setting_changes_the_outcome():
     assert torch.equal(base[1], joint()[1])
 
 
-def stub_problem(world, histories, prior=1.0):
-    """(what a quantizer asks of a Problem, with a random LLM and these histories; likelihood; space)."""
+def stub_problem(world, histories, prior=1.0, kind="words"):
+    """(what a quantizer asks of a Problem, with a random LLM and these histories; likelihood; space).
+
+    kind: 02's --space.
+    """
     model, tokenizer = make_lm("gpt2")
     likelihood = likelihood_of(model, tokenizer, world[0])
     space = space_of(likelihood, tokenizer, world[0])
+    if kind == "users":
+        wide = space_of(likelihood, tokenizer, world[0], rank=0)
+        generator = torch.Generator().manual_seed(1)
+        space = infer.squeeze(wide, 3 + torch.randn(30, *wide.basis.shape[:2], generator=generator), 4)
     z = np.zeros((len(histories), *space.basis.shape[:2]), dtype=np.float32)
     opened = likelihood, histories, space, tokenizer
     known = np.array([len(ids) > 0 for ids in histories])
-    problem = quantize.Problem(None, None, z, known, {"prior": prior}, space)
+    facts = {"prior": prior, "space": kind, "rank": 16}
+    problem = quantize.Problem(None, None, z, known, facts, space)
     problem.open_likelihood = lambda _: opened
     return problem, likelihood, space
 
 
-@pytest.mark.parametrize("prior", [0.0, 2.5])
-def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_sum(prior, world, monkeypatch):
+@pytest.mark.parametrize("prior, kind", [(0.0, "words"), (2.5, "words"), (2.5, "users")])
+def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_sum(
+        prior, kind, world, monkeypatch):
+    """The prior is stage 02's: its centre is the words' mean, where z need not be 0."""
     rng = np.random.default_rng(0)
     histories = [rng.integers(300, size=length) for length in (4, 9, 0, 30, 31, 9, 2)]
-    problem, likelihood, space = stub_problem(world, histories, prior)
+    problem, likelihood, space = stub_problem(world, histories, prior, kind)
     monkeypatch.setattr(infer, "token_budget_of", lambda _: 120)  # of 6 users a block holds one or two
     blocks, make_blocks = [], infer.make_blocks
     monkeypatch.setattr(infer, "make_blocks", lambda *args: [blocks.append(block) or block
@@ -230,10 +240,33 @@ def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_s
         ids = torch.tensor(histories[user])[None]
         theta = torch.stack([space.origin[m] + z[user, m] @ space.basis[m] for m in range(2)])
         nll = likelihood(theta[None], ids, torch.tensor([ids.shape[1]])).sum()
-        plain = plain + nll + prior / 2 * (z[user] ** 2).sum()
+        from_centre = z[user] * (space.basis.norm(dim=2) > 0)  # profiles of few words have some of length 0
+        if kind == "users":  # all directions are as long as the words' spread
+            spread = space.basis[:, :1].norm(dim=2)
+            from_centre = (theta - space.words_mean) / spread
+        plain = plain + nll + prior / 2 * (from_centre ** 2).sum()
     gradient, = torch.autograd.grad(plain / len(users), z)
     assert value == pytest.approx(plain.item() / len(users), rel=1e-5)
     assert torch.allclose(own.grad, gradient[users], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("learn", ["joint VQ", "em"])
+def test_a_likelihood_that_is_not_finite_is_one_line_with_the_flag_of_stage_02(learn, world):
+    problem, likelihood, space = stub_problem(world, [np.arange(4), np.arange(5, 9)])
+
+    class Overflowing(infer.ProfileLikelihood):
+        def __call__(self, *inputs):
+            return super().__call__(*inputs) * torch.nan
+
+    likelihood.__class__ = Overflowing
+    with pytest.raises(common.UserError, match="not finite.*run 02 with --dtype bf16 or fp32"):
+        if learn == "em":
+            args = SimpleNamespace(seed=0, start="kmeans", epochs=1, lr=0.1)
+            problem.z[1] = 1.0
+            quantize.SoftCodeEM(problem, [2, 2], args, CPU).fit()
+        else:
+            z = torch.zeros(2, *space.basis.shape[:2], requires_grad=True)
+            problem.open_llm_loss(CPU)(z, np.array([0, 1]))
 
 
 def test_first_codebooks_find_groups_and_refuse_more_codes_than_theta():

@@ -26,6 +26,12 @@ def problem_of(run):
     return quantize.read_problem(run)[0]
 
 
+def squared_distance(space, theta):
+    """||theta - the words' mean||^2 of each user, in the words' spread, as long as every direction kept."""
+    spread = space.basis[:, :1].norm(dim=2)  # Shape: (M, 1)
+    return (((theta - space.words_mean) / spread) ** 2).sum((1, 2))
+
+
 def fit(name, problem, **changes):
     """What a quantizer makes of a problem: z (moved by vq), books, log weights, codes and the log."""
     args = SimpleNamespace(**{
@@ -119,7 +125,8 @@ def test_the_joint_loss_moves_theta_down_the_gradient_of_eq_4_and_its_prior(infe
     likelihood, histories, space, _ = problem.open_likelihood(CPU)
     z = torch.tensor(problem.z, requires_grad=True)
     nll = likelihood(space.theta(z), *infer.pad(histories, range(len(histories)), CPU))
-    gradient, = torch.autograd.grad(nll.sum() + prior / 2 * (z ** 2).sum(), z)
+    loss = nll + prior / 2 * squared_distance(space, space.theta(z))
+    gradient, = torch.autograd.grad(loss.sum(), z)
     clear = gradient.abs().numpy() > 0.05 * float(gradient.abs().mean())
     assert clear.mean() > 0.7 and np.mean(np.sign(moved)[clear] == -np.sign(gradient.numpy())[clear]) > 0.995
     assert np.mean(np.abs(np.abs(moved[clear]) / 1e-3 - 1) < 0.05) > 0.95  # by --lr
@@ -187,7 +194,7 @@ def test_the_gradients_of_eq_7_add_up(inferred, gradient):
     likelihood, histories, space, _ = problem.open_likelihood(CPU)
     z = torch.tensor(problem.z, requires_grad=True)
     nll = likelihood(space.theta(z), *infer.pad(histories, range(len(histories)), CPU))
-    loss = (nll + 3.0 / 2 * (z ** 2).sum((1, 2))).mean()
+    loss = (nll + 3.0 / 2 * squared_distance(space, space.theta(z))).mean()
     assert log[0]["llm"] == pytest.approx(loss.item(), rel=1e-4)
     wanted, = torch.autograd.grad(loss, z)
     assert float((llm - wanted.flatten(1)).norm()) < 1e-3 * float(llm.norm())
