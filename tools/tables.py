@@ -13,7 +13,8 @@ repetition from the first variant, or from the first variant of the study that s
 tools/baselines.py scores pairs by itself, its rows stand beside those of the recommender.
 
 p: paired t-test over the repetitions; Holm: the same, corrected for all rows of the table that are no
-controls; [ ]: 95% bootstrap interval, in which users and repetitions are resampled together.
+controls; [ ]: 95% bootstrap interval, in which repetitions and users are drawn anew, a user once for all
+repetitions.
 
 Writes: runs/studies/NAME/VARIANT/s (run folders), docs/results/NAME.json (all that a table needs) and, with
         --write, docs/RESULTS.md
@@ -47,9 +48,10 @@ MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
 RECOMMENDERS = 3  # trained in each repetition: their AUC on one inference has an sd of .002 to .015
-CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity",
-            "mf")  # no claims of ours
-RIVALS = ("metadata", "text", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
+CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity", "mf",
+            "kar-text0", "matrix factorization of the same width", "rella, another user: 10 titles",
+            "rella, recent: 0 titles")  # no claims of ours
+RIVALS = ("metadata", "text", "hidden", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
 ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
@@ -231,22 +233,50 @@ def call(script, run, flags, log, threads=1):
         raise common.UserError(f"{script} failed: {last.removeprefix('error: ')}", run, f"see {log}")
 
 
+def settings_fingerprint(study, name):
+    """Of the flags that make a repetition of this variant, and of those from which it takes artifacts."""
+    firsts = [next(iter(STUDIES[place].values())) for place in (study, FROM.get(study, study))]
+    return common.fingerprint([STUDIES[study][name], firsts, RECOMMENDERS])
+
+
+def marks_in(run):
+    """What code.json and begun.json of a run folder say, where they are: {file: {"code", "settings"}}."""
+    found = {}
+    for path in (run / "code.json", run / "begun.json"):
+        if path.exists():
+            mark = json.loads(path.read_text(encoding="utf-8"))
+            found[path.name] = mark if isinstance(mark, dict) else {"code": mark, "settings": None}
+    return found
+
+
 def repeat(study, name, seed, data_dir, threads=1):
-    """One repetition of one variant, unless its results are there; threads: of a process."""
+    """One repetition of one variant, unless its results are there; threads: of a process.
+
+    code.json stands for a repetition that is done, begun.json for one that was killed: the code with which it
+    was begun, and its settings. Where today's settings are others, it is made anew.
+    """
     run = folder(study, name, seed)
-    if (run / "code.json").exists():
+    begun = run / "begun.json"
+    mark = {"code": code_fingerprint(), "settings": settings_fingerprint(study, name)}
+    marks = marks_in(run)
+    if any(other["settings"] != mark["settings"] for other in marks.values()):
+        print(f"{run}: other flags made it, so it is made anew", file=sys.stderr)
+        shutil.rmtree(run)
+    elif "code.json" in marks:
         return
     run.mkdir(parents=True, exist_ok=True)
+    if not begun.exists():
+        common.save_json(begun, mark)
     settings = STUDIES[study][name]
     if settings["after"]:
-        not_shared = shutil.ignore_patterns("recsysllm.*", "epochs-*", "code.json", "log.txt")
+        not_shared = shutil.ignore_patterns("recsysllm.*", "epochs-*", "code.json", "begun.json", "log.txt")
         shutil.copytree(folder(study, settings["after"], seed), run, dirs_exist_ok=True, ignore=not_shared)
     else:
         run_stages(study, name, seed, data_dir, threads)
     if settings["recsysllm"]:
         flags = f"{settings['recsysllm']} --seed {seed}"
         call("tools/recsysllm.py", run, flags, run / "log.txt", threads)
-    common.save_json(run / "code.json", code_fingerprint())
+    begun.replace(run / "code.json")
 
 
 def run_stages(study, name, seed, data_dir, threads):
@@ -318,14 +348,16 @@ def folder(study, name, seed):
 
 
 def look_for_old_runs(study, again):
-    """Say which runs are older than the code; with `again`, forget all."""
+    """Say which runs are older than the code; with `again`, forget the study's own."""
     if again:
         shutil.rmtree(ROOT / "runs" / "studies" / study, ignore_errors=True)
-    old = [path for path in (ROOT / "runs" / "studies" / study).glob("*/*/code.json")
-           if json.loads(path.read_text(encoding="utf-8")) != code_fingerprint()]
-    if old:
-        print(f"WARNING: {len(old)} runs of {study} are older than the code; --again makes them anew",
-              file=sys.stderr)
+    for place in dict.fromkeys((study, FROM.get(study, study))):  # what it takes from another study, too
+        runs = (ROOT / "runs" / "studies" / place).glob("*/*")
+        marks = [mark for run in runs for mark in marks_in(run).values()]
+        old = [mark for mark in marks if mark["code"] != code_fingerprint()]
+        if old:
+            print(f"WARNING: {len(old)} runs of {place} are older than the code; --again makes them anew",
+                  file=sys.stderr)
 
 
 def repetitions_of(study, name, seeds):
@@ -370,7 +402,8 @@ def bootstrap(repetitions, seed=0):
 
     repetitions: a list of (users, labels, first, second), arrays over the n evaluated rows; first and second
     may be scores of several recommenders, (k, n), the mean of whose AUCs is taken. None where most resamples
-    hold one class alone.
+    hold one class alone. Note: a user is drawn for all repetitions alike. They often have the same rows, and
+    which users these are is then one chance, which does not shrink with more repetitions.
     """
     def mean_auc(ranks, labels, weights):
         return np.mean([weighted_auc(of_one, labels, weights) for of_one in ranks])
@@ -378,18 +411,20 @@ def bootstrap(repetitions, seed=0):
     rng = np.random.default_rng(seed)
     prepared = []
     differences = []
+    everybody = np.unique(np.concatenate([users for users, *_ in repetitions]))
     for users, labels, first, second in repetitions:
-        users = np.unique(users, return_inverse=True)[1]
+        users = np.searchsorted(everybody, users)
         both = []
         for scores in (first, second):
             both.append([np.unique(of_one, return_inverse=True)[1] for of_one in np.atleast_2d(scores)])
         prepared.append((users, np.asarray(labels), *both))
     for _ in range(BOOTSTRAP):
         found = []
+        drawn = rng.integers(len(everybody), size=len(everybody))
+        times_drawn = np.bincount(drawn, minlength=len(everybody)).astype(float)
         for at in rng.integers(len(prepared), size=len(prepared)):
             users, labels, first, second = prepared[at]
-            count = users.max() + 1
-            weights = np.bincount(rng.integers(count, size=count), minlength=count)[users].astype(float)
+            weights = times_drawn[users]
             if 0 < (weights * labels).sum() < weights.sum():
                 found.append(mean_auc(first, labels, weights) - mean_auc(second, labels, weights))
         differences += [np.mean(found)] if found else []
@@ -510,7 +545,7 @@ def collect(study, seeds):
             both.append(lm["both"])
         if STUDIES[study][name]["baselines"]:
             costs.setdefault(f"userip ({name})", []).append(
-                (profiles["steps"], "user", profiles["seconds"]))
+                (profiles["steps"] + 1, "user", profiles["seconds"]))
         for method in STUDIES[study][name]["baselines"].split():
             for row in common.load(run, f"baselines_{method}.json")["rows"]:
                 costs.setdefault(f"{row['ids']} ({name})", []).append(
@@ -527,8 +562,11 @@ def collect(study, seeds):
         raise common.UserError(f"its runs have different numbers of recommenders: {sorted(counts)}", study,
                                "run it anew with --again")
     recommenders, = counts
-    base_rates = [base_rate_logloss(folder(study, first, seed), metric) for seed in range(seeds)]
-    return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": float(np.mean(base_rates)),
+    base_rates = {}
+    for name in STUDIES[study]:
+        of_runs = [base_rate_logloss(folder(study, name, seed), metric) for seed in range(seeds)]
+        base_rates[name] = float(np.mean(of_runs))
+    return {"study": study, "metric": metric, "rows": rows, "base_rate_logloss": base_rates,
             "intervals": intervals(study, rows, seeds, metric, recommenders),
             "stability": stability(study, seeds),
             "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study),
@@ -536,7 +574,7 @@ def collect(study, seeds):
             "recommenders": recommenders,
             "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
             "date": datetime.date.today().isoformat(),
-            "code": common.load(folder(study, first, 0), "code.json")[:12]}
+            "code": marks_in(folder(study, first, 0))["code.json"]["code"][:12]}
 
 
 def what_banks_say(study):
@@ -645,8 +683,10 @@ def intervals(study, rows, seeds, metric, recommenders):
             for seed in range(seeds):
                 run = folder(study, name, seed)
                 where = name if (run / "predictions" / f"{model}-{control}-0.npy").exists() else first
-                users, _, labels = common.load_dataset(run).rows(split).T
-                repetitions.append((users, labels, scores(name, model, ids, seed),
+                dataset = common.load_dataset(run)
+                users, _, labels = dataset.rows(split).T
+                raw_ids = np.array(dataset.users)[users]  # the same in all repetitions
+                repetitions.append((raw_ids, labels, scores(name, model, ids, seed),
                                     scores(where, model, control, seed)))
             found.setdefault(f"{name}|{model}|{ids}", {})[control] = bootstrap(repetitions)
     return found
@@ -731,8 +771,12 @@ def table(data):
             line.append(compared(differences[pair], p_values[pair], corrected.get(pair), interval)
                         if pair in differences else "")
         lines.append(line)
-    base_rate = f"{data['base_rate_logloss']:.4f}"
-    lines.append([*("" for _ in model_column), "constant: base rate", "0.5000", "0.5000", base_rate])
+    shown_rates = set()
+    for name, rate in data["base_rate_logloss"].items():
+        if rate not in shown_rates:  # a variant of other rows has another one
+            what = "constant: base rate" + ("" if name == first else f": {name}")
+            lines.append([*("" for _ in model_column), what, "0.5000", "0.5000", f"{rate:.4f}"])
+            shown_rates.add(rate)
     body = []
     for line in lines:
         line += ["" for _ in titles[len(line):]]
@@ -758,12 +802,7 @@ def notes(data, cells):
                           for model, value in best["relative"].items())
         found.append(f"Eq. (10) against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: "
                      + gains)
-    planted = means.get(("dcn", "planted"))
-    floor = means["dcn", "none"]["test_auc"] if planted else 0
-    if planted and planted["test_auc"] - floor > 0.01:  # a share of no lift says nothing (--signal 0)
-        shares = [f"{ids} {(value['test_auc'] - floor) / (planted['test_auc'] - floor):.0%}"
-                  for (_, ids), value in means.items() if ids not in ("none", "planted")]
-        found.append("Share of the planted lift: " + ", ".join(shares))
+    found += shares_of_lift(cells)
     for name in dict.fromkeys(row["variant"] for row in data["rows"]):
         health = [row["health"] for row in data["rows"] if row["variant"] == name and "health" in row]
         if health:
@@ -771,8 +810,8 @@ def notes(data, cells):
     found += against_rivals(cells, data["metric"])
     found += lines_of_banks(data.get("banks", {}))
     if data.get("costs"):
-        found.append("Cost in forward passes of the LM (userip's and pepler's go back as often; without the "
-                     "population), and seconds: " + "; ".join(
+        found.append("Cost in forward passes of the LM (pepler's go back as often, userip's once less; "
+                     "without the task prompt), and seconds: " + "; ".join(
             f"{name} {passes:.1f} a {unit}, {seconds:.0f} s"
             for name, (unit, passes, seconds) in data["costs"].items()))
     for lm, by_what in data.get("lm_both", {}).items():
@@ -789,6 +828,24 @@ def notes(data, cells):
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
                  f"{data['date']}, {versions}")
     return "\n".join(f"- {line}." for line in found)
+
+
+def shares_of_lift(cells):
+    """A line for each variant that has the planted truth: how much of its lift in AUC over none rows have."""
+    lines = []
+    first = next(iter(cells))[0]
+    for name in dict.fromkeys(name for name, _, _ in cells):
+        auc = {}
+        for (variant, model, ids), by_seed in cells.items():
+            if (variant, model) == (name, "dcn"):
+                auc[ids] = np.mean([row["test_auc"] for row in by_seed.values()])
+        lift = auc.get("planted", 0) - auc.get("none", 1)
+        if lift > 0.01:  # a share of no lift says nothing (--signal 0)
+            shares = [f"{ids} {(value - auc['none']) / lift:.0%}" for ids, value in auc.items()
+                      if ids not in ("none", "planted")]
+            whose = "" if name == first else f"{name}: "
+            lines.append(f"{whose}Share of the planted lift: " + ", ".join(shares))
+    return lines
 
 
 def lines_of_banks(banks):

@@ -57,6 +57,17 @@ def test_the_bootstrap_draws_users_not_rows():
     assert np.ptp(tables.bootstrap([many])) < 0.6 * width
 
 
+def test_more_repetitions_on_the_same_users_say_nothing_more_about_users():
+    """Nine that differ by rounding alone: as wide as one. Of nine groups of users: a third as wide."""
+    users, labels, first, second = scores_of(0, users=60)
+    width = np.ptp(tables.bootstrap([(users, labels, first, second)]))
+    noise = 1e-9 * np.random.default_rng(1).normal(size=(9, len(users)))
+    same = [(users, labels, first + some, second) for some in noise]
+    assert np.ptp(tables.bootstrap(same)) == pytest.approx(width, rel=0.15)
+    others = [(users + 1000 * number, labels, first, second) for number in range(9)]
+    assert np.ptp(tables.bootstrap(others)) < 0.5 * width
+
+
 def test_the_bootstrap_draws_repetitions_too():
     """Two repetitions that agree on nothing: an interval from the one to the other, however many users."""
     users, labels, better, worse = scores_of(0, users=1500)
@@ -124,9 +135,9 @@ def data_of(*rows, **changes):
     """What collect() would have found."""
     rows = [row for group in rows for row in group]
     rows[-1]["health"] = HEALTH
-    return {"study": "demo", "metric": "test", "rows": rows, "base_rate_logloss": 0.654321, "intervals": {},
-            "stability": None, "versions": {"python": "3.x"}, "fields": "ids", "data_seed": 0,
-            "user_dropout": 0.7, "date": "2000-01-01", "code": "0", **changes}
+    return {"study": "demo", "metric": "test", "rows": rows, "base_rate_logloss": {"default": 0.654321},
+            "intervals": {}, "stability": None, "versions": {"python": "3.x"}, "fields": "ids",
+            "data_seed": 0, "user_dropout": 0.7, "date": "2000-01-01", "code": "0", **changes}
 
 
 def lines_of(data):
@@ -372,6 +383,44 @@ def test_a_repetition_is_one_of_everything_random_after_the_data(studies, monkey
     assert {int(run.name) for _, run, _ in calls[before:]} == {2} and len(calls) == before + 10
 
 
+def test_a_repetition_made_with_other_flags_is_made_anew(studies, monkeypatch, capsys):
+    module, calls = studies
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    module.STUDIES["small"]["no prior"] = module.variant(None, "--prior 2", fourth="--ids userip")
+    del calls[:]
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    assert {run.parent.name for _, run, _ in calls} == {"no-prior"} and calls[0][2][:2] == ["--prior", "2"]
+    assert "other flags made it" in capsys.readouterr().err
+    module.STUDIES["small"]["default"] = module.variant("--signal 1", "", "", "", f"--ids {IDS}")
+    del calls[:]
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")  # all take something from it
+    assert {run.parent.name for _, run, _ in calls} == {"default", "k-means", "no-prior"}
+
+
+def test_a_repetition_is_of_the_code_with_which_it_was_begun(studies, monkeypatch, capsys):
+    module, calls = studies
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    begun = module.code_fingerprint()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "call", killed)
+        module.repeat("small", "default", 0, None)
+    (module.ROOT / module.CODE[0]).write_text("edited")
+    assert module.code_fingerprint() != begun
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    printed = capsys.readouterr().err
+    assert "1 runs of small are older than the code" in printed
+    assert module.marks_in(module.folder("small", "default", 0))["code.json"]["code"] == begun
+    later = module.marks_in(module.folder("small", "K means", 0))["code.json"]
+    assert later["code"] == module.code_fingerprint()
+    monkeypatch.setitem(module.FROM, "folds", "small")
+    module.look_for_old_runs("folds", again=True)  # what it takes from another study is told, and stays
+    assert "1 runs of small are older" in capsys.readouterr().err
+    assert module.folder("small", "default", 0).exists()
+
+
 def test_a_repetition_s_figures_are_the_means_of_its_recommenders(studies, monkeypatch, capsys):
     module, _ = studies
     command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
@@ -433,7 +482,7 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
     none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
     assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
-    assert ("userip (default) 2.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
+    assert ("userip (default) 3.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
             "pepler (default) 3.0 a user, 2 s") in notes
     assert "lm-both, nats a token lost under a wrong word: hobby 1.00; another history: hobby 2.50" in notes
 
@@ -453,10 +502,11 @@ def test_a_fold_is_another_split_too(studies, monkeypatch):
         predictions = module.folder("folds", "default", seed) / "predictions"
         pair = [[np.load(predictions / f"dcn-{ids}-{number}-cold.npy") for number in range(3)]
                 for ids in ("userip", "random")]
-        columns.append((users, labels, *pair))
+        columns.append((np.array(WORLD.users)[users], labels, *pair))
     expected = module.bootstrap(columns)
     assert kept["intervals"]["default|dcn|userip"]["random"] == expected  # of cold rows too
-    assert kept["base_rate_logloss"] == pytest.approx(log_loss(cold, [rate] * len(cold)))  # of the rows shown
+    expected = {"default": pytest.approx(log_loss(cold, [rate] * len(cold)))}
+    assert kept["base_rate_logloss"] == expected  # of the rows shown
 
 
 def test_profiles_of_a_study_can_have_other_prompts_or_lack_their_words(prepared, tmp_path):

@@ -17,9 +17,9 @@ def rows_of(variant, aucs, **more):
 
 def data_of(rows, **more):
     """What collect() makes of runs, without intervals."""
-    return {"study": "own", "metric": "test", "rows": rows, "base_rate_logloss": 0.65, "intervals": {},
-            "stability": None, "versions": {"torch": "9"}, "fields": "ids", "user_dropout": 0.7,
-            "date": "2026-01-01", **more}
+    return {"study": "own", "metric": "test", "rows": rows, "base_rate_logloss": {"base": 0.65},
+            "intervals": {}, "stability": None, "versions": {"torch": "9"}, "fields": "ids",
+            "user_dropout": 0.7, "date": "2026-01-01", **more}
 
 
 def cells_of(text):
@@ -77,6 +77,17 @@ def test_the_lift_is_a_share_of_the_planted_one(tables):
     for ids in ("random", "userip"):
         assert f"{ids} {(np.mean(BASE[ids]) - floor) / (planted - floor):.0%}" in notes
     assert "planted" not in notes.replace("planted lift", "")
+
+
+def test_a_variant_of_other_rows_has_its_own_lift_and_constant(tables):
+    other = {"none": (0.5, 0.5), "userip": (0.53, 0.53), "planted": (0.6, 0.6)}
+    rates = {"base": 0.65, "the same rows": 0.65, "other rows": 0.61}
+    rows = rows_of("base", BASE) + rows_of("the same rows", {"userip": (0.6, 0.6)})
+    rows += rows_of("other rows", other)
+    cells, notes = cells_of(tables.table(data_of(rows, base_rate_logloss=rates)))
+    assert "- other rows: Share of the planted lift: userip 30%." in notes
+    constants = {ids: row["logloss"] for ids, row in cells.items() if "constant" in ids}
+    assert constants == {"constant: base rate": "0.6500", "constant: base rate: other rows": "0.6100"}
 
 
 def test_a_share_of_no_lift_is_not_given(tables):
@@ -207,7 +218,9 @@ def test_a_variant_takes_the_first_one_s_artifacts_of_the_same_repetition(tables
 
 def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkeypatch, prepared):
     """A variant's own none where it has one, else the first variant's; users are those of the test rows."""
-    data = common.load_dataset(prepared).rows(common.TEST)
+    dataset = common.load_dataset(prepared)
+    data = dataset.rows(common.TEST)
+    raw_ids = np.array(dataset.users)[data[:, 0]]
     study_of(tables, monkeypatch)
     given, rows = {}, []
     for name, ids in (("base", ("none", "random", "userip")), ("Same Theta", ("userip",)),
@@ -228,7 +241,7 @@ def test_intervals_are_of_each_repetition_s_own_rows_and_controls(tables, monkey
     for (name, where), control, repetitions in zip(expected, ["none", "random"] * 3, seen):
         assert len(repetitions) == 2
         for seed, (users, labels, first, second) in enumerate(repetitions):
-            assert np.array_equal(users, data[:, 0]) and np.array_equal(labels, data[:, 2])
+            assert np.array_equal(users, raw_ids) and np.array_equal(labels, data[:, 2])
             assert np.array_equal(first, [given[name, "userip", seed]])
             assert np.array_equal(second, [given[where, control, seed]])
 
@@ -239,7 +252,7 @@ def test_intervals_of_cold_users_are_against_the_rows_that_their_table_names(tab
     folder, cold = copy_run(prepared, tables.folder("own", "base", 0)), np.array(data.interactions)
     cold[::2, 3] = common.COLD
     count = len(cold[::2])
-    monkeypatch.setattr(common, "load_dataset", lambda run: common.Dataset(cold, [], [], [], ""))
+    monkeypatch.setattr(common, "load_dataset", lambda run: common.Dataset(cold, data.users, [], [], ""))
     monkeypatch.setattr(tables, "common", common)
     (folder / "predictions").mkdir()
     given, ids = {}, ("none", "random", "metadata", "userip")
@@ -252,7 +265,8 @@ def test_intervals_of_cold_users_are_against_the_rows_that_their_table_names(tab
     assert tables.intervals("own", rows, 1, "cold", 1) == {
         "base|dcn|userip": {"none": [0, 1], "metadata": [0, 1]}}
     for control, (users, labels, first, second) in zip(("none", "metadata"), seen):
-        assert np.array_equal(users, cold[::2, 0]) and np.array_equal(labels, cold[::2, 2])
+        assert np.array_equal(users, np.array(data.users)[cold[::2, 0]])
+        assert np.array_equal(labels, cold[::2, 2])
         assert np.array_equal(first, [given["userip"]]) and np.array_equal(second, [given[control]])
 
 
