@@ -1089,6 +1089,9 @@ def parse_review(line):
         first(record, "overall", "rating", "stars"), first(record, "unixReviewTime", "timestamp") or date)
 
 
+BYLINE = re.compile(r"\s*by\s*\n")  # before some brands of Amazon's files of 2018: "by" and a new line
+
+
 def parse_product(line):
     """{id, title, brand, categories, price, level}, None or empty where missing."""
     record = parse_record(line)
@@ -1096,16 +1099,17 @@ def parse_product(line):
     # names into one text, separated by commas. At most three are kept.
     found = first(record, "categories", "category") or [""]
     path = found[0] if isinstance(found[0], list) else found
-    names = path.split(",") if isinstance(path, str) else path[-1:]
-    categories = [clean_text(name).lower() for name in names]
+    names = path.split(",") if isinstance(path, str) else path
+    cleaned = [clean_text(name).lower() for name in names]
+    categories = [name for name in cleaned if name not in MISSING]  # a leaf may be markup alone
     details = record.get("attributes")  # of Yelp, with a price range from 1 to 4
     price_range = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
-    brand = clean_text(first(record, "brand", "store")).lower()
+    brand = clean_text(BYLINE.sub("", str(first(record, "brand", "store")), count=1)).lower()
     return {
         "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
         "title": clean_text(first(record, "title", "name")),
         "brand": "" if brand in MISSING else brand,
-        "categories": [name for name in categories if name not in MISSING][:3],
+        "categories": categories[:3] if isinstance(path, str) else categories[-1:],
         "price": price_of(first(record, "price")),
         "level": YELP_PRICES.get(re.sub(r"\D", "", str(price_range)))}
 

@@ -232,6 +232,8 @@ def train(model, train_rows, validation_rows, unknown_user, args):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if ids.is_cuda:
+            torch.cuda.synchronize()  # else the clock would stop before the GPU does
         seconds += time.perf_counter() - start
         scores = predict(model, validation_rows[0])
         if not np.isfinite(scores).all():
@@ -541,6 +543,8 @@ def parse_arguments():
     unknown = [name for name in args.models if name not in MODELS]
     if unknown:
         parser.error(f"--models: unknown {', '.join(unknown)}; known: {', '.join(MODELS)}")
+    if args.user_dropout and args.fields == "attributes":
+        parser.error("--fields attributes goes without --user-dropout: there is no user id to hide")
     return args
 
 
@@ -603,6 +607,9 @@ def read_bank(run, name, dataset):
     check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
+    elif "profiles_fingerprint" in facts:  # a rival that stage 02's LLM made
+        profiles = load(run, "profiles.json", ("fingerprint",))
+        check_same(run, bank, "profiles.npy", facts["profiles_fingerprint"], profiles["fingerprint"])
     shape = (len(dataset.users), len(sizes))
     if codes.dtype.kind not in "iu" or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
         raise UserError(f"{bank} holds {codes.dtype} {codes.shape}; wanted are integers {shape} from 0 to "
@@ -766,6 +773,7 @@ def save(args, dataset, inputs, files):
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
         "quantizer": quantizer, "dataset_fingerprint": dataset.fingerprint(),
+        "fingerprints": inputs.fingerprints(dataset),
         "command": "python " + " ".join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
@@ -788,7 +796,9 @@ def main():
     device = pick_device(args.device)
     dataset, inputs = read_inputs(args)
     args.batch_size = args.batch_size or min(1024, max(128, len(dataset.rows(TRAIN)) // 80))
-    if args.user_dropout is None:
+    if args.fields == "attributes":
+        args.user_dropout = 0.0  # there is no user id to hide
+    elif args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
     announce("04 train CTR", args, "stage 01's files and the banks")
     # A finished row is a file in a folder that is named after all on which rows depend: data, banks, flags,

@@ -321,11 +321,16 @@ def main():
     methods = {"kar": kar, "pepler": pepler, "rella": rella}
     parser = common.Parser(__doc__)
     parser.add_argument("method", choices=methods, help="which")
-    parser.add_argument("--rows", type=common.at_least(1), help="score the first so many rows of a split")
-    world = World(parser.parse_args())
-    banks, figures = methods[world.args.method](world)
+    parser.add_argument("--rows", type=common.at_least(1),
+                        help="pepler, rella: score the first so many rows of a split")
+    args = parser.parse_args()
+    if args.rows and args.method == "kar":
+        parser.error("kar scores no rows: leave out --rows")
+    world = World(args)
+    banks, figures = methods[args.method](world)
     for name, columns in banks.items():
-        controls.save_bank(world.args.run, name, columns, world.dataset, f"tools/baselines.py: {name}")
+        controls.save_bank(args.run, name, columns, world.dataset, f"tools/baselines.py: {name}",
+                           profiles_fingerprint=world.problem.facts["fingerprint"])
     common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
         "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})
 

@@ -234,7 +234,8 @@ def main():
             continue
         try:
             columns = CONTROLS[name](problem, sizes, device, args.seed)
-            more = {}
+            # What the LLM made is of its prompt and mask, which stage 02 may change when it runs again.
+            more = {} if name in WITHOUT_LLM else {"profiles_fingerprint": problem.facts["fingerprint"]}
             # After 02 --users the theta of the first run's users may have seen what are validation rows now.
             if name == "words" and not problem.facts["rows_kept"]:
                 more["heldout_nll"], more["heldout_error"] = nll_of_words(problem, columns, device)

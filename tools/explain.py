@@ -237,11 +237,12 @@ class Explainer:
         found = {}
         sample = rng.permutation(known)[:SAMPLE]
         own = np.array([self.nll(user, theta[user]) for user in sample])
-        found["nats per token"] = {"users": len(sample), "under own theta": float(own.mean())}
+        what = "nats per token of the histories that theta was fitted to"
+        found[what] = {"users": len(sample), "under own theta": float(own.mean())}
         if len(sample) > 1:
             pairs = zip(sample, np.roll(sample, 1))
             other = np.array([self.nll(user, theta[stranger]) for user, stranger in pairs])
-            found["nats per token"] |= {
+            found[what] |= {
                 "under another user's": float(other.mean()),
                 "share of users for whom the other's is worse": float((other > own).mean())}
         if self.truth is None:

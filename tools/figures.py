@@ -300,9 +300,13 @@ def main():
     problem, truth = quantize.read_problem(args.run)
     common.load(args.run, "profiles.json", ("train_nll_steps", "heldout_nll"))
     quantized, bank = quantize.read_bank(problem)
-    results = common.load(args.run, "results.json", ("summary", "rows", "dataset_fingerprint"))
-    common.check_same(args.run, "results.json", "dataset", results["dataset_fingerprint"],
+    results = common.load(args.run, "results.json", ("summary", "rows", "fingerprints"))
+    common.check_same(args.run, "results.json", "dataset", results["fingerprints"]["dataset"],
                       problem.dataset.fingerprint())
+    trained_with = results["fingerprints"].get("bank userip")
+    if trained_with:
+        common.check_same(args.run, "results.json", "feature_bank.npy", trained_with,
+                          common.fingerprint(bank, quantized["codes"]))
     likelihood, histories, space, tokenizer = problem.open_likelihood(torch.device("cpu"))
     attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.words_mean)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,

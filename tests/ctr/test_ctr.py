@@ -382,6 +382,14 @@ def test_cells_side_by_side_are_bit_for_bit_those_of_one_process(inferred, tmp_p
     assert len(predictions) == 6
 
 
+def test_without_a_user_id_none_is_hidden(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    flags = ["--run", run, "--seeds", 1, "--epochs", 1, "--ids", "none", "--fields", "attributes"]
+    call_stage(ctr, *flags)
+    assert json.loads((run / "results.json").read_text())["user_dropout"] == 0
+    assert "no user id to hide" in refused(capsys, *flags, "--user-dropout", 0.5)
+
+
 def test_every_flag_of_stage_04_changes_a_number(inferred, tmp_path, monkeypatch):
     run, original, scored = copy_run(inferred, tmp_path / "run"), ctr.predict, []
     monkeypatch.setattr(ctr, "predict", lambda *args: scored.append(1) or original(*args))

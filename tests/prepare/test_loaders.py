@@ -433,6 +433,17 @@ def test_any_csv_ends_in_valid_artifacts_or_one_line(rows, raw_bytes, tmp_path):
         check_artifacts(run)
 
 
+@pytest.mark.parametrize("brand, categories, wanted", [
+    ("by\n    \n    Intuit", ["Software", "Accounting"], ("intuit", ["accounting"])),
+    ("By Invitation", ["Games", "Games for PC"], ("by invitation", ["games for pc"])),
+    ("Intuit", ["Games", "PC Games", "</span></span></span>"], ("intuit", ["pc games"])),
+    (None, "Bars, , Pizza, Food, Wine", ("", ["bars", "pizza", "food"]))])
+def test_brand_and_category_of_a_product(brand, categories, wanted):
+    """Some lines of 2018 have "by" and a new line before the brand, some markup at the path's end."""
+    found = prepare.parse_product(json.dumps({"asin": "I1", "brand": brand, "category": categories}).encode())
+    assert (found["brand"], found["categories"]) == wanted
+
+
 @property_settings(max_examples=40, deadline=None, derandomize=True,
                    suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(records=st.lists(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5),

@@ -324,6 +324,13 @@ def test_invented_people_have_as_many_titles_as_the_lm_has_room_for(world):
     assert lm_both.shortened(world.tokenizer, traits, people, 1000) == people
 
 
+def test_kar_scores_no_rows(runs, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["baselines.py", "kar", "--rows", "5"])
+    with pytest.raises(SystemExit) as stop:
+        baselines.main()
+    assert stop.value.code == 2 and "leave out --rows" in capsys.readouterr().err
+
+
 def test_history_first_is_the_text_turned_round_and_knows_where_the_word_begins(world):
     traits = [common.Trait(profile, world.dataset.items) for profile in world.dataset.profiles]
     people = [({0: "music", 1: "student"}, [" A;", " B b;"]), ({1: "engineer"}, [" C;"])]

@@ -218,6 +218,20 @@ def test_each_bank_has_its_card_and_stage_04_takes_it(cold_runs, tmp_path):
     assert [row["ids"] for row in common.load(run, "results.json")["rows"]] == ["none", *sizes]
 
 
+def test_a_bank_that_the_llm_made_is_of_the_stage_02_of_then(cold_runs, tmp_path):
+    """Its prompt and mask are stage 02's. Banks without an LLM stay."""
+    run = copy_run(cold_runs["clean"], tmp_path / "run")
+    facts = common.load(run, "profiles.json")
+    common.save_json(run / "profiles.json", facts | {"fingerprint": "of another run"})
+    for name in ("metadata", "generosity", "mf", "text", "hidden", "words"):
+        flags = ["--run", run, "--seeds", 1, "--epochs", 1, "--ids", f"none,{name}"]
+        if name in controls.WITHOUT_LLM:
+            call_stage(ctr, *flags)
+        else:
+            with pytest.raises(common.UserError, match=f"feature_bank_{name}.npy was made from another"):
+                call_stage(ctr, *flags)
+
+
 def test_a_bank_is_made_again_to_the_byte_and_with_other_sizes(cold_runs, tmp_path, capsys):
     run = copy_run(cold_runs["clean"], tmp_path / "run")
     before = (run / "feature_bank_mf.npy").read_bytes()

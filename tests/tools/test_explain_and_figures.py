@@ -183,9 +183,11 @@ def test_figures_of_a_bank_or_results_of_another_run_are_refused(inferred, tmp_p
     run = copy_run(inferred, tmp_path / "run")
     ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 1))
     facts = common.load(run, "results.json")
-    common.save_json(run / "results.json", facts | {"dataset_fingerprint": "another"})
-    refused = fork_stage("tools/figures.py", "--run", run)
-    assert refused.returncode == 2 and "results.json was made from another dataset" in refused.stderr
+    for made_from, name in (("dataset", "dataset"), ("bank userip", "feature_bank.npy")):
+        common.save_json(run / "results.json", facts | {
+            "fingerprints": facts["fingerprints"] | {made_from: "another"}})
+        refused = fork_stage("tools/figures.py", "--run", run)
+        assert refused.returncode == 2 and f"results.json was made from another {name}" in refused.stderr
     np.save(run / "feature_bank.npy", np.load(run / "feature_bank.npy")[::-1])
     refused = fork_stage("tools/figures.py", "--run", run)
     assert refused.returncode == 2 and "feature_bank.npy was made from another" in refused.stderr
@@ -213,7 +215,8 @@ def test_nobody_is_compared_with_themselves(inferred):
     user = int(np.flatnonzero(explainer.problem.inferred)[0])
     explainer.problem.inferred = np.arange(len(explainer.bank)) == user
     assert explainer.card(user)[-1].count("under ") == 2
-    figures = explainer.statistics(np.random.default_rng(0))["nats per token"]
+    statistics = explainer.statistics(np.random.default_rng(0))
+    figures = statistics["nats per token of the histories that theta was fitted to"]
     assert set(figures) == {"users", "under own theta"}
 
 
