@@ -424,7 +424,7 @@ def bootstrap(repetitions, seed=0):
         times_drawn = np.bincount(drawn, minlength=len(everybody)).astype(float)
         for at in rng.integers(len(prepared), size=len(prepared)):
             users, labels, first, second = prepared[at]
-            weights = times_drawn[users]
+            weights = times_drawn[users]  # of each row
             if 0 < (weights * labels).sum() < weights.sum():
                 found.append(mean_auc(first, labels, weights) - mean_auc(second, labels, weights))
         differences += [np.mean(found)] if found else []

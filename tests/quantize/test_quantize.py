@@ -250,7 +250,7 @@ def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_s
     assert torch.allclose(own.grad, gradient[users], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("learn", ["joint VQ", "em"])
+@pytest.mark.parametrize("learn", ["vq", "em"])
 def test_a_likelihood_that_is_not_finite_is_one_line_with_the_flag_of_stage_02(learn, world):
     problem, likelihood, space = stub_problem(world, [np.arange(4), np.arange(5, 9)])
 
