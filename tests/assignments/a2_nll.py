@@ -15,9 +15,9 @@ in nats, one number a user. Four things go wrong in practice, and a test watches
     a user with 3 titles must not be pulled as hard as that of a user with 30);
   * overflow: exp of a logit of 1,000 is infinity, its log-likelihood is not.
 
-The vocabulary projection is a quarter of the work of a GPT-2. Count: how many of the (P + H) B rows do you
-need to project? Stage 02's `TokenNLL` goes one step further and never holds all of their logits at once; read
-it after you have passed.
+The vocabulary projection is nearly a third of the work of a GPT-2. Count: how many of the (P + H) B rows do
+you need to project? Stage 02's `TokenNLL` goes one step further and never holds all of their logits at once;
+read it after you have passed.
 """
 
 

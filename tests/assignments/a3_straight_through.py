@@ -12,11 +12,12 @@ the identity. With sg[.] the stop-gradient (`.detach()`), write
 Norms are sums over d, one number for each row of theta.
 
 The tests look at values (codes against brute force) and then at gradients, term by term: what reaches theta,
-what reaches the codebook, and what must not. In the second of them a loss on `quantized` must leave the
+what reaches the codebook, and what must not. In the first of these a loss on `quantized` must leave the
 codebook alone: the recommender speaks to theta, theta speaks to the codebook.
 
-Then, on paper: with alpha = beta = .001 and one learning rate for all (the paper's section 3.4), how far does
-each term move things under Adam, whose step does not depend on the size of a gradient?
+Then, on paper: with beta = .001, one learning rate for all (the paper's section 3.4) and alpha = .001, too,
+of which it says nothing, how far does each term move things under Adam, whose step does not depend on the
+size of a gradient?
 `python 03_quantize.py --paper` shows what becomes of it.
 """
 

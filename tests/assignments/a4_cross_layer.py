@@ -10,7 +10,7 @@ price of 2 n parameters.
 Write it for a batch, first as it stands. Then look closer: every x_l is a number times x_0 plus a vector that
 is the same for all rows. Find the recursion for that number and that vector and you need a single matrix
 product for all layers. The project's own `CrossNetwork` is the plain loop; `FoldedDCN` in
-tests/bench_serving.py is built on the recursion. Either way of writing it passes.
+tests/bench/bench_serving.py is built on the recursion. Either way of writing it passes.
 
 The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, and
 that zero layers are the identity.

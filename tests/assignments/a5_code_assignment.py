@@ -8,10 +8,10 @@ The ids of all users wait in the feature bank, int16 (U, M). A user without a hi
 give him the code K_m of each profile, one beyond the codebook, which means unknown, and which the
 recommender's embedding table has a row for.
 
-Then measure the codebook. One that starts as noise, far from every theta, ends with a single code in use
-(`python 03_quantize.py --start random`), and nobody sees it who only looks at a loss. Perplexity, exp of the
-entropy (in nats) of how often each code is used, says how many codes are at work: 1 when all users share one,
-K when all are used alike. Codes that nobody uses count as zero, not as NaN.
+Then measure the codebook. One that starts far from every theta may end with a single code in use, and nobody
+sees it who only looks at a loss. Perplexity, exp of the entropy (in nats) of how often each code is used,
+says how many codes are at work: 1 when all users share one, K when all are used alike. Codes that nobody uses
+count as zero, not as NaN.
 
 The tests compare with brute force over users and codes, check that a user's id depends on him and the
 codebooks alone (not on who else is in the batch), ties (the lowest code wins), the unknown code, and

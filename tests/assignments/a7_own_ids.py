@@ -8,8 +8,14 @@ run's folder under a name of yours, with a card that says what it is:
 
 A code of column m is one of 0 ... K_m - 1; the value K_m means unknown, and nothing else does. Think of
 something that a user's rows say about him: the decade he likes, his share of likes in eight steps, the item
-he likes most, clusters of whatever you can count. Write it, put it into the table, see whether it wins:
+he likes most, clusters of whatever you can count. Write it, put it into the table, see whether it wins. In
+the project's folder:
 
+    python
+    >>> from pathlib import Path
+    >>> from tests.assignments.a7_own_ids import write_bank
+    >>> write_bank(Path("runs/demo"), "NAME")
+    >>> exit()
     python 04_train_ctr.py --run runs/demo --ids none,random-NAME,NAME,userip
 
 `random-NAME` is your bank's own control: uniform codes, as many as yours. An id that does not beat it says
@@ -20,7 +26,8 @@ The rules of evidence are the same for everybody, and the tests hold you to them
   * codes are made from training and support rows alone (common.SEEN). Support rows are training rows of users
     whom the recommender will not meet: they must not end up as unknown, for these users are where an id pays;
   * a user without such a row has the unknown code in every column;
-  * whatever happens to a label or an item of a validation, test or cold row, no code changes;
+  * the same rows give the same codes: seed what is random;
+  * whatever happens to the user, label or item of a validation, test or cold row, no code changes;
   * the card carries the fingerprint of the data set that the codes were made from, so that stage 04 can
     refuse a bank that was made from another.
 

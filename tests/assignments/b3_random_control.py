@@ -9,10 +9,10 @@ users. In the first world a user's type decides what he likes; in the second it 
     types decide:  AUC none 0.658, random 0.613, shuffled 0.637, profile 0.688
     types are air: AUC none 0.651, random 0.600, shuffled 0.629, profile 0.628
 
-The authors point at the last line: profile ids beat random ids by .03, on every seed, so there must be
-something in them. There cannot be. Nothing leaks (`evaluate` learns from training rows alone), all four are
-trained on the same split, and a meaningless id may well cost a little, for it cuts the training rows into
-smaller cells. But two controls that know nothing should cost the same.
+The authors point at the last line: profile ids beat random ids by .03, and on every seed by something, so
+there must be something in them. There cannot be. Nothing leaks (`evaluate` learns from training rows alone),
+all four are trained on the same split, and a meaningless id may well cost a little, for it cuts the training
+rows into smaller cells. But two controls that know nothing should cost the same.
 
 Find the function, say in a sentence what its control differs in beside knowing nothing, and mend it inside.
 What is left of the authors' claim? Then look for the guard in the project: where do the code counts of

@@ -126,7 +126,7 @@ def test_a2_padding_changes_nothing(work):
     other, states = ids.clone(), hidden.clone()
     for user, length in enumerate(lengths):
         other[user, length:] = 7
-        states[user, prompt + length:] = 1e6
+        states[user, prompt + length:] = torch.nan
     first = work.history_nll(hidden, weight, prompt, ids, lengths)
     second = work.history_nll(states, weight, prompt, other, lengths)
     assert torch.allclose(first, second)
@@ -322,11 +322,16 @@ def bank_world():
 
 
 def changed(dataset, splits, seed=0):
-    """The same data set with other items and turned labels in the rows of these splits."""
+    """The same data set with other users, items and labels in the rows of these splits.
+
+    Users are drawn among those who have such rows: nobody comes to have rows of a split who had none.
+    """
     interactions = dataset.interactions.copy()
     chosen = np.isin(interactions[:, 3], splits)
-    interactions[chosen, 1] = np.random.default_rng(seed).integers(len(dataset.items), size=chosen.sum())
-    interactions[chosen, 2] ^= 1
+    rng = np.random.default_rng(seed)
+    interactions[chosen, 0] = rng.choice(np.unique(interactions[chosen, 0]), size=chosen.sum())
+    interactions[chosen, 1] = rng.integers(len(dataset.items), size=chosen.sum())
+    interactions[chosen, 2] = rng.integers(2, size=chosen.sum())
     return common.Dataset(interactions, *list(vars(dataset).values())[1:])
 
 
@@ -351,7 +356,8 @@ def test_a7_no_other_row_changes_a_code(work, bank_world):
     codes, sizes = work.make_bank(bank_world)
     hidden = (common.VALIDATION, common.TEST, common.COLD)
     poisoned, its_sizes = work.make_bank(changed(bank_world, hidden))
-    assert np.array_equal(codes, poisoned) and list(sizes) == list(its_sizes)
+    assert np.array_equal(codes, poisoned) and list(sizes) == list(its_sizes), (
+        "other validation, test or cold rows, other codes (or something random that is not seeded)")
 
 
 @pytest.mark.a7
@@ -475,6 +481,9 @@ def test_a9_the_directions_that_are_kept_are_the_longest(work):
     kept = torch.linalg.eigvalsh(full.T @ full)[-2:].sum()
     assert float(basis.pow(2).sum()) == pytest.approx(float(kept), rel=1e-3), "the two of the most variance"
     assert float((basis[0] @ basis[1]).abs()) < 1e-3, "principal directions are orthogonal"
+    assert basis[0].norm() > basis[1].norm(), "the longest first"
+    nearest = torch.linalg.lstsq(basis.T, (vectors - vectors_mean(vectors, counts)).T).solution.T
+    assert torch.allclose(coordinates, nearest, atol=1e-3), "the coordinates of the nearest point"
 
 
 @pytest.mark.a9
@@ -505,6 +514,10 @@ def test_a9_gradient_in_z_against_finite_differences(work, prior):
         assert torch.allclose(found[:, at], slope, atol=1e-5), f"direction {at}"
 
 
+def vectors_mean(vectors, counts):
+    return (counts.sqrt() / counts.sqrt().sum()) @ vectors
+
+
 def reference_prior(vectors, counts):
     return importlib.import_module("assignments.reference").a9.prior_of_words(vectors, counts, 16)
 
@@ -525,6 +538,9 @@ def test_b1_task_and_history_still_see_everything(work):
     visible = work.PromptedLM(model, [[1, 2], [3]], [4, 5]).visibility(3)
     assert visible.shape == (10, 10)
     assert torch.equal(visible[5:], torch.ones(10, 10, dtype=torch.bool).tril()[5:])
+    own = torch.ones(5, 5, dtype=torch.bool).tril()
+    own[3:, :3] = False  # x^1 x^1 theta^1 are not for x^2 theta^2
+    assert torch.equal(visible[:5, :5], own) and not visible[:5, 5:].any()
 
 
 @pytest.mark.b2

@@ -60,7 +60,17 @@ def constant(dataset):
     return np.where(codes == 8, 2, 0), [2]
 
 
+def count_of_rows(splits, dataset):
+    """Column 1: the share of likes among rows that may be seen; column 2: how many rows of these splits."""
+    codes, sizes = share_of_likes(common.SEEN, 8, dataset)
+    count = np.bincount(dataset.rows(splits)[:, 0], minlength=len(dataset.users))
+    count = np.where(codes[:, 0] == 8, 16, np.minimum(count, 15))
+    return np.stack([codes[:, 0], count], axis=1), [*sizes, 16]
+
+
 a7 = {"looks at every row": solution(splits=range(5)),
+      "counts every row": solution(make=functools.partial(count_of_rows, range(5))),
+      "counts test rows": solution(make=functools.partial(count_of_rows, (common.TEST,))),
       "leaves cold users unknown": solution(splits=(common.TRAIN,)),
       "gives strangers code 0": solution(unknown=0),
       "a constant": solution(make=constant),
@@ -132,6 +142,18 @@ def not_centred(vectors, counts, rank):
     return origin, size[:, None] * directions.T, left / share.sqrt()[:, None]
 
 
+def the_shortest_first(vectors, counts, rank):
+    origin, basis, coordinates = reference.prior_of_words(vectors, counts, rank)
+    return origin, basis.flip(0), coordinates.flip(1)
+
+
+def coordinates_of_all_directions(vectors, counts, rank):
+    """Each longer by what was left out."""
+    origin, basis, coordinates = reference.prior_of_words(vectors, counts, rank)
+    left_out = (len(vectors) - 1) / basis.shape[0]
+    return origin, basis, left_out * coordinates
+
+
 def prior_forgotten(gradient, basis, z, prior):
     return gradient @ basis.T
 
@@ -139,6 +161,8 @@ def prior_forgotten(gradient, basis, z, prior):
 a9 = {"weights are the counts": {"prior_of_words": weights_without_roots},
       "directions of length 1": {"prior_of_words": directions_of_length_1},
       "words not centred": {"prior_of_words": not_centred},
+      "the shortest direction first": {"prior_of_words": the_shortest_first},
+      "coordinates too long where directions are left out": {"prior_of_words": coordinates_of_all_directions},
       "the prior forgotten": {"gradient_in_z": prior_forgotten}}
 a9 = {name: SimpleNamespace(**{**vars(reference.a9), **change}) for name, change in a9.items()}
 
