@@ -549,7 +549,8 @@ def parse_arguments():
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
         help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
-    add("--alpha", type=at_least(0, float, 1e6), default=1.0, help="of l_vec, Eq. 7 (paper: not given)")
+    add("--alpha", type=at_least(0, float, 1e6), default=1.0,
+        help="of l_vec beside l_llm, Eq. 7 (paper: not given)")
     add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")

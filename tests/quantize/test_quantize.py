@@ -492,10 +492,13 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
 
     base = numbers()
     assert base == numbers()
-    for flags in (("--alpha", 3), ("--beta", 2), ("--llm-loss",), ("--quantizer", "kmeans"),
-                  ("--quantizer", "words"), ("--quantizer", "em", "--codes", "2,2"),
-                  ("--start", "random"), ("--epochs", 3), ("--warm-up", 2),
-                  ("--lr", 0.2), ("--batch-users", 20), ("--paper",), ("--codes", "3,3"), ("--seed", 1)):
+    # The weight of l_vec beside l_llm: alone it changes nothing, for Adagrad divides a gradient by its size.
+    with_llm = numbers("--llm-loss")
+    assert with_llm != base and numbers("--llm-loss", "--alpha", 3) != with_llm
+    for flags in (("--beta", 2), ("--quantizer", "kmeans"), ("--quantizer", "words"),
+                  ("--quantizer", "em", "--codes", "2,2"), ("--start", "random"), ("--epochs", 3),
+                  ("--warm-up", 2), ("--lr", 0.2), ("--batch-users", 20), ("--paper",),
+                  ("--codes", "3,3"), ("--seed", 1)):
         assert numbers(*flags) != base, flags
     em = ("--assign", "likelihood", "--codes", "4,2", "--epochs", 1)
     base = numbers(*em)
