@@ -339,8 +339,6 @@ def fit_task(likelihood, space, histories, args):
     likelihood.task). Note: fewer than 5 users leave no judge; then all trials are equal and the first, the
     text, stays. Histories are of training (of cold users: support) rows: no other row influences theta.
     """
-    if not likelihood.task.numel():  # a prompt without a task
-        return likelihood.task
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
@@ -679,7 +677,8 @@ def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     wide = fit_space(likelihood, tokenizer, dataset.profiles)
     if args.space == "words":
         wide = words_space(wide, dataset.profiles, args.rank)
-    wide.task = fit_task(likelihood, wide, histories, args)
+    if likelihood.task.numel():  # the prompt has a task
+        wide.task = fit_task(likelihood, wide, histories, args)
     return wide
 
 

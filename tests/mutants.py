@@ -416,7 +416,7 @@ MUTANTS["02_infer_profiles.py"] = [
      "test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win"),
     ("the LLM's own words weigh as the items' do", "if len(counts) < 2:  # as in", "if not counts:  # as in",
      "test_one_word_spans_nothing_so_the_llm_s_own_are_taken"),
-    ("nothing is learned of a task that is not there", "if not likelihood.task.numel():", "if False:",
+    ("nothing is learned of a task that is not there", "if likelihood.task.numel():", "if True:",
      "test_a_prompt_without_a_task_has_nothing_to_learn"),
     ("titles not seen may have no likelihood",
      'check_finite(nll, f"the likelihood of some titles ({name})", likelihood.dtype)', "pass",

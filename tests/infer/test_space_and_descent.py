@@ -293,13 +293,14 @@ def test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win(wor
 
 # ---------------------------------------------------------------- the task prompt
 
-def test_a_prompt_without_a_task_has_nothing_to_learn(world):
+def test_a_prompt_without_a_task_has_nothing_to_learn(world, tmp_path):
     dataset = copy.deepcopy(world[0])
     dataset.task_prompt = ""
     model, tokenizer = make_lm("gpt2")
     likelihood = likelihood_of(model, tokenizer, dataset)
-    space = space_of(likelihood, tokenizer, dataset)
-    assert infer.fit_task(likelihood, space, some_histories(), settings(task_steps=5)).shape == (0, 32)
+    args = settings(task_steps=5, users=None, space="users", rank=16)
+    space = infer.make_wide(tmp_path, likelihood, tokenizer, some_histories(), dataset, args)
+    assert space.task.shape == (0, 32)
     z, path = solve_block(likelihood, space, some_histories(), [0, 1], steps=2)
     assert (path[-1] < path[0]).all() and z.isfinite().all()
 
