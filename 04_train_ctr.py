@@ -10,8 +10,9 @@ Eq. (9) without its second term: DEVIATION(1). DEVIATION(k): row k of README's d
 A *bank* holds M codes of every user. --ids names the banks that are compared, one row of the results each:
 `userip` (ours), `none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted`
 (the demo's truth) or NAME, a bank of your own: feature_bank_NAME.npy, int (U, M'), and its .json, {codes:
-[K_1, ...], dataset_fingerprint, made_by}, the last for people alone; random-NAME and shuffled-NAME are its
-controls. A repetition draws anew: random codes, the shuffle, first weights, dropout, the order of rows.
+[K_1, ...], dataset_fingerprint, made_by}, the last for people alone, and profiles_fingerprint where the bank
+depends on stage 02; random-NAME and shuffled-NAME are its controls. A repetition draws anew: random codes,
+the shuffle, first weights, dropout, the order of rows.
 Cold users (01 --cold-users) have codes, inferred from SUPPORT rows, but no training rows: what codes are
 worth for users whom the recommender has never seen is measured on their other rows (cold_auc and so on).
 
@@ -772,8 +773,7 @@ def save(args, dataset, inputs, files):
     save_json(args.run / "results.json", {
         "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
-        "quantizer": quantizer, "dataset_fingerprint": dataset.fingerprint(),
-        "fingerprints": inputs.fingerprints(dataset),
+        "quantizer": quantizer, "fingerprints": inputs.fingerprints(dataset),
         "command": "python " + " ".join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})

@@ -218,7 +218,7 @@ def guarded(main, when_full="take fewer users"):
 
 
 def is_out_of_memory(error):
-    """Was there too little memory? On a CPU PyTorch raises a plain RuntimeError then."""
+    """Was there too little memory? PyTorch on a CPU raises a RuntimeError then, the system an OSError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, (RuntimeError, OSError)) and "allocate memory" in str(error)

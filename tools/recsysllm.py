@@ -809,8 +809,8 @@ def dcn_figures(run, dataset, rows, at):
     """
     if not (run / "results.json").exists():
         return {}
-    facts = common.load(run, "results.json", ("dataset_fingerprint", "rows"))
-    common.check_same(run, "results.json", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
+    facts = common.load(run, "results.json", ("fingerprints", "rows"))
+    common.check_same(run, "results.json", "dataset", facts["fingerprints"]["dataset"], dataset.fingerprint())
     found = {}
     for row in facts["rows"]:
         if row["model"] == "dcn" and row["ids"] in ("none", "userip") and row["seed"] == 0:

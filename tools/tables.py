@@ -245,6 +245,7 @@ def marks_in(run):
     for path in (run / "code.json", run / "begun.json"):
         if path.exists():
             mark = json.loads(path.read_text(encoding="utf-8"))
+            # An earlier version wrote the code alone.
             found[path.name] = mark if isinstance(mark, dict) else {"code": mark, "settings": None}
     return found
 
@@ -351,13 +352,14 @@ def look_for_old_runs(study, again):
     """Say which runs are older than the code; with `again`, forget the study's own."""
     if again:
         shutil.rmtree(ROOT / "runs" / "studies" / study, ignore_errors=True)
+    code = code_fingerprint()
     for place in dict.fromkeys((study, FROM.get(study, study))):  # what it takes from another study, too
-        runs = (ROOT / "runs" / "studies" / place).glob("*/*")
-        marks = [mark for run in runs for mark in marks_in(run).values()]
-        old = [mark for mark in marks if mark["code"] != code_fingerprint()]
+        old = 0
+        for run in (ROOT / "runs" / "studies" / place).glob("*/*"):
+            old += any(mark["code"] != code for mark in marks_in(run).values())
         if old:
-            print(f"WARNING: {len(old)} runs of {place} are older than the code; --again makes them anew",
-                  file=sys.stderr)
+            print(f"WARNING: {old} runs of {place} are older than the code; {place} --again makes them "
+                  "anew", file=sys.stderr)
 
 
 def repetitions_of(study, name, seeds):
