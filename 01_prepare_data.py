@@ -237,7 +237,8 @@ def build(source, args):
     split[order[int(n * 0.9):]] = TEST  # of it the second half
     # --cold-users: a share of the users is kept from the recommenders of stage 04. Their training rows become
     # SUPPORT, from which profiles may be inferred; all their other rows become COLD, for evaluation.
-    # Note: no other draw has the number 13, for stage 02 draws users, too, and must draw others.
+    # Note: 13 is the number of this draw alone. Stage 02 draws users from --seed, too; with the same number
+    # it might draw the very users who are cold here.
     shuffled = np.random.default_rng((args.seed, 13)).permutation(len(user_ids))
     n_cold = round(args.cold_users * len(user_ids))
     if args.cold_users and n_cold in (0, len(user_ids)):
@@ -381,7 +382,9 @@ def show_words(profile, items):
     """The commonest words of a profile; WARNING where most items have none."""
     words = profile["words"]
     enough = len(words) > 1  # a single word tells nobody apart: stage 02 then takes the LLM's own words
-    commonest = ", ".join(f"{word} {count:,d}" for word, count in list(words.items())[:6])
+    are_counted = len(set(words.values())) > 1  # words that a flag gave have the count 1 each
+    commonest = ", ".join(f"{word} {count:,d}" if are_counted else word
+                          for word, count in list(words.items())[:6])
     without = sum(not item["attributes"].get(profile["name"]) for item in items)
     print(f"words of {profile['name']}: {len(words):,d}"
           + (f", the commonest are {commonest}" if enough else "; the LLM will choose its own"))
@@ -485,7 +488,8 @@ def word_list(text):
 def rating(user, item, value, time=0, low=1.0, high=5.0):
     """(user, item, rating, time) of a row. Raises ValueError or TypeError for what cannot be one.
 
-    time: seconds or what sorts like them; None, "" and 0 where a source has no times; -inf: unknown, of one.
+    time: seconds or any number that sorts like them; None, "" or 0: the source has no times; -inf: it has,
+    but not for this row.
     """
     value = float(value)
     time = float(time or 0)
@@ -632,7 +636,8 @@ MAX_TITLE = 200  # characters the LLM reads
 LONGEST_ID = 200  # characters of a raw id
 # A number with a comma or point in it, at which it must not be split: 1,5  1,234.50  1.234,50
 NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"
-# Three lists, for a brand may not be called unknown, a user may, and None and Nil are films.
+# What counts as missing depends on the column: "unknown" is no brand but may be a user's id, and None and Nil
+# are films. Hence three lists: of values, of ids, of titles.
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
            "nat"}  # what exports write where there is no value

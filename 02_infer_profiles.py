@@ -16,9 +16,9 @@ only; the task and y see all before them. In short (solve() and infer_block() do
     z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
-space of the descent, at most --rank in the space that is kept), T tokens of D_task; B users of a block, H
-tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of README's differences
-from the paper. "Note:" stands before what is easily overlooked.
+space of the descent; at most --rank, if that is not 0, in the space that is kept), T tokens of D_task; B
+users of a block, H tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of
+README's differences from the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; its
@@ -57,7 +57,7 @@ TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is 
 TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
 NOISE_AT = 16  # the principal direction (the first is 0) along which users are taken to vary by chance alone
-LOGIT_CHUNK = 4096  # tokens of y whose logits, one for each word of the vocabulary, are held at once
+LOGIT_CHUNK = 4096  # tokens of y whose logits, one for each token of the vocabulary, are held at once
 
 
 # -------- data: the prompt and the histories
@@ -253,19 +253,19 @@ class Space:
         """z (B, M, r) -> theta (B, M, d)."""
         return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
 
-    def nearest(self, vectors, m):
+    def coordinates_of(self, vectors, m):
         """z (n, r) of vectors (n, d) that are projected into the space of profile m."""
         squared_length = self.basis[m].pow(2).sum(1).clamp(min=1e-12)  # some are 0 under --space words
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def project(self, theta):
         """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk."""
-        z = [self.nearest(theta[:, m], m) for m in range(theta.shape[1])]
+        z = [self.coordinates_of(theta[:, m], m) for m in range(theta.shape[1])]
         return self.shrink * torch.stack(z, dim=1)
 
     def word_z(self, m):
         """z (words, r) of the words of profile m, not shrunk: they are no guesses."""
-        return self.nearest(self.vectors[m], m)
+        return self.coordinates_of(self.vectors[m], m)
 
 
 @torch.no_grad()
@@ -342,7 +342,7 @@ def fit_task(likelihood, space, histories, args):
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # What users share shall cost no more gradients than they do: 300 users x 3 steps allow 37 x TASK_USERS.
+    # At most as many gradients of a user as the descent takes: 300 users x 3 steps allow 37 x TASK_USERS.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
@@ -390,8 +390,8 @@ def descend(likelihood, space, ids, lengths, args):
             loss = nll + args.prior / 2 * (z ** 2).sum((1, 2))
             if wants_gradient:
                 gradient, = torch.autograd.grad(loss.sum(), z)
-        # Low precision may overflow in the gradient alone. The loss is then NaN, too, and the step not taken:
-        # `trial_loss < loss` below is false.
+        # Low precision may overflow in the gradient alone. NLL and loss are then set to NaN, and the step is
+        # not taken: `trial_loss < loss` below is false.
         overflowed = ~gradient.isfinite().flatten(1).all(1)
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
@@ -434,7 +434,7 @@ def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
     shuffled: the z of another of these users;
     and of several profiles for each, by its name: the user's own z, but this one profile of another user.
     """
-    ring = rng.permutation(np.array(users, int))
+    ring = rng.permutation(np.array(users, int))  # a random circle: each borrows the z of the one before
     neighbour = np.arange(len(z))
     neighbour[ring] = np.roll(ring, 1)
 
@@ -523,8 +523,10 @@ DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of
 ENOUGH = 10  # users of whom a standard error says something
 KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
-CACHE_BYTES = 2_400_000  # of a CPU, for a block's hidden states in one layer
-ACTIVATIONS = 40  # numbers that a layer keeps for each token, in units of the LLM's width
+CACHE_BYTES = 2_400_000  # of a CPU's cache: a block's hidden states in one layer shall fit into them
+ACTIVATIONS = 40  # numbers that a layer keeps for each token until the gradient, in units of the LLM's width
+LEAST_TOKENS_CPU = 768  # of a block, however wide the LLM is
+LEAST_TOKENS_GPU = 2048
 
 
 def tokenize_histories(tokenizer, texts, room):
@@ -565,12 +567,12 @@ def token_budget_of(likelihood):
     width = likelihood.width
     size = likelihood.dtype.itemsize
     if likelihood.device.type == "cpu":
-        return max(768, CACHE_BYTES // (width * size))
+        return max(LEAST_TOKENS_CPU, CACHE_BYTES // (width * size))
     # Note: total memory, not what is free now: a run that goes on must cut the same blocks.
     free_bytes = torch.cuda.get_device_properties(likelihood.device).total_memory
     free_bytes -= size * count_parameters(likelihood.model)
     layers = likelihood.model.config.get_text_config().num_hidden_layers
-    return max(2048, free_bytes // 2 // (ACTIVATIONS * width * layers * size))
+    return max(LEAST_TOKENS_GPU, free_bytes // 2 // (ACTIVATIONS * width * layers * size))
 
 
 def only(histories, users):
@@ -765,7 +767,7 @@ class TokenNLL(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = nn.functional.linear(hidden[rows], weight, bias).float()  # Shape: (chunk, words)
+            logits = nn.functional.linear(hidden[rows], weight, bias).float()  # Shape: (chunk, vocabulary)
             log_normalizer = logits.logsumexp(1, keepdim=True)
             nll[rows] = (log_normalizer - logits.gather(1, targets[rows, None])).squeeze(1)
             if gradient is not None:
@@ -868,7 +870,8 @@ def open_model(dataset, args, device, length):
             args.lm = "tiny"
         else:
             args.lm = "llama2-7b" if roomy else "gpt2"
-        print(f"--lm auto chose {args.lm}")
+        if PROCESS == 0:
+            print(f"--lm auto chose {args.lm}")
     tiny = args.lm == "tiny"
     if tiny and length and PROCESS == 0:
         train_tiny(dataset, args.run / "lm-tiny", length, args)
@@ -883,8 +886,9 @@ def open_model(dataset, args, device, length):
             args.dtype = "fp16"
         elif not is_small(name) and has_fast_bf16():
             args.dtype = "bf16"
-        print(f"--dtype auto chose {args.dtype}")
-    if not Path(name).is_dir():
+        if PROCESS == 0:
+            print(f"--dtype auto chose {args.dtype}")
+    if PROCESS == 0 and not Path(name).is_dir():
         print(f"loading {name}: unless cached, a download (gpt2 0.5 GB, llama2-7b 13.5 GB)")
     model, tokenizer = load_language_model(name, DTYPES[args.dtype], device)
     likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask)
@@ -1164,8 +1168,8 @@ def warnings_of(facts):
     if kept["users"]:
         doubt = doubt_of(kept["own"], kept["population"], kept["error"])
         if doubt:
-            found.append("the theta that is kept makes the histories it was fitted to not surely likelier "
-                         f"than the population's, of {kept['users']} users: {doubt}")
+            found.append("under the theta that is kept the histories it was fitted to are not surely "
+                         f"likelier than under the population's, of {kept['users']} users: {doubt}")
     others = {"population": "what all users share", "shuffled": "the theta of another user"}
     for name in [name for name in heldout if name != "own"]:
         doubt = doubt_of(heldout["own"], heldout[name], (facts["heldout_error"] or {}).get(name))
@@ -1176,7 +1180,7 @@ def warnings_of(facts):
 
 
 def doubt_of(own, other, error):
-    """The figures, if another NLL is not above own by two standard errors (None: above at all); else None.
+    """None, if another NLL is above own by two standard errors (error None: above at all); else the figures.
 
     Where nothing was inferred, chance alone passes this in about one run of forty.
     """
@@ -1237,8 +1241,10 @@ def main():
                         "take the model's own tokenizer")
     if PROCESS == 0:
         announce("02 infer profiles", args, "stage 01's files")
-        print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen, task prompt "
-              f"{likelihood.task.numel():,d} trainable")
+        is_learned = args.task_steps and not args.users
+        trained = f" and, for all, the task prompt ({likelihood.task.numel():,d})" if is_learned else ""
+        print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen; learned are theta of each "
+              f"user ({likelihood.n_profiles} x {likelihood.width}){trained}")
     infer(dataset, likelihood, tokenizer, lm, histories, args)
     if PROCESS == 0:
         keep = " --keep-codebooks" if args.users and (args.run / "codebooks.pt").exists() else ""

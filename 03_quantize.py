@@ -88,7 +88,9 @@ class VectorQuantizer(nn.Module):
         self.codebook = nn.Parameter(codebook.clone())
 
     def forward(self, z):
-        """z (B, r) -> (v_c (B, r), whose gradient goes to z unchanged; Eq. (5)'s first two terms (B,)).
+        """z (B, r) -> (v_c (B, r), whose gradient goes to z unchanged; codebook term (B,); commitment (B,)).
+
+        The terms are Eq. (5)'s first two, the second without its weight beta.
 
         Note: argmin has no gradient. So the recommender's gradient is handed to z as if no code stood between
         them. It never reaches the codebook: the recommender moves z, and z pulls its code vector along.
@@ -149,19 +151,19 @@ def vec_loss(z, user_rows, vq_layers, surrogate, beta):
     users is taken. z (B, M, r); user_rows: B arrays (n_u, 3) of user, item, label; vq_layers: M
     VectorQuantizers.
     """
-    of_profile = []
+    code_vectors = []
     codebook_terms = torch.zeros(len(z), device=z.device)  # of each user
     commitment_terms = torch.zeros(len(z), device=z.device)
     for m, layer in enumerate(vq_layers):
-        code_vectors, codebook_term, commitment_term = layer(z[:, m])
-        of_profile.append(code_vectors)
+        straight_through, codebook_term, commitment_term = layer(z[:, m])
+        code_vectors.append(straight_through)
         codebook_terms = codebook_terms + codebook_term
         commitment_terms = commitment_terms + commitment_term
     codebook_loss = codebook_terms.mean()
     commitment_loss = commitment_terms.mean()
     rows = torch.from_numpy(np.concatenate(user_rows)).long().to(z.device)  # Shape: (n, 3)
     user_of_row = np.repeat(np.arange(len(z)), [len(own) for own in user_rows])  # a place in the minibatch
-    quantized = torch.stack(of_profile, dim=1)  # Shape: (B, M, r)
+    quantized = torch.stack(code_vectors, dim=1)  # Shape: (B, M, r)
     logits = surrogate(rows[:, :2], quantized[user_of_row])
     labels = rows[:, 2].float()
     rec_loss = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / len(z)
@@ -207,7 +209,7 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
-            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # one that is not spoils the sum
+            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # also if one part is inf or NaN
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
@@ -236,7 +238,7 @@ class KMeans:
 
     assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood; of yours: any
+    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem  # a Problem (below): z numpy (U, M, r), who has one, the data set, ...
@@ -387,7 +389,7 @@ def epoch_report(epoch, figures, codes, codebooks):
 
 # -------- variants: codes that the LLM itself judges
 
-COMBINATIONS = 100  # most that EM tries a user
+COMBINATIONS = 100  # of codes that em and words try for each user, at most
 
 
 class SoftCodeEM(KMeans):
@@ -500,7 +502,7 @@ class Words(SoftCodeEM):
     c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_{c_m}].  An LLM may like a word whatever the
     history is, and would give it to everybody: w^m_k is minus the mean of log P under word k, over all users
     and the other profiles' words. log_weights holds w, where EM has log pi: so the log's "log_likelihood" is
-    of these weighed scores, and no likelihood. The word itself is asked; books holds its coordinates.
+    of these corrected scores, and no likelihood. The word itself is asked; books holds its coordinates.
     """
 
     def theta(self, codes):
@@ -532,8 +534,8 @@ QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 # -------- running it: the flags
 
-# The numbers of section 3.4. Of alpha it has none: it gets that of the other weights. Nor does it say where
-# codebooks start: so --start stays as it is.
+# The values of section 3.4. It gives none for alpha, which gets that of the other weights here, and does not
+# say where codebooks start, so --start keeps its default.
 PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}
 
 
@@ -550,8 +552,9 @@ def parse_arguments():
     add("--start", choices=("words", "kmeans", "random"), default="words",
         help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
     add("--alpha", type=at_least(0, float, 1e6), default=1.0,
-        help="of l_vec beside l_llm, Eq. 7 (paper: not given)")
-    add("--beta", type=at_least(0, float, 1e6), default=0.25, help="of commitment (paper: 0.001)")
+        help="weight of l_vec beside l_llm, Eq. 7 (paper: not given)")
+    add("--beta", type=at_least(0, float, 1e6), default=0.25,
+        help="weight of the commitment term (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
     add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
@@ -607,7 +610,7 @@ def name_codes(books, word_z, word_texts, centre):
         for index in cosine.argmax(1).tolist():
             name = texts[index]
             number = 1
-            while name in names or number > 1 and name in texts:  # "model 2" may be a word, too
+            while name in names or (number > 1 and name in texts):  # "model 2" may be a word, too
                 number += 1
                 name = f"{texts[index]} {number}"
             names.append(name)
@@ -675,7 +678,7 @@ def read_problem(run):
     return Problem(run, dataset, np.array(z), inferred, facts, space), load_truth(run)
 
 
-def read_bank(problem):
+def read_quantized(problem):
     """(quantize.json, feature_bank.npy (U, M)) of a finished run, checked to be of this problem's theta."""
     run = problem.run
     facts = load(run, "quantize.json", ("profiles", "profiles_fingerprint", "fingerprint"))

@@ -9,10 +9,10 @@ Eq. (9) without its second term: DEVIATION(1). DEVIATION(k): row k of README's d
 
 A *bank* holds M codes of every user. --ids names the banks that are compared, one row of the results each:
 `userip` (ours), `none` (no codes), `random` (uniform codes), `shuffled` (our codes on other users), `planted`
-(the demo's truth) or NAME, a bank of your own: feature_bank_NAME.npy, int (U, M'), and its .json, {codes:
-[K_1, ...], dataset_fingerprint, made_by}, the last for people alone, and profiles_fingerprint where the bank
-depends on stage 02; random-NAME and shuffled-NAME are its controls. A repetition draws anew: random codes,
-the shuffle, first weights, dropout, the order of rows.
+(the demo's truth) or NAME, a bank of your own: feature_bank_NAME.npy, int (U, M'), and feature_bank_NAME.json
+with codes [K_1, ...], dataset_fingerprint, made_by (what to call to make it again) and, where the bank
+depends on stage 02, profiles_fingerprint. random-NAME and shuffled-NAME are its controls. A repetition draws
+anew: random codes, the shuffle, first weights, dropout, the order of rows.
 Cold users (01 --cold-users) have codes, inferred from SUPPORT rows, but no training rows: what codes are
 worth for users whom the recommender has never seen is measured on their other rows (cold_auc and so on).
 
@@ -22,11 +22,12 @@ What stands where; each part begins with a line of dashes:
     variants                      more models: a class and an entry in MODELS each
     running it                    flags, banks of codes, the table, files, main. Skip it at first.
 
-Reads:  01's files, for planted truth.npy; feature_bank.npy quantize.json (03), feature_bank_NAME.npy .json;
-        profiles.json (02); for --profile-input embedding profiles.npy (02)
+Reads:  01's files, for `planted` with truth.npy; feature_bank.npy quantize.json (03), feature_bank_NAME.npy
+        .json; profiles.json (02); for --profile-input embedding profiles.npy (02)
 Writes: results.json, an entry for each model, bank and repetition, and a summary; predictions/, of test and
         cold rows; ctr_<model>.pt, the weights of repetition 0 with userip (else the first of --ids) at the
-        best epoch, and ctr_<model>.json, what they were made from; until it is shown rows-*/, a file an entry
+        best epoch, and ctr_<model>.json, what they were made from; until the table is shown also rows-*/, a
+        file for each entry
 
 Run:
     python 04_train_ctr.py  # demo, DCN, 5 seeds: 1 min
@@ -286,6 +287,7 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     seeded(args.seed, repetition, 5)  # of torch: first weights, dropout, the order of rows
     model = MODELS[model_name](fields).to(device)
     facts, state = train(model, data[TRAIN], data[VALIDATION], unknown_user, args)
+    # Under "seed" a row has its repetition's number; the repetition was drawn from it and --seed.
     row = {"model": model_name, "ids": ids_name, "fields": args.fields, "seed": repetition, **facts}
     evaluated = {"test": TEST}  # looked at once, at the best validation epoch
     if has_cold:
@@ -454,8 +456,9 @@ def attend(e, layer, heads=2):
 class DIFM(Recommender):
     """FM with w_i and e_i times m_i, which is learned from all fields. Lu et al. 2020, Eq. (7)-(12).
 
-    m = from_vectors, made of the embeddings by attention, + from_bits, made of their numbers by an MLP. Note:
-    starts at m = 1, a plain FM; m near 0 would stop every gradient.
+    m_i says how much field i counts in this row: m = from_vectors, made of the embeddings by attention, +
+    from_bits, made of all their numbers by an MLP. Note: starts at m = 1, a plain FM; m near 0 would stop
+    every gradient.
     """
 
     def __init__(self, fields):
@@ -599,18 +602,24 @@ def read_bank(run, name, dataset):
     elif not (run / bank).exists():
         raise UserError(f"there are no ids called {name}", run,
                         f"known: {','.join(IDS)}; or write {bank}, {card}")
+    elif not (run / card).exists():
+        raise UserError(f"{card} is missing", run,
+                        f"write it: codes and dataset_fingerprint of {bank}, see README")
     facts = load(run, card, ("codes", "dataset_fingerprint"))
+    again = None
+    if name != "userip":  # what made it is known to its card alone
+        again = f"make it again, by {facts.get('made_by', 'what made it')}"
     codes = np.array(load(run, bank))
     sizes = facts["codes"] if isinstance(facts["codes"], list) else [facts["codes"]]
     if not all(type(size) is int and size > 0 for size in sizes):
         raise UserError(f"{card} has codes {facts['codes']}", run,
                         "give for each column how many codes it has, as in [4, 3]")
-    check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
+    check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), again)
     if name == "userip":
         check_same(run, bank, card, fingerprint(codes), facts.get("fingerprint"))
     elif "profiles_fingerprint" in facts:  # a rival that stage 02's LLM made
         profiles = load(run, "profiles.json", ("fingerprint",))
-        check_same(run, bank, "profiles.npy", facts["profiles_fingerprint"], profiles["fingerprint"])
+        check_same(run, bank, "profiles.npy", facts["profiles_fingerprint"], profiles["fingerprint"], again)
     shape = (len(dataset.users), len(sizes))
     if codes.dtype.kind not in "iu" or codes.shape != shape or ((codes < 0) | (codes > sizes)).any():
         raise UserError(f"{bank} holds {codes.dtype} {codes.shape}; wanted are integers {shape} from 0 to "

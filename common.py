@@ -41,7 +41,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import nn
 from tqdm import tqdm
 
-# Splits of rows. Recommenders do not know cold users, whose training rows are SUPPORT and others COLD.
+# Splits of rows. Cold users are kept from recommenders: what were their training rows is SUPPORT, all their
+# other rows are COLD.
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
 SPLITS = ("train", "validation", "test", "support", "cold")
 SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and the controls that it is compared with, may look at
@@ -58,8 +59,9 @@ SMALL = 20_000_000  # parameters of an LLM; below, neither a second thread nor h
 class Field:
     """A feature of a CTR (click-through rate) model, as the user, or an item's genres.
 
-    Its ids are 0 to size - 1. The id `size` stands for an unknown user or item, or fills up where columns is
-    more than one: then a row has so many ids of this field, and the mean of their embeddings is taken.
+    columns: how many ids of this field a row has, for an item may have several genres; the mean of their
+    embeddings is taken. Ids are 0 to size - 1. The id `size` stands for an unknown user or item where columns
+    is 1, else for a place that is empty, which the mean leaves out.
     vectors: None, or float (size, n): the id i is embedded as a learned projection of vectors[i], and there
     is no id `size`.
     """
@@ -290,9 +292,8 @@ def progress(items, what, unit):
 # -------- artifacts
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
-# Long work is done in pieces, a block of users in 02, one training in 04, an epoch in
-# tools/recsysllm.py. A finished piece is a file; the names of the folders that hold them begin so. They go
-# when all is done.
+# Long work is done in pieces: a block of users in 02, one training in 04, an epoch in tools/recsysllm.py.
+# Each finished piece is a file in a folder whose name begins with one of these, which goes when all is done.
 UNFINISHED = ("blocks-", "rows-", "epochs-")
 
 
@@ -427,10 +428,11 @@ def fingerprint(*parts):
     return digest.hexdigest()
 
 
-def check_same(run, artifact, source, found, expected):
-    """UserError unless an artifact belongs to what it is read with."""
+def check_same(run, artifact, source, found, expected, what_to_do=None):
+    """UserError unless an artifact belongs to what it is read with. what_to_do: if not what remedy() says."""
     if found != expected:
-        raise UserError(f"{artifact} was made from another {source}", run, remedy(run, artifact))
+        what_to_do = what_to_do or remedy(run, artifact)
+        raise UserError(f"{artifact} was made from another {source}", run, what_to_do)
 
 
 @dataclass
@@ -810,11 +812,11 @@ def pieces_of(tokenizer, texts):
 # with which word in a profile's slot.
 
 TINY_FIT = 0.75  # share of an invented person's titles that fit a word of theirs
-LIKING = 1.4  # rated histories: log odds of liking a title that fits all words; of one that fits none -1.4
+LIKING = 1.4  # rated histories: added to the log odds of liking a title that fits all words; -1.4: fits none
 
 
 def tiny_sizes(n_items):
-    """(width of the tiny LM, words of its vocabulary, sentences it is trained on)."""
+    """(width of the tiny LM, tokens in its vocabulary, sentences it is trained on)."""
     return (64, 768, 16000) if n_items <= 500 else (128, 2048, 24000)
 
 
@@ -855,8 +857,8 @@ def make_sentences(traits, items, count, length, rng, rated):
     tells which come next, and not the titles before. Titles may repeat. rated: each ends in + or -.
     """
     usable = [m for m, trait in enumerate(traits) if trait.words]
-    # Which profiles have a word repeats after 2 x their number, lengths repeat after seven people. With fewer
-    # than seven profiles these have no common divisor, so every length meets every choice of profiles.
+    # The choice of profiles that have a word repeats every 2 x (number of profiles) people, the lengths every
+    # seven. With fewer than seven profiles the two have no common divisor: every length meets every choice.
     lengths = [min(size, length) for size in (1, 2, 3, 5, 8, 12, length)]
     sentences = []
     for number in range(count):

@@ -1148,8 +1148,12 @@ MUTANTS["04_train_ctr.py"] = [
     ("codes below 0 are taken", "((codes < 0) | (codes > sizes)).any()", "(codes > sizes).any()",
      "test_a_bad_bank_is_one_line_and_changes_nothing[7]"),
     ("a bank of another data set is taken",
-     'check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint())', "pass",
+     'check_same(run, bank, "dataset", facts["dataset_fingerprint"], dataset.fingerprint(), again)', "pass",
      "test_a_bad_bank_is_one_line_and_changes_nothing[3]"),
+    ("a bank of one's own is told to be made by tools/controls.py", "dataset.fingerprint(), again)",
+     "dataset.fingerprint())", "test_a_bad_bank_is_one_line_and_changes_nothing[3]"),
+    ("a card that is missing is told to be made by tools/controls.py", "elif not (run / card).exists():",
+     "elif False:", "test_a_bad_bank_is_one_line_and_changes_nothing[0]"),
 ]
 
 MUTANTS["tools/tables.py"] = [

@@ -118,7 +118,7 @@ class Explainer:
 
     def __init__(self, run, device):
         self.problem, self.truth = quantize.read_problem(run)
-        quantized, self.bank = quantize.read_bank(self.problem)
+        quantized, self.bank = quantize.read_quantized(self.problem)
         self.names = [profile["words"] for profile in quantized["profiles"]]
         self.books = common.load(run, "codebooks.pt", ("codebooks",))["codebooks"]
         self.likelihood, self.histories, space, self.tokenizer = self.problem.open_likelihood(device)

@@ -299,7 +299,7 @@ def main():
     args = parser.parse_args()
     problem, truth = quantize.read_problem(args.run)
     common.load(args.run, "profiles.json", ("train_nll_steps", "heldout_nll"))
-    quantized, bank = quantize.read_bank(problem)
+    quantized, bank = quantize.read_quantized(problem)
     results = common.load(args.run, "results.json", ("summary", "rows", "fingerprints"))
     common.check_same(args.run, "results.json", "dataset", results["fingerprints"]["dataset"],
                       problem.dataset.fingerprint())

@@ -153,10 +153,10 @@ def rows_of(run, name):
 
 
 BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, words of the refusal
-    (lambda run, codes: (run / "feature_bank_mine.json").unlink(), "feature_bank_mine.json is missing"),
+    (lambda run, codes: (run / "feature_bank_mine.json").unlink(), "; write it: codes and dataset_f"),
     (lambda run, codes: (run / "feature_bank_mine.json").write_text("{}"), "lacks codes, dataset_finger"),
     (lambda run, codes: (run / "feature_bank_mine.npy").write_bytes(b"x"), "bank_mine.npy cannot be read"),
-    (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0"), "another dataset"),
+    (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0"), "again, by me"),
     (lambda run, codes: write_bank(run, "mine", codes[:-1], [4, 3]), "wanted are integers ("),
     (lambda run, codes: write_bank(run, "mine", codes[:, :1], [4, 3]), "wanted are integers ("),
     (lambda run, codes: write_bank(run, "mine", codes.astype(float), [4, 3]), "float64 ("),

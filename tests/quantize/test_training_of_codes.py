@@ -281,7 +281,7 @@ def test_words_are_the_profile_s_own_and_weigh_minus_what_they_give_everybody(sp
         vectors = torch.stack([model.get_input_embeddings().weight[ids].mean(0)
                                for ids in common.pieces_of(tokenizer, texts)])
         assert torch.allclose(problem.space.vectors[m][:len(vectors)], vectors, atol=1e-4)
-        nearest = problem.space.nearest(vectors, m)
+        nearest = problem.space.coordinates_of(vectors, m)
         assert torch.allclose(torch.as_tensor(found.books[m]), nearest, atol=1e-4)
     users, nll = all_nll(problem, problem.space.vectors)
     mean = -nll.mean(0).reshape(4, 3)
