@@ -680,7 +680,9 @@ def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     if args.space == "words":
         wide = words_space(wide, dataset.profiles, args.rank)
     if likelihood.task.numel():  # the prompt has a task
+        clock = time.perf_counter()
         wide.task = fit_task(likelihood, wide, histories, args)
+        print(f"the task prompt was learned in {time.perf_counter() - clock:.0f} s")
     return wide
 
 

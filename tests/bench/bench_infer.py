@@ -628,10 +628,10 @@ def main():
     elif args.million:
         figures = million(2000 if args.quick else 10**6)
     elif args.smollm2:
-        leave_out_emulated_bf16()
+        left_out = leave_out_emulated_bf16()
         folder = common.lm_folder("smollm2")
         figures = compare(folder, device, False, 3)
-        figures |= solve(device, figures, 8, 30, 64, folder)
+        figures |= solve(device, figures, 8, 30, 64, folder) | left_out
     elif args.processes:
         figures = whole_runs(device, 100 if args.quick else 800)
     else:

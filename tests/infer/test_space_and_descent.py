@@ -380,6 +380,23 @@ def test_the_task_prompt_is_reproducible_and_costs_no_more_than_the_users(world,
     assert not torch.allclose(few, base, atol=1e-4) and not torch.allclose(few, fit(seed=1), atol=1e-4)
 
 
+def test_the_task_prompt_takes_as_many_gradients_as_the_users_allow(world, monkeypatch):
+    """Of 60 users x 3 steps = 180 gradients 7 steps of 24 users, though 48 steps were asked for."""
+    likelihood = likelihood_of(*make_lm("gpt2"), world[0])
+    space = space_of(likelihood, make_lm("gpt2")[1], world[0])
+    call = infer.ProfileLikelihood.__call__
+    gradients = []
+
+    def counted(self, theta, ids, lengths):
+        if torch.is_grad_enabled():
+            gradients.append(len(lengths))
+        return call(self, theta, ids, lengths)
+
+    monkeypatch.setattr(infer.ProfileLikelihood, "__call__", counted)
+    infer.fit_task(likelihood, space, [np.arange(5, 11)] * 60, settings(steps=3, task_steps=48))
+    assert sum(gradients) == 7 * infer.TASK_USERS == 168
+
+
 # ---------------------------------------------------------------- the descent
 
 def by_hand(likelihood, space, ids, steps, lr, prior):
