@@ -1156,6 +1156,13 @@ MUTANTS["04_train_ctr.py"] = [
      "elif False:", "test_a_bad_bank_is_one_line_and_changes_nothing[0]"),
 ]
 
+MUTANTS["tools/stages.py"] = [
+    ("DCN is of another data set", 'common.check_same(run, "results.json", "dataset"',
+     'print(run, "results.json", "dataset"', "test_the_rows_of_stage_04_are_shown_where_they_are"),
+    ("DCN is of another bank", 'common.check_same(run, "results.json", "feature_bank.npy"',
+     'print(run, "results.json", "feature_bank.npy"', "test_the_rows_of_stage_04_are_shown_where_they_are"),
+]
+
 MUTANTS["tools/tables.py"] = [
     ("a repetition's figures are of its first recommender",
      "row[key] = float(np.mean([other[key] for other in some]))",
@@ -1403,8 +1410,6 @@ MUTANTS["tools/recsysllm.py"] = [
      "test_the_end_has_the_bias_of_its_character_where_the_head_has_one"),
     ("what is trained is trained again", 'if saved["key"] == key:', "if False:",
      "test_what_is_trained_is_evaluated_again_without_training"),
-    ("DCN is of another data set", 'common.check_same(run, "results.json", "dataset"',
-     'print(run, "results.json", "dataset"', "test_the_rows_of_stage_04_are_shown_where_they_are"),
     ("a question is too long", "len(rows) - args.titles + 1)", "len(rows) - args.titles)",
      "test_a_question_is_no_longer_than_a_text_of_training"),
     ("the tiny LM knows one wording", "wordings = (*SEEN_WORDINGS, UNSEEN_WORDING)\n    leads",

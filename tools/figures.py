@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from sklearn.decomposition import PCA
 import recsysllm
-from stages import ROOT, common, infer, quantize
+from stages import ROOT, common, infer, quantize, read_results
 try:
     import matplotlib
     matplotlib.use("Agg")
@@ -300,13 +300,7 @@ def main():
     problem, truth = quantize.read_problem(args.run)
     common.load(args.run, "profiles.json", ("train_nll_steps", "heldout_nll"))
     quantized, bank = quantize.read_quantized(problem)
-    results = common.load(args.run, "results.json", ("summary", "rows", "fingerprints"))
-    common.check_same(args.run, "results.json", "dataset", results["fingerprints"]["dataset"],
-                      problem.dataset.fingerprint())
-    trained_with = results["fingerprints"].get("bank userip")
-    if trained_with:
-        common.check_same(args.run, "results.json", "feature_bank.npy", trained_with,
-                          common.fingerprint(bank, quantized["codes"]))
+    results = read_results(args.run, problem.dataset)
     likelihood, histories, space, tokenizer = problem.open_likelihood(torch.device("cpu"))
     attention, shares, words = attention_figure(problem, likelihood, tokenizer, space.words_mean)
     figures = {"likelihood": likelihood_figure(problem), "attention": attention,

@@ -43,7 +43,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import next_item
-from stages import common, infer, quantize
+from stages import common, infer, quantize, read_results
 
 # -------- settings
 
@@ -809,10 +809,8 @@ def dcn_figures(run, dataset, rows, at):
     """
     if not (run / "results.json").exists():
         return {}
-    facts = common.load(run, "results.json", ("fingerprints", "rows"))
-    common.check_same(run, "results.json", "dataset", facts["fingerprints"]["dataset"], dataset.fingerprint())
     found = {}
-    for row in facts["rows"]:
+    for row in read_results(run, dataset)["rows"]:
         if row["model"] == "dcn" and row["ids"] in ("none", "userip") and row["seed"] == 0:
             scores = common.load(run / "predictions", f"dcn-{row['ids']}-0.npy")
             fields = "" if row["fields"] == "ids" else f", {row['fields']}"

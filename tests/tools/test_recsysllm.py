@@ -717,6 +717,11 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
+    bank = np.load(run / "feature_bank.npy")
+    np.save(run / "feature_bank.npy", bank[::-1])
+    with pytest.raises(common.UserError, match="results.json was made from another feature_bank.npy"):
+        call_stage(recsysllm, "--run", run, *quick)
+    np.save(run / "feature_bank.npy", bank)
     ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "none",
                   "--fields", "attributes"))  # dcn-userip-0.npy is then of a run before
     call_stage(recsysllm, "--run", run, *quick)
