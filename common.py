@@ -811,6 +811,7 @@ def pieces_of(tokenizer, texts):
 # This small GPT-2 learns from sentences about invented people what LLMs know from the web: which titles go
 # with which word in a profile's slot.
 
+FRESH_SENTENCES = 400  # of people of whom it has not read, by which it is measured what it knows
 TINY_FIT = 0.75  # share of an invented person's titles that fit a word of theirs
 LIKING = 1.4  # rated histories: added to the log odds of liking a title that fits all words; -1.4: fits none
 
@@ -1001,7 +1002,7 @@ def train_tiny(dataset, folder, length, args):
     model = new_tiny(len(tokenizer), width, ids.shape[1])
     print(f"training the tiny LM of {count_parameters(model):,d} parameters on {len(ids):,d} sentences")
     fit_tiny(model, ids, targets, rng)
-    fresh = make_sentences(traits, items, 400, length, rng, rated)
+    fresh = make_sentences(traits, items, FRESH_SENTENCES, length, rng, rated)
     save_tiny(folder, model.eval(), tokenizer, {
         "fingerprint": key, "parameters": count_parameters(model),
         "sensitivity": sensitivity(model, tokenizer, traits, dataset.task_prompt, fresh, rng)})

@@ -23,8 +23,9 @@ from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCaus
 
 ROOT = Path(__file__).resolve().parent.parent
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
-prepare, infer, quantize, ctr = (importlib.import_module(name) for name in
-                                 ("01_prepare_data", "02_infer_profiles", "03_quantize", "04_train_ctr"))
+common, prepare, infer, quantize, ctr = (importlib.import_module(name) for name in (
+    "common", "01_prepare_data", "02_infer_profiles", "03_quantize", "04_train_ctr"))
+common.FRESH_SENTENCES = 40  # measuring what a tiny LM knows would take longer than making it
 
 
 def pytest_ignore_collect(collection_path, config):

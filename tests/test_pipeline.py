@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (assert_bytes_equal, call_stage, copy_run, ctr, infer, ok, prepare, quantize, run_stage,
-                      settings, small_world)
+from conftest import (assert_bytes_equal, call_stage, copy_run, ctr, fork_stage, infer, ok, prepare, quantize,
+                      run_stage, settings, small_world)
 
 import common
 from common import COLD, SEEN, SUPPORT, TEST, TRAIN, VALIDATION
@@ -16,10 +16,10 @@ from common import COLD, SEEN, SUPPORT, TEST, TRAIN, VALIDATION
 
 def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
-    printed = [ok(run_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
+    printed = [ok(fork_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
                ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 400, "--steps", 8)),
-               ok(run_stage("03_quantize.py", "--run", run, "--epochs", 1)),
-               ok(run_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
+               ok(fork_stage("03_quantize.py", "--run", run, "--epochs", 1)),
+               ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
     for number, process in enumerate(printed[:3], 2):
         assert f"next: python 0{number}" in process.stdout
     assert not any(process.stderr for process in printed), [process.stderr for process in printed]
@@ -185,9 +185,11 @@ def test_every_flag_of_stage_01_changes_the_data(tmp_path):
     assert data("--cold-users", 0.2) != data("--cold-users", 0.4) != data("--cold-users", 0.4, "--seed", 1)
 
 
-def test_every_flag_of_stage_02_changes_theta(prepared, lm_folders, tmp_path):
+def test_every_flag_of_stage_02_changes_theta(lm_folders, tmp_path):
+    call_stage(prepare, "--run", tmp_path / "prepared", "--subsample-users", 40, "--min-interactions", 1)
+
     def theta(*args):
-        run = copy_run(prepared, tmp_path / "run")
+        run = copy_run(tmp_path / "prepared", tmp_path / "run")
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6, *args)
         return np.load(run / "profiles.npy")
     base = theta()

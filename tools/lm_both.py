@@ -120,7 +120,7 @@ def main():
     torch.manual_seed(args.seed)
     model = type(likelihood.model)(likelihood.model.config)
     common.fit_tiny(model, padded(rows, 0), padded(rows, -100), rng)
-    fresh = common.make_sentences(traits, items, 400, length, rng, rated)
+    fresh = common.make_sentences(traits, items, common.FRESH_SENTENCES, length, rng, rated)
     found = {}
     fresh = shortened(tokenizer, traits, fresh, likelihood.room)
     for name, some in (("the run's LM", likelihood.model), ("lm-both", model.eval())):

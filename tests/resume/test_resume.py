@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, infer, likelihood_of, make_lm, ok,
-                      prepare, quantize, random_theta, run_stage, settings)
+from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, fork_stage, infer, likelihood_of,
+                      make_lm, ok, prepare, quantize, random_theta, run_stage, settings)
 
 import common
 
-MANY_BLOCKS = ["--block-size", 4, "--steps", 10]
+MANY_BLOCKS = ["--block-size", 4, "--steps", 4, "--task-steps", 4]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
 
 
@@ -286,7 +286,7 @@ def test_an_interrupt_exits_130_the_same_command_goes_on_and_a_log_stays_a_log(r
         (run / "profiles.json").unlink()
     assert process.returncode == 130 and blocks_done(run) >= 1
     assert errors == "interrupted: finished files are kept; run the same command again\n"
-    process = ok(run_stage("02_infer_profiles.py", "--run", run, *flags))
+    process = ok(fork_stage("02_infer_profiles.py", "--run", run, *flags))
     # Where stderr is no terminal there is no progress bar, no warning, nothing.
     assert process.stderr == "" and "\r" not in process.stdout
     assert_same_run(run, unbroken)  # which was made in another process
