@@ -194,7 +194,7 @@ def test_every_flag_of_stage_02_changes_theta(lm_folders, tmp_path):
         return np.load(run / "profiles.npy")
     base = theta()
     for flags in (("--steps", 1), ("--lr", 0.05), ("--prior", 2), ("--space", "words"), ("--rank", 1),
-                  ("--rank", 0), ("--task-steps", 0), ("--task-steps", 3), ("--mask", "causal"),
+                  ("--rank", 0), ("--task-steps", 0), ("--task-steps", 2), ("--mask", "causal"),
                   ("--seed", 1), ("--history", "all"), ("--history", "rated"), ("--max-history", 3),
                   ("--dtype", "bf16")):
         found = theta(*flags)

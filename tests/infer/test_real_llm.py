@@ -196,7 +196,7 @@ def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, mo
     """The likelihood of 40 users' histories falls, and on other titles their own theta beats another's."""
     monkeypatch.chdir(smollm2)
     call_stage(prepare, "--run", tmp_path, "--subsample-users", 40, "--min-interactions", 1)
-    flags = ["--lm", "smollm2", "--task-steps", 3, "--steps", 2, "--max-history", 6]
+    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 2, "--max-history", 6]
     call_stage(infer, "--run", tmp_path, *flags)
     facts = json.loads((tmp_path / "profiles.json").read_text())
     assert facts["train_nll"]["after"] < facts["train_nll"]["before"] - 0.02
@@ -205,9 +205,9 @@ def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, mo
 
 def test_smollm2_goes_on_after_a_kill_in_the_same_bits(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(smollm2)
-    flags = ["--lm", "smollm2", "--task-steps", 2, "--steps", 1, "--max-history", 3, "--block-size", 8]
+    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 1, "--max-history", 3, "--block-size", 4]
     run, broken = tmp_path / "run", tmp_path / "broken"
-    call_stage(prepare, "--run", run, "--subsample-users", 20, "--min-interactions", 1)
+    call_stage(prepare, "--run", run, "--subsample-users", 12, "--min-interactions", 1)
     copy_run(run, broken)
     call_stage(infer, "--run", run, *flags)
     killed = killed_at(infer, "infer_block", stage(infer, broken, *flags), 2)
