@@ -382,12 +382,14 @@ def show_words(profile, items):
     """The commonest words of a profile; WARNING where most items have none."""
     words = profile["words"]
     enough = len(words) > 1  # a single word tells nobody apart: stage 02 then takes the LLM's own words
-    are_counted = len(set(words.values())) > 1  # words that a flag gave have the count 1 each
-    commonest = ", ".join(f"{word} {count:,d}" if are_counted else word
-                          for word, count in list(words.items())[:6])
+    if len(set(words.values())) > 1:
+        counted = [f"{word} {count:,d}" for word, count in list(words.items())[:6]]
+        first = "the commonest are " + ", ".join(counted)
+    else:  # words that a flag gave have the count 1 each
+        first = "among them " + ", ".join(list(words)[:6])
     without = sum(not item["attributes"].get(profile["name"]) for item in items)
     print(f"words of {profile['name']}: {len(words):,d}"
-          + (f", the commonest are {commonest}" if enough else "; the LLM will choose its own"))
+          + (f", {first}" if enough else "; the LLM will choose its own"))
     if words and 2 * without > len(items) and not profile.get("likes"):
         print(f"WARNING: {without:,d} of {len(items):,d} items have no value for {profile['name']}")
 

@@ -209,7 +209,7 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
-            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # also if one part is inf or NaN
+            if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # it is not if one part is not
                 raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
             for optimizer in optimizers:
                 optimizer.step()
@@ -238,7 +238,9 @@ class KMeans:
 
     assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
     books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
-    log_weights = None  # of EM and words: M tensors (K_m,), added to a code's log-likelihood
+    # Of EM and words: M tensors (K_m,), added to a code's log-likelihood. A quantizer of your own may keep
+    # here what its assign() needs, for codebooks.pt holds it.
+    log_weights = None
 
     def __init__(self, problem, sizes, args, device):
         self.problem = problem  # a Problem (below): z numpy (U, M, r), who has one, the data set, ...

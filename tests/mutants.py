@@ -272,6 +272,8 @@ MUTANTS["common.py"] = [
      "test_words_of_the_user_s_own_train_no_other_tiny_lm")]
 
 MUTANTS["01_prepare_data.py"] = [
+    ("words that a flag gave seem to be counted", "if len(set(words.values())) > 1:", "if words:",
+     "test_words_that_a_flag_gave_are_shown_without_counts"),
     ("a byline is a brand of its own", 'BYLINE.sub("", str(first', 'str.strip(str(first',
      "test_brand_and_category_of_a_product"),
     ("markup may be a path's leaf", "else categories[-1:],", "else [name for name in cleaned[-1:] if name],",

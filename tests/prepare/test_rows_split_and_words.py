@@ -242,6 +242,14 @@ def test_without_signal_a_planted_type_is_not_even_more_generous():
         assert max(rates) - min(rates) < 0.035
 
 
+def test_words_that_a_flag_gave_are_shown_without_counts(capsys):
+    prepare.show_words({"name": "hobby", "words": {"chess": 1, "go": 1}}, [])
+    prepare.show_words({"name": "hobby", "words": {"chess": 12, "go": 3}}, [])
+    given, counted = capsys.readouterr().out.splitlines()
+    assert given == "words of hobby: 2, among them chess, go"
+    assert counted == "words of hobby: 2, the commonest are chess 12, go 3"
+
+
 @pytest.mark.parametrize("year, word", [
     (1922, "twenties"), (1930, "thirties"), (1939, "thirties"), (1940, "forties"),
     (1955, "fifties"), (1969, "sixties"), (1970, "seventies"), (1989, "eighties"), (1990, "nineties"),
