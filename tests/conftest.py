@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ML_100K = ROOT.parent / "shared" / "data" / "ml-100k"
 common, prepare, infer, quantize, ctr = (importlib.import_module(name) for name in (
     "common", "01_prepare_data", "02_infer_profiles", "03_quantize", "04_train_ctr"))
-common.FRESH_SENTENCES = 40  # measuring what a tiny LM knows would take longer than making it
+next_item = importlib.import_module("next_item")
+# Measuring what a tiny LM knows would take longer than making it, and RecSysLLM's rival longer than itself.
+common.FRESH_SENTENCES = 40
+next_item.EPOCHS = 3
 
 
 def pytest_ignore_collect(collection_path, config):

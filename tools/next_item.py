@@ -15,6 +15,8 @@ from torch import nn
 
 from stages import common, quantize
 
+EPOCHS = 200  # of SASRec, at most
+
 # -------- the task and its metrics
 
 def ranks_of(scores, targets, excluded, rng):
@@ -158,10 +160,10 @@ def sasrec_scores(model, known, length):
     return found
 
 
-def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
+def fit_sasrec(dataset, seed, length=50, epochs=None, patience=20, batch=128):
     """Cross entropy over all items, Adam; the epoch of the best NDCG@10 on validation rows.
 
-    None where no user has two liked rows.
+    epochs: at most, None: EPOCHS. Returns None where no user has two liked rows.
     """
     rng = common.seeded(seed, 23)
     count = len(dataset.items)
@@ -176,7 +178,7 @@ def fit_sasrec(dataset, seed, length=50, epochs=200, patience=20, batch=128):
     model = SASRec(count, length)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     found = []
-    for _ in common.progress(range(epochs), "SASRec", "epoch"):
+    for _ in common.progress(range(epochs or EPOCHS), "SASRec", "epoch"):
         model.train()
         order = rng.permutation(len(sequences))
         for at in range(0, len(order), batch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    call_stage, copy_run, fork_stage, likelihood_of, load_script, make_lm, ok, prepare, quantize)
+    call_stage, copy_run, fork_stage, likelihood_of, load_script, make_lm, next_item, ok, prepare, quantize)
 from sklearn.metrics import ndcg_score
 from test_pipeline import poisoned
 from torch import nn
@@ -17,7 +17,6 @@ import common
 from common import TEST, TRAIN
 
 recsysllm = load_script("recsysllm")
-next_item = load_script("next_item")
 Piece = recsysllm.Piece
 QUICK = ("--epochs", 2, "--test-users", 12, "--rows", 50)
 
