@@ -232,6 +232,7 @@ def test_words_of_missing_values_are_no_values(make):
                          "--hobby-col", "kinds")
     assert hobbies(dataset) == [[]] * ITEMS and dataset.profiles[0]["words"] == {}
     assert "the LLM will choose its own" in text
+    assert prepare.values_of("Fishing|nan|none", "|") == ["fishing"]
 
 
 # -------- scales, implicit data
@@ -401,6 +402,14 @@ def test_dates_that_cannot_be_read_are_said(make):
 def test_ids_that_a_spreadsheet_changed_are_named(make, rated, listed):
     with pytest.raises(common.UserError, match="no rated item has a description: .* write the ids alike"):
         make(csv_text(ratings(item=rated)), items_text(lambda number: "a", item=listed))
+
+
+def test_ids_most_of_which_a_spreadsheet_changed_are_named(make):
+    rows = []
+    for number in range(1, ITEMS + 1):
+        rows.append((number if number < 4 else f"00{number}", f"Thing {number}", "a"))
+    with pytest.raises(common.UserError, match="7 of 10 rated items have no desc.*'4' looks like '004'"):
+        make(csv_text(ratings()), csv_text(rows, "item_id,title,kinds"))
 
 
 def test_more_than_half_without_a_title_or_a_value_is_a_warning(make):

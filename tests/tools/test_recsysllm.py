@@ -640,6 +640,20 @@ def test_training_that_diverges_ends_in_one_line_and_keeps_the_epochs_before(pre
     assert not (run / "recsysllm.pt").exists()
 
 
+def test_training_ends_at_the_first_loss_that_is_no_number(prepared, quick, tmp_path, monkeypatch):
+    run = copy_run(prepared, tmp_path / "run")
+    calls = []
+
+    def nll(model, examples):
+        calls.append(len(examples))
+        return torch.full((len(examples),), torch.nan, requires_grad=True)
+
+    monkeypatch.setattr(recsysllm.RecSysLLM, "nll", nll)
+    with pytest.raises(common.UserError, match="diverged in epoch 1"):
+        call_stage(recsysllm, "--run", run, *quick)
+    assert len(calls) == 1
+
+
 def test_a_killed_run_goes_on_to_the_same_bits(trained, prepared, quick, tmp_path, monkeypatch):
     run = copy_run(prepared, tmp_path / "run")
     train_epoch = recsysllm.train_epoch

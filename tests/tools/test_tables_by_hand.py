@@ -71,6 +71,11 @@ def test_a_variant_with_controls_of_its_own_is_paired_with_those(tables):
         assert cells["userip"][f"AUC - {control}"].startswith(paired(BASE["userip"], BASE[control]))
 
 
+def test_a_larger_p_is_no_smaller_when_corrected(tables):
+    """Holm: .01 x 3 = .03, .03 x 2 = .06, .031 x 1 would be below that."""
+    assert tables.holm([0.03, 0.01, None, 0.031]) == pytest.approx([0.06, 0.03, None, 0.06])
+
+
 def test_the_lift_is_a_share_of_the_planted_one(tables):
     _, notes = cells_of(tables.table(data_of(rows_of("base", BASE))))
     floor, planted = np.mean(BASE["none"]), np.mean(BASE["planted"])
