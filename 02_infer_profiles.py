@@ -682,7 +682,7 @@ def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     if likelihood.task.numel():  # the prompt has a task
         clock = time.perf_counter()
         wide.task = fit_task(likelihood, wide, histories, args)
-        print(f"the task prompt was learned in {time.perf_counter() - clock:.0f} s")
+        print(f"the task prompt took {time.perf_counter() - clock:.0f} s")
     return wide
 
 

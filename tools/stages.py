@@ -1,6 +1,7 @@
 """The five files as modules, for the scripts of this folder: from stages import common, infer.
 
 A name that begins with a digit needs importlib, and Python looks in tools/ alone: both are settled here once.
+read_results() is what several of the scripts read of stage 04.
 """
 
 import importlib
