@@ -624,7 +624,7 @@ def main():
     if args.memory_of:
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
-        figures = linear((200,) if args.quick else (1000, 4000, 16000))
+        figures = linear((60,) if args.quick else (1000, 4000, 16000))
     elif args.million:
         figures = million(2000 if args.quick else 10**6)
     elif args.smollm2:

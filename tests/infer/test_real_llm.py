@@ -205,9 +205,9 @@ def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, mo
 
 def test_smollm2_goes_on_after_a_kill_in_the_same_bits(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(smollm2)
-    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 1, "--max-history", 3, "--block-size", 4]
+    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 1, "--max-history", 3, "--block-size", 2]
     run, broken = tmp_path / "run", tmp_path / "broken"
-    call_stage(prepare, "--run", run, "--subsample-users", 12, "--min-interactions", 1)
+    call_stage(prepare, "--run", run, "--subsample-users", 6, "--min-interactions", 1)
     copy_run(run, broken)
     call_stage(infer, "--run", run, *flags)
     killed = killed_at(infer, "infer_block", stage(infer, broken, *flags), 2)
