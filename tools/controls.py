@@ -10,6 +10,7 @@ text        no inference: k-means of the history's mean word vector, twice: a co
 hidden      an encoder: the same with the mean of the LLM's last hidden states over the history
 words       no descent: the profile's K_m most frequent words, asked (03 --quantizer words); and what they
             predict of validation titles
+template    nothing learned: words, asked with the prompt's own text in the place of the learned task prompt
 generosity  one number: eight quantiles of the share of likes
 mf          no text: k-means of a truncated SVD of the centred labels; K_1 x ... x K_M clusters
 
@@ -17,7 +18,7 @@ All read training and support rows alone. A user of whom these say nothing (no h
 item with a value; for generosity and mf no row) gets the unknown code K. hidden and words stand behind stage
 02's learned task prompt.
 Reads:  stage 01's files, truth.npy for evaluation alone; quantize.json (03), where it is, for the numbers of
-        codes; text, hidden and words what 03 reads, for they look at the LLM of stage 02
+        codes; text, hidden, words and template what 03 reads, for they look at the LLM of stage 02
 Writes: feature_bank_NAME.npy int16 (U, M'), feature_bank_NAME.json {codes, dataset_fingerprint, made_by; of
         words heldout_nll and heldout_error, of the differences to own}
 """
@@ -102,11 +103,29 @@ def hidden(problem, sizes, device, seed):
     return text_clusters(vectors, sizes, seed)
 
 
-def words(problem, sizes, device, seed):
+def words(problem, sizes, device, seed, quantizer=quantize.Words):
     """03 --quantizer words."""
-    codes, _ = quantize.Words(problem, sizes, SimpleNamespace(seed=seed), device).fit()
+    codes, _ = quantizer(problem, sizes, SimpleNamespace(seed=seed), device).fit()
     bank = quantize.bank_of(codes, problem.inferred, sizes)
     return [(bank[:, m], size) for m, size in enumerate(sizes)]
+
+
+class WordsOfTemplate(quantize.Words):
+    """Words behind the text of D_task."""
+
+    def open(self):
+        super().open()
+        tuned = self.likelihood  # behind the task prompt that stage 02 learned
+        # A new one begins with the text.
+        self.likelihood = infer.ProfileLikelihood(tuned.model, tuned.segments, tuned.mask, tuned.chunk)
+        if torch.equal(tuned.task, self.likelihood.task):
+            raise common.UserError("the task prompt is its text still", "space.pt",
+                                   "leave template out: words is the same")
+
+
+def template(problem, sizes, device, seed):
+    """What asking tells before anything is learned."""
+    return words(problem, sizes, device, seed, WordsOfTemplate)
 
 
 def generosity(problem, sizes, device, seed):
@@ -171,7 +190,8 @@ def said_of_words(card):
     return ", ".join(texts)
 
 
-CONTROLS = {control.__name__: control for control in (metadata, text, hidden, words, generosity, mf)}
+CONTROLS = {control.__name__: control
+            for control in (metadata, text, hidden, words, template, generosity, mf)}
 WITHOUT_LLM = ("metadata", "generosity", "mf")  # these need stage 01 alone
 
 

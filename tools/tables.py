@@ -48,10 +48,11 @@ MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
 RECOMMENDERS = 3  # trained in each repetition: their AUC on one inference has an sd of .002 to .015
-CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "generosity", "mf",
-            "kar-text0", "matrix factorization of the same width", "rella, another user: 10 titles",
+CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "template", "generosity",
+            "mf", "kar-text0", "matrix factorization of the same width", "rella, another user: 10 titles",
             "rella, recent: 0 titles")  # no claims of ours
-RIVALS = ("metadata", "text", "hidden", "words", "generosity", "mf", "kar", "kar-text", "pepler")  # of userip
+RIVALS = ("metadata", "text", "hidden", "template", "words", "generosity", "mf", "kar", "kar-text",
+          "pepler")  # of userip
 ROWS = "none,random,shuffled,metadata,text,words,userip"
 
 
@@ -92,8 +93,8 @@ def baselines(fourth="--ids", tiny=""):
 
 
 NONSENSE = ("This user's zorp is", ". This user quells xans that are")  # prompts
-ASKED = "text hidden words"  # controls that take forward passes of the LLM
-REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,words,userip,planted"
+ASKED = "text hidden words template"  # controls that take forward passes of the LLM
+REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,template,words,userip,planted"
 
 
 def real(first, second, third="--quantizer kmeans"):

@@ -152,6 +152,18 @@ def test_words_is_03_with_words(inferred, tmp_path):
     assert_bytes_equal(run / "feature_bank_words.npy", run / "feature_bank.npy")
 
 
+def test_template_is_words_where_stage_02_learned_no_task_prompt(inferred, prepared, lm_folders, tmp_path):
+    run, fixed = copy_run(inferred, tmp_path / "run"), copy_run(prepared, tmp_path / "fixed")
+    call_stage(controls, "--run", run, "words", "template", "--codes", "3,2")
+    call_stage(infer, "--run", fixed, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 0)
+    call_stage(controls, "--run", fixed, "words", "--codes", "3,2")
+    assert_bytes_equal(run / "feature_bank_template.npy", fixed / "feature_bank_words.npy")
+    asked = [np.load(run / f"feature_bank_{name}.npy") for name in ("words", "template")]
+    assert (asked[0] != asked[1]).any()
+    with pytest.raises(common.UserError, match="words is the same"):
+        call_stage(controls, "--run", fixed, "template")
+
+
 def test_what_asking_predicts_is_the_nll_of_validation_titles_on_the_way_to_the_word(inferred, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
     call_stage(controls, "--run", run, "words")
@@ -207,8 +219,8 @@ def test_every_control_reads_training_and_support_rows_alone(cold_runs):
 
 def test_each_bank_has_its_card_and_stage_04_takes_it(cold_runs, tmp_path):
     run = copy_run(cold_runs["clean"], tmp_path / "run")
-    sizes = {"metadata": [3, 2], "text": [6, 3], "hidden": [6, 3], "words": [3, 2], "generosity": [8],
-             "mf": [6]}
+    sizes = {"metadata": [3, 2], "text": [6, 3], "hidden": [6, 3], "words": [3, 2], "template": [3, 2],
+             "generosity": [8], "mf": [6]}
     for name, wanted in sizes.items():  # the sizes are those of the feature bank
         card, bank = common.load(run, f"feature_bank_{name}.json"), np.load(run / f"feature_bank_{name}.npy")
         assert card["codes"] == wanted and name in card["made_by"] and bank.dtype == np.int16
@@ -223,7 +235,7 @@ def test_a_bank_that_the_llm_made_is_of_the_stage_02_of_then(cold_runs, tmp_path
     run = copy_run(cold_runs["clean"], tmp_path / "run")
     facts = common.load(run, "profiles.json")
     common.save_json(run / "profiles.json", facts | {"fingerprint": "of another run"})
-    for name in ("metadata", "generosity", "mf", "text", "hidden", "words"):
+    for name in ("metadata", "generosity", "mf", "text", "hidden", "words", "template"):
         flags = ["--run", run, "--seeds", 1, "--epochs", 1, "--ids", f"none,{name}"]
         if name in controls.WITHOUT_LLM:
             call_stage(ctr, *flags)
@@ -259,7 +271,7 @@ def test_controls_without_an_llm_need_stage_01_alone(prepared, tmp_path, capsys)
     assert len(banks) == 3 and shown in capsys.readouterr().out
     call_stage(controls, "--run", run)
     text = capsys.readouterr().out
-    for name in ("text", "hidden", "words"):
+    for name in ("text", "hidden", "words", "template"):
         assert f"WARNING: {name} is left out, for stage 02 has not run" in text
         with pytest.raises(common.UserError, match="run: python 02_infer_profiles.py"):
             call_stage(controls, "--run", run, name)
