@@ -1,4 +1,4 @@
-"""Break one line at a time and see that a test notices: mutants of the five files and of two in tools/.
+"""Break one line at a time and see that a test notices: mutants of the five files and of tools/.
 
     python tests/mutants.py                                # all of them: 8 min on 2 cores
     python tests/mutants.py --only 03_quantize --jobs 2    # of one file
@@ -1283,7 +1283,7 @@ MUTANTS["tools/tables.py"] = [
     ("Holm's p values do not rise", "largest = max(largest, min(1.0, p * (len(known) - place)))",
      "largest = min(1.0, p * (len(known) - place))",
      "test_a_larger_p_is_no_smaller_when_corrected"),
-    ("Holm over controls too", "if key[0][2] not in CONTROLS]", "if True]",
+    ("Holm over controls too", "if key[0][2] not in NO_CLAIMS]", "if True]",
      "test_p_values_are_of_paired_differences_and_holm_is_over_claims_alone"),
     ("the bootstrap resamples rows", "weights = times_drawn[users]  # of each row",
      "weights = np.bincount(rng.integers(len(users), size=len(users)), minlength=len(users)).astype(float)",

@@ -271,7 +271,11 @@ def retrieve(vectors, item, own, count, how):
 
 
 def rella_scores(world, rows, how, count, vectors, texts, rng):
-    """logit(" +") - logit(" -") after task, `count` rated titles of the user, the target's title: (n,)."""
+    """logit(" +") - logit(" -") after task, `count` rated titles of the user, the target's title: (n,).
+
+    Where these do not fit into the LLM's window, the oldest of the titles are left out.
+    """
+    window = infer.window_of(world.likelihood.model)
     own = quantize.rows_by_user(world.dataset.rows(common.SEEN), len(world.dataset.users))
     readers = rng.permutation(len(own))[rows[:, 0]] if how == "another user" else rows[:, 0]
     minus, plus = common.pieces_of(world.tokenizer, [" -;", " +;"])
@@ -279,11 +283,16 @@ def rella_scores(world, rows, how, count, vectors, texts, rng):
     prompts = []
     for reader, item in zip(readers, rows[:, 1].tolist()):
         seen = own[reader][:, 1:].tolist()
+        target = texts[2][item] + minus[:differ]
+        room = window - len(world.begin + world.task + target)
         said = []
-        for place in retrieve(vectors, item, seen, count, how):
+        for place in reversed(retrieve(vectors, item, seen, count, how)):
             other, label = seen[place]
-            said += texts[label][other]
-        prompts.append(world.begin + world.task + said + texts[2][item] + minus[:differ])
+            longer = texts[label][other] + said
+            if len(longer) > room:
+                break
+            said = longer
+        prompts.append(world.begin + world.task + said + target)
     logits = world.logits(prompts, [minus[differ], plus[differ]])
     return logits.diff(dim=1)[:, 0].cpu().numpy()
 
@@ -329,7 +338,8 @@ def main():
     world = World(args)
     banks, figures = methods[args.method](world)
     for name, columns in banks.items():
-        controls.save_bank(args.run, name, columns, world.dataset, f"tools/baselines.py: {name}",
+        controls.save_bank(args.run, name, columns, world.dataset,
+                           f"tools/baselines.py {args.method} --seed {args.seed}",
                            profiles_fingerprint=world.problem.facts["fingerprint"])
     common.save_json(world.args.run / f"baselines_{world.args.method}.json", {
         "rows": figures, "seed": world.args.seed, "dataset_fingerprint": world.dataset.fingerprint()})

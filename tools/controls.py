@@ -41,7 +41,8 @@ FACTORS = 16  # of the truncated SVD
 def clusters(vectors, known, size, seed):
     """k-means over the rows of known users: int (U,), the code `size` for all others."""
     if size > 32766:  # int16; clusters of a pair of profiles have as many codes as their product
-        raise common.UserError(f"{size:,d} codes are too many", "--codes", "give smaller ones, here or in 03")
+        raise common.UserError(f"{size:,d} codes are too many", "--codes",
+                               "give smaller ones to 03, or to tools/controls.py")
     codes = np.full(len(known), size)
     size_found = min(size, len(np.unique(vectors[known], axis=0)))
     found = sklearn.cluster.KMeans(size_found, n_init=10, random_state=seed)

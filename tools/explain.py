@@ -203,8 +203,9 @@ class Explainer:
 
         Both are correlations, over users who have a profile, with the value's share among their liked items:
         of a ridge regression on all z, each fifth of the users predicted from the others; and of the move of
-        theta towards the value's own word, for which nothing was fitted. The liked items are those of the
-        rows that theta was inferred from: this says what z holds, and not what it predicts.
+        theta towards the value's own word, for which nothing was fitted. The liked items are those of
+        training and support rows, the latest of which theta was inferred from: this says what z holds, and
+        not what it predicts.
         """
         dataset = self.problem.dataset
         known = np.flatnonzero(self.problem.inferred)
@@ -309,7 +310,7 @@ def main():
                      for value, (read, towards) in explainer.tastes(m).items()]
             if texts:
                 print(f"{profile['name']}, correlation of z (its move towards the word) with the share of "
-                      "the liked titles it is from: " + ", ".join(texts))
+                      "the liked titles: " + ", ".join(texts))
 
 
 if __name__ == "__main__":

@@ -812,7 +812,10 @@ def dcn_figures(run, dataset, rows, at):
     found = {}
     for row in read_results(run, dataset)["rows"]:
         if row["model"] == "dcn" and row["ids"] in ("none", "userip") and row["seed"] == 0:
-            scores = common.load(run / "predictions", f"dcn-{row['ids']}-0.npy")
+            name = f"dcn-{row['ids']}-0.npy"
+            if not (run / "predictions" / name).exists():
+                raise common.UserError(f"predictions/{name} is missing", run, "run 04_train_ctr.py again")
+            scores = common.load(run / "predictions", name)
             fields = "" if row["fields"] == "ids" else f", {row['fields']}"
             found[f"DCN {row['ids']}{fields}"] = auc_figures(rows, scores[at])
     return found

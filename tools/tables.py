@@ -48,9 +48,9 @@ MADE_BY = {1: ("dataset.json", "interactions.npy", "users.json", "items.json", "
            2: ("profiles.npy", "profiles.json", "profiles_users.json", "space.pt", "lm-tiny")}
 BOOTSTRAP = 400
 RECOMMENDERS = 3  # trained in each repetition: their AUC on one inference has an sd of .002 to .015
-CONTROLS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "template", "generosity",
-            "mf", "kar-text0", "matrix factorization of the same width", "rella, another user: 10 titles",
-            "rella, recent: 0 titles")  # no claims of ours
+NO_CLAIMS = ("none", "random", "shuffled", "planted", "metadata", "text", "hidden", "template", "generosity",
+             "mf", "kar-text0", "matrix factorization of the same width", "rella, another user: 10 titles",
+             "rella, recent: 0 titles")  # rows to be beaten; words is 03 --quantizer words, ours
 RIVALS = ("metadata", "text", "hidden", "template", "words", "generosity", "mf", "kar", "kar-text",
           "pepler")  # of userip
 ROWS = "none,random,shuffled,metadata,text,words,userip"
@@ -236,8 +236,11 @@ def call(script, run, flags, log, threads=1):
 
 def settings_fingerprint(study, name):
     """Of the flags that make a repetition of this variant, and of those from which it takes artifacts."""
-    firsts = [next(iter(STUDIES[place].values())) for place in (study, FROM.get(study, study))]
-    return common.fingerprint([STUDIES[study][name], firsts, RECOMMENDERS])
+    own = STUDIES[study][name]
+    sources = [next(iter(STUDIES[place].values())) for place in (study, FROM.get(study, study))]
+    if own["after"]:
+        sources.append(STUDIES[study][own["after"]])
+    return common.fingerprint([own, sources, RECOMMENDERS])
 
 
 def marks_in(run):
@@ -249,6 +252,11 @@ def marks_in(run):
             # An earlier version wrote the code alone.
             found[path.name] = mark if isinstance(mark, dict) else {"code": mark, "settings": None}
     return found
+
+
+def code_of_first(study):
+    """The code with which the first repetition of the first variant was begun, in twelve digits."""
+    return marks_in(folder(study, next(iter(STUDIES[study])), 0))["code.json"]["code"][:12]
 
 
 def repeat(study, name, seed, data_dir, threads=1):
@@ -484,7 +492,7 @@ def collect_recsysllm(study, seeds):
         found[name] = [common.load(folder(study, name, seed), "recsysllm.json")
                        for seed in repetitions_of(study, name, seeds)]
     return {"study": study, "variants": found, "date": datetime.date.today().isoformat(),
-            "code": code_fingerprint()[:12], "flags": flags}
+            "code": code_of_first(study), "flags": flags}
 
 
 def table_recsysllm(data):
@@ -556,7 +564,6 @@ def collect(study, seeds):
                 if "test_auc" in row:  # scores of its own
                     rows.append({**row, "variant": name, "seed": seed, "model": rows[-1]["model"]})
     first = next(iter(STUDIES[study]))
-    data = common.load(folder(study, first, 0), "dataset.json")
     metric = "cold" if "cold_auc" in rows[0] else "test"
     counts = set()
     for results in runs.values():
@@ -575,9 +582,8 @@ def collect(study, seeds):
             "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study),
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
             "recommenders": recommenders,
-            "data_seed": data["seed"], "user_dropout": runs[first, 0]["user_dropout"],
-            "date": datetime.date.today().isoformat(),
-            "code": marks_in(folder(study, first, 0))["code.json"]["code"][:12]}
+            "user_dropout": runs[first, 0]["user_dropout"], "date": datetime.date.today().isoformat(),
+            "code": code_of_first(study)}
 
 
 def what_banks_say(study):
@@ -679,7 +685,7 @@ def intervals(study, rows, seeds, metric, recommenders):
                          for number in range(recommenders)])
 
     for name, model, ids in dict.fromkeys((row["variant"], row["model"], row["ids"]) for row in rows):
-        if ids in CONTROLS or not (folder(study, name, 0) / "predictions" / f"{model}-{ids}-0.npy").exists():
+        if ids in NO_CLAIMS or not (folder(study, name, 0) / "predictions" / f"{model}-{ids}-0.npy").exists():
             continue  # scores of tools/baselines.py are not kept by the row
         for control in references_of(rows, metric):
             repetitions = []
@@ -756,7 +762,7 @@ def table(data):
     references = references_of(data["rows"], metric)
     differences = differences_of(cells, references, metric)
     p_values = {key: p_value(values) for key, values in differences.items()}
-    claims = [key for key in p_values if key[0][2] not in CONTROLS]
+    claims = [key for key in p_values if key[0][2] not in NO_CLAIMS]
     corrected = dict(zip(claims, holm([p_values[key] for key in claims])))
     shown = {f"{metric}_auc": "AUC", f"{metric}_gauc": "GAUC", f"{metric}_logloss": "logloss"}
     shown |= {"test_auc": "warm AUC"} if metric == "cold" else {}
@@ -923,6 +929,8 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the tables in docs/RESULTS.md, print none")
     parser.error = lambda text: common.fail(f"error: {text} (tools/tables.py); see: tools/tables.py --help")
     args = parser.parse_args()
+    if args.kept and args.again:
+        parser.error("--kept runs nothing and --again runs all: give one of them")
     for study in args.studies:  # all that can be said at once, before hours of work
         if study not in STUDIES:
             raise common.UserError(f"no such table: {study}", "tools/tables.py",
@@ -940,7 +948,8 @@ def main():
         if args.write:
             page, pattern = markers(study)
             page = pattern.sub(lambda match, text=text: match[1] + text + "\n" + match[2], page)
-            PAGE.write_text(page, encoding="utf-8")
+            with common.atomic(PAGE) as temporary:
+                temporary.write_text(page, encoding="utf-8")
         else:
             print(f"{study}\n\n{text}\n")
 

@@ -146,6 +146,36 @@ def test_rella_s_score_is_plus_against_minus_after_the_whole_text(world):
         assert score == pytest.approx(float(logits[parts[3][0]] - logits[parts[4][0]]), abs=1e-3)
 
 
+def test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window(world, monkeypatch):
+    texts = [common.pieces_of(world.tokenizer, [f" {item['title']}{mark}" for item in world.dataset.items])
+             for mark in (" -;", " +;", "")]
+    rows = world.dataset.rows(VALIDATION)[:6]
+    asked = []
+
+    def logits(prompts, words):
+        asked.append(prompts)
+        return torch.zeros(len(prompts), 2)
+
+    monkeypatch.setattr(world, "logits", logits, raising=False)
+    baselines.rella_scores(world, rows, "recent", 10, None, texts, None)
+    whole = asked.pop()
+    window = sorted(map(len, whole))[3] - 1
+    monkeypatch.setattr(baselines.infer, "window_of", lambda model: window)
+    baselines.rella_scores(world, rows, "recent", 10, None, texts, None)
+    starts = len(world.begin + world.task)
+    pieces = {len(ids) for some in texts[:2] for ids in some}
+    cut = 0
+    for long, short in zip(whole, asked.pop()):
+        assert len(short) <= window and short[:starts] == long[:starts]
+        assert short[starts:] == long[len(long) - len(short) + starts:]
+        left_out = len(long) - len(short)
+        assert (left_out > 0) == (len(long) > window)
+        cut += left_out > 0
+        if left_out:  # and no more than had to be: the next title would be too many
+            assert len(short) + max(pieces) > window
+    assert cut
+
+
 def test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was(runs, world, monkeypatch):
     monkeypatch.setattr(baselines, "EPOCHS", 2)
     untouched = digest(world)
@@ -158,6 +188,8 @@ def test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was(runs, world
         assert_bytes_equal(*(runs / run / f"feature_bank_{name}.npy" for run in ("clean", "poisoned")))
         card = common.load(runs / "clean", f"feature_bank_{name}.json")
         assert card["codes"] == ([4, 3] if name == "kar" else [12])
+        method, = [method for method in ("kar", "pepler") if name.startswith(method)]
+        assert card["made_by"] == f"tools/baselines.py {method} --seed 0"  # a command
     rows_of = {method: common.load(runs / "clean", f"baselines_{method}.json")["rows"]
                for method in ("kar", "pepler", "rella")}
     for method, count in (("pepler", 2), ("rella", 4)):

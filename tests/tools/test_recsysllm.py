@@ -255,14 +255,14 @@ def test_merged_or_not_gives_the_same_scores(opened, dataset):
     model = model_of(likelihood)
     examples = draws(texts, dataset, 8)
     before = model.nll(examples)
-    kept = [value.clone() for value in model.parameters() if not value.requires_grad]
+    layers = [module.layer for module in model.modules() if isinstance(module, recsysllm.LoRA)]
+    kept = [layer.weight.clone() for layer in layers]
     assert (before - model_of(likelihood, learned=False).nll(examples)).abs().max() > 0.01
     changed = recsysllm.swap_layers(model.body, lambda module: isinstance(module, recsysllm.LoRA),
                                     recsysllm.LoRA.merged)
     assert changed and len(model.learned()) == 2
     assert torch.allclose(model.nll(examples), before, atol=1e-4)
-    originals = [value for value in model_of(likelihood).parameters() if not value.requires_grad]
-    assert all(torch.equal(one, other) for one, other in zip(kept, originals))
+    assert layers and all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, kept))
 
 
 def test_padding_changes_nothing(opened, dataset):
@@ -730,6 +730,10 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
+    (run / "predictions" / "dcn-none-0.npy").rename(run / "aside.npy")
+    with pytest.raises(common.UserError, match="dcn-none-0.npy is missing .*run 04_train_ctr.py again"):
+        call_stage(recsysllm, "--run", run, *quick)
+    (run / "aside.npy").rename(run / "predictions" / "dcn-none-0.npy")
     bank = np.load(run / "feature_bank.npy")
     np.save(run / "feature_bank.npy", bank[::-1])
     with pytest.raises(common.UserError, match="results.json was made from another feature_bank.npy"):

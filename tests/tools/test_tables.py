@@ -137,7 +137,7 @@ def data_of(*rows, **changes):
     rows[-1]["health"] = HEALTH
     return {"study": "demo", "metric": "test", "rows": rows, "base_rate_logloss": {"default": 0.654321},
             "intervals": {}, "stability": None, "versions": {"python": "3.x"}, "fields": "ids",
-            "data_seed": 0, "user_dropout": 0.7, "date": "2000-01-01", "code": "0", **changes}
+            "user_dropout": 0.7, "date": "2000-01-01", "code": "0", **changes}
 
 
 def lines_of(data):
@@ -556,6 +556,14 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
     before = len(calls)
     command(module, monkeypatch, "recsysllm-x", "--seeds", "2", "--jobs", "1")
     assert len(calls) == before
+    kept = common.load(module.KEPT, "recsysllm-x.json")
+    begun = module.code_fingerprint()
+    (module.ROOT / module.CODE[0]).write_text("edited")
+    assert module.collect_recsysllm("recsysllm-x", 2)["code"] == kept["code"] == begun[:12]
+    module.STUDIES["recsysllm-x"]["tiny"] = module.trained("--rank 4", "", "--lm tiny --steps 1", most=2)
+    command(module, monkeypatch, "recsysllm-x", "--seeds", "1", "--jobs", "1")
+    made = {(run.parent.name, script) for script, run, _ in calls[before:]}
+    assert ("tiny-untrained", "tools/recsysllm.py") in made  # its stages are those of a variant that changed
 
 
 def test_runs_older_than_the_code_are_named_and_made_again_on_demand(studies, monkeypatch, tmp_path, capsys):
@@ -670,10 +678,30 @@ def test_kept_tables_need_no_run_and_stand_between_their_markers(studies, monkey
     assert found == page.replace("old\n", text + "\n") and calls == []
 
 
+def test_a_page_that_cannot_be_written_stays_as_it_was(studies, monkeypatch):
+    module, _ = studies
+    page = "before\n<!-- table small -->\nold\n<!-- end small -->\nafter\n"
+    module.PAGE.write_text(page)
+
+    def fails(*_):
+        raise OSError(28, "no space left")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space left.*RESULTS.md"):
+        patch.setattr(module.common.os, "replace", fails)
+        patch.setattr(module, "run_study", lambda *_: None)
+        patch.setattr(module, "collect", lambda *_: None)
+        patch.setattr(module.common, "save_json", lambda *_: None)
+        patch.setattr(module.common, "load", lambda *_: None)
+        patch.setattr(module, "table", lambda _: "new")
+        command(module, monkeypatch, "small", "--write")
+    assert module.PAGE.read_text() == page
+
+
 @pytest.mark.parametrize("args, words", [
     (["nonsense"], "no such table: nonsense"), (["small", "nonsense"], "no such table: nonsense"),
     (["small", "--kept"], "small.json is missing"), (["folds", "--write"], "no markers for folds"),
-    ([], "NAME"), (["small", "--seeds", "0"], "out of range")])
+    ([], "NAME"), (["small", "--seeds", "0"], "out of range"),
+    (["small", "--kept", "--again"], "give one of them")])
 def test_bad_arguments_are_one_line_and_run_nothing(args, words, studies, monkeypatch, capsys):
     module, calls = studies
     module.PAGE.write_text("no markers\n")
