@@ -1,4 +1,4 @@
-"""Stage 01: turn a rating source into the arrays the other stages read. UserIP-Tuning, sections 3.1, 3.2.
+"""Stage 01: turn a rating source into the arrays that the other stages read. Sections 3.1, 3.2, 3.4.
 
 Later stages infer latent profiles of a user, such as the hobby: for each user and profile m a vector theta^m,
 which stands in a prompt ("This user's hobby is ...") where a word could stand. What they need is made here.
@@ -230,7 +230,8 @@ def build(source, args):
     n = len(kept)
     user_ids, users = in_order(source.users[kept], source.user_ids)
     item_ids, items = in_order(source.items[kept], source.item_ids)
-    # Paper: 8:1:1, of all rows in random order. A user may have no row in one of the three.
+    # Paper, section 3.4: 8:1:1. Note: of what and how it does not say. Here it is all rows in random order; a
+    # user may have no row in one of the three.
     order = np.random.default_rng(args.seed).permutation(n)
     split = np.full(n, TRAIN, np.int32)
     split[order[int(n * 0.8):]] = VALIDATION  # the last fifth
@@ -1183,4 +1184,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main, "take --subsample-users or --max-per-user")
+    guarded(main, "cut the files to fewer rows")

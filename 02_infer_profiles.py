@@ -1,4 +1,4 @@
-"""Stage 02: infer latent profiles of users as soft tokens of a frozen LLM. Paper: section 2.3, Eq. (2)-(4).
+"""Stage 02: infer latent profiles of users as soft tokens of a frozen LLM. Sections 2.1, 2.3, Eq. (2)-(4).
 
 A user's prompt is an ordered list of segments (Eq. 3), followed by y, the titles that the user liked:
 
@@ -427,7 +427,7 @@ def descend(likelihood, space, ids, lengths, args):
 
 # -------- here the method ends; evaluate: does theta hold for titles that it has not seen?
 
-def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
+def heldout_nll(likelihood, space, z, histories, users, profiles, rng, block_size=None):
     """nll_per_token() of validation titles under variants of z:
 
     own: the user's; population: 0, the mean user (--rank 0, --space words: the words' mean);
@@ -451,19 +451,21 @@ def heldout_nll(likelihood, space, z, histories, users, profiles, rng):
                 found[profile["name"]] = swapped
         return found
 
-    return nll_per_token(likelihood, space, variants, only(histories, users))
+    return nll_per_token(likelihood, space, variants, only(histories, users), block_size)
 
 
 @torch.no_grad()
-def nll_per_token(likelihood, space, variants, histories):
+def nll_per_token(likelihood, space, variants, histories, block_size=None):
     """({name: nats per token of these histories}, {name: standard error}), {} without any tokens.
 
     variants: a function of a block of users that returns {"own" and other names: z (B, M, r)}. The error is
-    that of the difference to own, over users; fewer than ENOUGH of them tell none.
+    that of the difference to own, over users; fewer than ENOUGH of them tell none. block_size: most users of
+    a block.
     """
     nlls = {}  # of each variant the nats of each user, in the order of the blocks
     tokens = []  # of these users
-    for block in make_blocks(histories, None, token_budget_of(likelihood), likelihood.prompt_length):
+    budget = token_budget_of(likelihood)
+    for block in make_blocks(histories, block_size, budget, likelihood.prompt_length):
         ids, lengths = pad(histories, block, likelihood.device)
         tokens.extend(lengths.tolist())
         for name, z in variants(block).items():
@@ -679,7 +681,7 @@ def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     wide = fit_space(likelihood, tokenizer, dataset.profiles)
     if args.space == "words":
         wide = words_space(wide, dataset.profiles, args.rank)
-    if likelihood.task.numel():  # the prompt has a task
+    if likelihood.task.numel() and args.task_steps:
         clock = time.perf_counter()
         wide.task = fit_task(likelihood, wide, histories, args)
         print(f"the task prompt took {time.perf_counter() - clock:.0f} s")
@@ -947,7 +949,7 @@ def likeliest_words(likelihood, tokenizer, m):
             break
     if len(words) < 2:
         raise UserError(f"no item names profile {m + 1}, and the LLM has {len(words)} words of its own",
-                        "dataset.json", "run 01 with --hobby-words and --background-words")
+                        "dataset.json", "run 01 with --hobby-words or --background-words")
     return words
 
 
@@ -1019,6 +1021,8 @@ def rows_that_stay(run, dataset, settings, path):
     index = {raw: user for user, raw in enumerate(dataset.users)}
     asked = set(map(str.strip, path.read_text("utf-8-sig", errors="replace").splitlines())) - {""}
     served = asked & index.keys()
+    if not asked:
+        raise UserError("the file names no user", path, "write one raw user id a line")
     say_who_is_missing(run, asked - served, path)
     if not served:
         raise UserError(f"none of the file's {len(asked)} users is in the data set", path,
@@ -1037,17 +1041,18 @@ def say_who_is_missing(run, strangers, path):
     if (run / "dropped_users.json").exists():
         dropped = strangers & set(load(run, "dropped_users.json"))
     if dropped:
-        facts = load(run, "dataset.json", ("min_interactions", "subsample_users"))
+        facts = load(run, "dataset.json", ("min_interactions", "subsample_users", "max_per_user"))
         flags = f"--min-interactions {facts['min_interactions']}"
-        if facts["subsample_users"]:
-            flags += f", --subsample-users {facts['subsample_users']}"
+        for key in ("subsample_users", "max_per_user"):
+            if facts[key]:
+                flags += f", --{key.replace('_', '-')} {facts[key]}"
         warn_of(dropped, path, f"stage 01 dropped them ({flags})")
     warn_of(strangers - dropped, path, "they are not in the data set; run 01 with their rows")
 
 
 def warn_of(users, path, why):
     """A WARNING line, if there are such users (raw ids) in the file."""
-    if users:
+    if users and PROCESS == 0:
         print(f"WARNING: {len(users)} users of {path} get no profile, among them '{min(users)}': {why}")
 
 
@@ -1115,7 +1120,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     # With --users the file says who is new. Unfinished work means that somebody has asked for it anew.
     may_be_done = not (args.users or args.fresh or work.exists())
     if may_be_done and is_done(args.run, settings):
-        print("profiles.npy has these settings: nothing to do (--fresh infers again)")
+        if PROCESS == 0:
+            print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return
     solved = solve(work, blocks, n_first, likelihood, tokenizer, histories, dataset, args)
     wait_for_all()  # else the first process would publish while another still writes
@@ -1126,18 +1132,18 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     users = sorted(chain(*blocks))
     heldout, errors = heldout_nll(likelihood, space, z, validation, users, dataset.profiles,
-                                  seeded(args.seed, 3))
+                                  seeded(args.seed, 3), args.block_size)
     some = seeded(args.seed, 15).permutation(np.array(users, int))[:KEPT_USERS]
     kept, kept_error = nll_per_token(
         likelihood, space, lambda block: {"own": z[block], "population": np.zeros_like(z[block])},
-        only(histories, some))
+        only(histories, some), args.block_size)
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
     worked = (sums["tokens"] + len(known) * likelihood.prompt_length) * args.steps
     owners = {"users": dataset.users, "inferred": known}
     facts = settings | {
         "rows_kept": len(old_rows),
         "lm_sensitivity": lm["sensitivity"],
-        "users_without_history": len(z) - len(known),
+        "users_without_profile": len(z) - len(known),
         "heldout_nll": heldout or None,
         "heldout_error": errors or None,
         "train_nll": {"before": steps[0], "after": steps[-1]},

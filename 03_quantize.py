@@ -210,7 +210,8 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
             if not math.isfinite(sum(parts.values()) + z_batch.grad.sum()):  # it is not if one part is not
-                raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}", "lower --lr")
+                raise UserError(f"training diverged in epoch {epoch}", f"--lr {args.lr}",
+                                "lower --lr, or run 02 with --dtype bf16 if its LLM is in fp16")
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -376,7 +377,7 @@ def check_users_differ(z, size, m):
     """UserError where profile m has fewer distinct z (users, r) than codes."""
     count = len(np.unique(z, axis=0))
     if size > count:
-        todo = "choose fewer" if count > 2 else "give more data: these users look the same"
+        todo = "choose fewer" if count > 1 else "give more data: these users look the same"
         what = f"{size} codes are more than the {count} distinct theta^{m + 1}"
         raise UserError(what, "--codes", todo)
 
@@ -536,8 +537,8 @@ QUANTIZERS = {"vq": JointVQ, "kmeans": KMeans, "em": SoftCodeEM, "words": Words}
 
 # -------- running it: the flags
 
-# The values of section 3.4. It gives none for alpha, which gets that of the other weights here, and does not
-# say where codebooks start, so --start keeps its default.
+# The values of section 3.4. It gives none for alpha, which gets that of the other weights here; it has no
+# warm-up; and it does not say where codebooks start, so --start keeps its default.
 PAPER = {"alpha": 1e-3, "beta": 1e-3, "lr": 1e-3, "warm_up": 0}
 
 
@@ -593,7 +594,7 @@ def parse_codes(text, profiles):
 # -------- how codes are called and used
 
 def bank_of(codes, inferred, sizes):
-    """int16 (U, M): codes; without a history the unknown code K_m, as for an unseen user."""
+    """int16 (U, M): codes; of whom nothing was inferred the unknown code K_m, as for an unseen user."""
     return np.where(inferred[:, None], codes, sizes).astype(np.int16)
 
 
@@ -710,13 +711,17 @@ def save(run, problem, bank, quantizer, code_names, facts):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["user_id", *profile_names])
             for user, codes in zip(users, bank.tolist()):
-                # The code K_m, of users without a history, has no name.
+                # The code K_m, of users of whom nothing was inferred, has no name.
                 labels = [names[code] if code < len(names) else "unknown"
                           for names, code in zip(code_names, codes)]
                 writer.writerow([user, *labels])
         save_json(aside / "quantize.json", facts | {
             "fingerprint": fingerprint(bank),
-            "codebooks_fingerprint": fingerprint(*map(np.asarray, quantizer.books))})
+            "codebooks_fingerprint": fingerprint_of(quantizer.books)})
+
+
+def fingerprint_of(books):
+    return fingerprint(*map(np.asarray, books))
 
 
 def saved_quantizer(problem, args, device):
@@ -735,6 +740,9 @@ def saved_quantizer(problem, args, device):
     if len(books) != problem.z.shape[1]:
         raise UserError(f"codebooks.pt has {len(books)} codebooks, not one for each profile", args.run,
                         "run 03 without --keep-codebooks")
+    known = load(args.run, "quantize.json", ("codebooks_fingerprint",))["codebooks_fingerprint"]
+    check_same(args.run, "codebooks.pt", "quantize.json", fingerprint_of(books), known,
+               "run 03 without --keep-codebooks")
     as_then = argparse.Namespace(**{**vars(args), **facts})
     quantizer = QUANTIZERS[name](problem, [len(book) for book in books], as_then, device)
     quantizer.books = books
@@ -790,4 +798,4 @@ def main():
 
 
 if __name__ == "__main__":
-    guarded(main, "lower --batch-users (of vq), or take fewer users")
+    guarded(main, "take --quantizer kmeans or --device cpu, or with vq a lower --batch-users")

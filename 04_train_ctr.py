@@ -812,7 +812,8 @@ def main():
     announce("04 train CTR", args, "stage 01's files and the banks")
     # A finished row is a file in a folder that is named after all on which rows depend: data, banks, flags,
     # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
-    varied = ("run", "models", "ids", "seeds")  # these flags say which rows there are, and change none
+    # These flags say which rows there are, and change none (ids of other banks are in another folder, too).
+    varied = ("run", "models", "ids", "seeds")
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
     sources = [path.read_text("utf-8") for path in files_of_code()]
     work = args.run / f"rows-{fingerprint(inputs.fingerprints(dataset), settings, sources)[:12]}"
@@ -831,9 +832,11 @@ def main():
         print(f"unfinished: {work} has {others} rows of another command, which goes on with them")
     else:
         work.rmdir()
+    for other in sorted(set(args.run.glob("rows-*")) - {work}):
+        print(f"unfinished: {other} is of other flags, banks or code; delete it if nobody goes on with it")
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
           f"{args.run}")
 
 
 if __name__ == "__main__":
-    guarded(main, "lower --batch-size, or train fewer --models at once")
+    guarded(main, "lower --batch-size, or set OMP_NUM_THREADS=1, which trains one model at a time")

@@ -335,12 +335,7 @@ def finish(run):
         return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            # Stage 02 renames its whole work folder to READY: a process of torchrun that was killed may have
-            # left a half-written file in it.
-            if path.name.startswith("."):
-                path.unlink()
-            else:
-                os.replace(path, ready.parent / path.name)
+            os.replace(path, ready.parent / path.name)
     with contextlib.suppress(OSError):  # it is gone already
         ready.rmdir()
 
@@ -583,7 +578,7 @@ def logloss(labels, probabilities):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MB: a GPU's, or this process's without its workers."""
+    """Peak memory in MB of 2^20 bytes: a GPU's, or this process's without its workers."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**20)
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes: macOS counts in bytes, Linux in KB
@@ -617,8 +612,9 @@ def load_language_model(name, dtype, device):
         if is_out_of_memory(error):
             raise
         why = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise UserError(f"the model cannot be loaded: {why[:200]}", name, "check name, network and disk; if "
-                        "gated, accept its licence and `hf auth login`; or take --lm gpt2 or tiny") from error
+        todo = ("check name, network and disk (a folder in data/ is made again where you delete it); if "
+                "gated, accept its licence and `hf auth login`; or run 02 with --lm gpt2 or tiny")
+        raise UserError(f"the model cannot be loaded: {why[:200]}", name, todo) from error
     check_checkpoint(name, model, tokenizer, loading)
     model = model.to(device).eval().requires_grad_(False)  # what stage 02 trains is its input
     torch.set_num_threads(1 if count_parameters(model) < SMALL else THREADS)
@@ -689,7 +685,9 @@ def lm_folder(name):
     path = Path(name)
     if not path.is_file():
         raise UserError("there is no such file", name, "check --lm")
-    converted_from = (target / "gguf.json").exists() and load(target, "gguf.json").get("source")
+    converted_from = None
+    with contextlib.suppress(UserError):  # it is missing, or damaged
+        converted_from = load(target, "gguf.json").get("source")
     if converted_from != gguf_mark(path):
         convert_gguf(path, target)
     return str(target)

@@ -418,11 +418,17 @@ MUTANTS["02_infer_profiles.py"] = [
      "test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win"),
     ("the LLM's own words weigh as the items' do", "if len(counts) < 2:  # as in", "if not counts:  # as in",
      "test_one_word_spans_nothing_so_the_llm_s_own_are_taken"),
-    ("nothing is learned of a task that is not there", "if likelihood.task.numel():", "if True:",
+    ("nothing is learned of a task that is not there", "if likelihood.task.numel() and args.task_steps:",
+     "if args.task_steps:",
      "test_a_prompt_without_a_task_has_nothing_to_learn"),
     ("titles not seen may have no likelihood",
      'check_finite(nll, f"the likelihood of some titles ({name})", likelihood.dtype)', "pass",
      "test_titles_not_seen_whose_likelihood_is_not_finite_are_one_line"),
+    ("--block-size ends with the descent", "make_blocks(histories, block_size, budget",
+     "make_blocks(histories, None, budget",
+     "test_no_block_is_larger_than_asked_for_where_theta_is_judged_either"),
+    ("every rank warns of missing users", "if users and PROCESS == 0:", "if users:",
+     "test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_served"),
     ("a new user without a title is not named", "warn_of(unread, args.users,", "warn_of(set(), args.users,",
      "test_a_new_user_without_a_title_to_read_is_named"),
     ("no begin token", "if first == tokenizer.bos_token_id:", "if False:",
@@ -731,6 +737,8 @@ MUTANTS["02_infer_profiles.py"] = [
      "test_the_error_of_a_heldout_difference_is_that_of_a_bootstrap_over_users")]
 
 MUTANTS["03_quantize.py"] = [
+    ("codebooks of another stage 03 are kept", "fingerprint_of(books), known,", "known, known,",
+     "test_codebooks_of_another_stage_03_are_not_kept"),
     ("a gradient may overflow", "sum(parts.values()) + z_batch.grad.sum()", "sum(parts.values())",
      "test_a_gradient_that_overflows_is_said_in_one_line"),
     ("a code that is not finite is saved", ".isfinite().all():\n            raise UserError(\"a code",
@@ -1212,9 +1220,18 @@ MUTANTS["tools/tables.py"] = [
     ("runs of other flags are taken for today's",
      'if any(other["settings"] != mark["settings"]', 'if False and any(other["settings"]',
      "test_a_repetition_made_with_other_flags_is_made_anew"),
-    ("the first variant's flags may change unnoticed", "fingerprint([STUDIES[study][name], firsts,",
-     "fingerprint([STUDIES[study][name], 0,",
+    ("the first variant's flags may change unnoticed", "fingerprint([own, sources,", "fingerprint([own, 0,",
      "test_a_repetition_made_with_other_flags_is_made_anew"),
+    ("the variant whose stages are shared may change unnoticed", 'if own["after"]:', "if False:",
+     "test_settings_are_those_of_the_variant_whose_stages_are_shared_too"),
+    ("RecSysLLM's figures are of today's code", 'def code_of_first(study):', """def code_of_first(study):
+    return code_fingerprint()[:12]""",
+     "test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them"),
+    ("RESULTS is written in place", "with common.atomic(PAGE) as temporary:",
+     "PAGE.write_text(page)\n            with common.atomic(PAGE) as temporary:",
+     "test_a_page_that_cannot_be_written_stays_as_it_was"),
+    ("--kept goes with --again", "if args.kept and args.again:", "if False:",
+     "test_bad_arguments_are_one_line_and_run_nothing"),
     ("a run is of the code that ended it", "if not begun.exists():", "if True:",
      "test_a_repetition_is_of_the_code_with_which_it_was_begun"),
     ("a user is drawn anew for each repetition", "weights = times_drawn[users]",
@@ -1326,7 +1343,26 @@ MUTANTS["tools/baselines.py"] = [
     ("KAR's folder holds our z",
      'common.save_npy(run / "profiles.npy", z)',
      "pass",
-     "test_stages_take_kar_s_theta_for_theirs")]
+     "test_stages_take_kar_s_theta_for_theirs"),
+    ("ReLLa's prompt outgrows the window", "if len(longer) > room:", "if False:",
+     "test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window"),
+    ("ReLLa leaves out the latest titles", "in reversed(retrieve(vectors, item, seen, count, how)):",
+     "in retrieve(vectors, item, seen, count, how):",
+     "test_rella_s_score_is_plus_against_minus_after_the_whole_text"),
+    ("a bank says nothing of how it was made", 'f"tools/baselines.py {args.method} --seed {args.seed}"',
+     'f"tools/baselines.py {name}"', "test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was")]
+
+MUTANTS["tools/controls.py"] = [
+    ("template asks behind the learned task prompt", "self.likelihood = infer.ProfileLikelihood(",
+     "infer.ProfileLikelihood(", "test_template_is_words_where_stage_02_learned_no_task_prompt"),
+    ("template is made where it is words", "if torch.equal(tuned.task, self.likelihood.task):", "if False:",
+     "test_template_is_words_where_stage_02_learned_no_task_prompt"),
+    ("test rows make a control", "common.SEEN).tolist():\n            if label:",
+     "list(range(6))).tolist():\n            if label:",
+     "test_every_control_reads_training_and_support_rows_alone"),
+    ("the word stands on the way from 0", "variants[f\"{share:g}\"] = mean + share * asked",
+     "variants[f\"{share:g}\"] = share * (mean + asked)",
+     "test_what_asking_predicts_is_the_nll_of_validation_titles_on_the_way_to_the_word")]
 
 MUTANTS["tools/recsysllm.py"] = [
     ("a short-term stretch has gaps", '"short-term": (0.6, 1)', '"short-term": (0.6, 2)',

@@ -35,7 +35,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     assert profiles.dtype == np.float32
     assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 16)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
-    assert facts["users_without_history"] == unknown.sum()
+    assert facts["users_without_profile"] == unknown.sum()
     assert (profiles[unknown] == 0).all()
     call_stage(infer, "--run", run, "--tiny-sentences", 400, "--steps", 9)
     trained = "training the tiny LM"

@@ -184,7 +184,8 @@ def test_a_checkpoint_with_a_missing_layer_ends_stage_02_in_one_line(folder, pre
 
 # -------- new users
 
-def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_served(tmp_path, capsys):
+def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_served(
+        tmp_path, monkeypatch, capsys):
     """02 --users with a file of four: one is new, one dropped, one unknown, one inferred before."""
     run = tmp_path / "run"
     model, tokenizer = make_lm("gpt2")
@@ -194,7 +195,7 @@ def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_
     call_stage(prepare, "--run", run, "--subsample-users", 120)
     call_stage(infer, *flags)
     before = json.loads((run / "users.json").read_text())
-    call_stage(prepare, "--run", run, "--subsample-users", 140)
+    call_stage(prepare, "--run", run, "--subsample-users", 140, "--max-per-user", 60)
     users = json.loads((run / "users.json").read_text())
     new = next(raw for raw in users if raw not in before)
     dropped = json.loads((run / "dropped_users.json").read_text())[0]
@@ -202,11 +203,42 @@ def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_
     capsys.readouterr()
     call_stage(infer, *flags, "--users", run / "some.txt")
     text = capsys.readouterr().out
-    flags = "(--min-interactions 4, --subsample-users 140)"
-    assert f"among them '{dropped}': stage 01 dropped them {flags}" in text
+    said = "(--min-interactions 4, --subsample-users 140, --max-per-user 60)"
+    assert f"among them '{dropped}': stage 01 dropped them {said}" in text
     assert "among them 'nobody': they are not in the data set; run 01 with their rows" in text
     inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
     assert users.index(new) in inferred
+    infer.warn_of({"nobody"}, "some.txt", "gone")
+    assert capsys.readouterr().out.count("WARNING") == 1
+    monkeypatch.setattr(infer, "PROCESS", 1)  # one process alone says so
+    infer.warn_of({"nobody"}, "some.txt", "gone")
+    assert not capsys.readouterr().out
+    (run / "some.txt").write_text("\n\n")
+    with pytest.raises(common.UserError, match="names no user"):
+        call_stage(infer, *flags, "--users", run / "some.txt")
+
+
+def test_no_block_is_larger_than_asked_for_where_theta_is_judged_either(
+        prepared, lm_folders, tmp_path, monkeypatch):
+    run = copy_run(prepared, tmp_path / "run")
+    sizes = []
+
+    def spy(*args):
+        blocks = make_blocks(*args)
+        sizes.extend(map(len, blocks))
+        return blocks
+
+    make_blocks = infer.make_blocks
+    monkeypatch.setattr(infer, "make_blocks", spy)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--block-size", 3)
+    assert len(sizes) > 100 and max(sizes) == 3
+
+
+def test_a_task_prompt_that_nobody_learns_has_no_judges(prepared, lm_folders, tmp_path, monkeypatch):
+    run = copy_run(prepared, tmp_path / "run")
+    monkeypatch.setattr(infer, "fit_task", None)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 0)
+    assert len(infer.open_space(run, "cpu").task)
 
 
 def test_a_new_user_without_a_title_to_read_is_named(lm_folders, tmp_path, capsys):

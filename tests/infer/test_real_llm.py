@@ -94,6 +94,9 @@ def test_a_gguf_file_that_lies_in_data_is_converted_beside_it(tmp_path, monkeypa
     model, _ = common.load_language_model(folder, torch.float32, CPU)
     assert np.array_equal(model.get_input_embeddings().weight.numpy(), tensors["token_embd"])
     assert Path("data", "small.gguf").is_file()
+    Path(folder, "gguf.json").write_text("{")  # damaged: it is converted again
+    assert common.lm_folder("data/small.gguf") == folder
+    assert common.load(folder, "gguf.json")["file"] == "small.gguf"
 
 
 def install_gemma(folder, monkeypatch, assemble):

@@ -586,7 +586,7 @@ def test_users_without_a_history_hold_0_the_population(sparse):
     )
     known = sorted(texts_of(dataset, common.TRAIN))
     unknown = sorted(set(range(len(dataset.users))) - set(known))
-    assert len(unknown) >= 2 and facts["users_without_history"] == len(unknown)
+    assert len(unknown) >= 2 and facts["users_without_profile"] == len(unknown)
     assert common.load(run, "profiles_users.json")["inferred"] == known
     assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 16)
     assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all()

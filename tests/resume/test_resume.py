@@ -813,15 +813,17 @@ def test_rows_of_a_model_in_a_file_of_yours_that_was_edited_meanwhile_are_traine
 
 
 def test_rows_of_a_script_of_yours_that_was_edited_meanwhile_are_trained_anew(inferred, tmp_path,
-                                                                               monkeypatch):
+                                                                               monkeypatch, capsys):
     """README's way: python mine.py, which changes a part and calls 04's main."""
     run = copy_run(inferred, tmp_path / "run")
     script = tmp_path / "mine.py"
     script.write_text("# mine\n", encoding="utf-8")
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     assert call_04(monkeypatch, run, *FEW_ROWS, number=2) == 2
+    left, = run.glob("rows-*")
     script.write_text("# mine, edited\n", encoding="utf-8")
     assert call_04(monkeypatch, run, *FEW_ROWS) == 4
+    assert f"unfinished: {left} is of other flags, banks or code" in capsys.readouterr().out
 
 
 def test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another(inferred, tmp_path, monkeypatch,
@@ -1007,6 +1009,15 @@ def test_codebooks_of_another_space_are_not_kept(run, lm_folders):
     call_stage(prepare, "--run", run, "--subsample-users", 120, "--hobby-words", "a,b,c,d")
     call_stage(infer, "--run", run, *flags)
     with pytest.raises(common.UserError, match="codebooks.pt was made with another LLM"):
+        call_stage(quantize, "--run", run, "--keep-codebooks")
+
+
+def test_codebooks_of_another_stage_03_are_not_kept(inferred, tmp_path):
+    run, other = (copy_run(inferred, tmp_path / name) for name in ("run", "other"))
+    call_stage(quantize, "--run", other, "--quantizer", "kmeans", "--codes", "2,2")
+    call_stage(quantize, "--run", run, "--keep-codebooks")
+    shutil.copy(other / "codebooks.pt", run)
+    with pytest.raises(common.UserError, match="codebooks.pt was made from another quantize.json"):
         call_stage(quantize, "--run", run, "--keep-codebooks")
 
 

@@ -560,10 +560,17 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
     begun = module.code_fingerprint()
     (module.ROOT / module.CODE[0]).write_text("edited")
     assert module.collect_recsysllm("recsysllm-x", 2)["code"] == kept["code"] == begun[:12]
-    module.STUDIES["recsysllm-x"]["tiny"] = module.trained("--rank 4", "", "--lm tiny --steps 1", most=2)
-    command(module, monkeypatch, "recsysllm-x", "--seeds", "1", "--jobs", "1")
-    made = {(run.parent.name, script) for script, run, _ in calls[before:]}
-    assert ("tiny-untrained", "tools/recsysllm.py") in made  # its stages are those of a variant that changed
+
+
+def test_settings_are_those_of_the_variant_whose_stages_are_shared_too(monkeypatch):
+    study = {"tiny": tables.trained("--rank 4", "", "--lm tiny"),
+             "large": tables.trained("--lm large", "--subsample-users 9", None),
+             "large, untrained": tables.trained("--rank 0", after="large")}
+    monkeypatch.setitem(tables.STUDIES, "x", study)
+    before = {name: tables.settings_fingerprint("x", name) for name in study}
+    study["large"] = tables.trained("--lm large", "--subsample-users 8", None)
+    changed = {name for name in study if tables.settings_fingerprint("x", name) != before[name]}
+    assert changed == {"large", "large, untrained"}
 
 
 def test_runs_older_than_the_code_are_named_and_made_again_on_demand(studies, monkeypatch, tmp_path, capsys):
