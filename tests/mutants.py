@@ -1348,7 +1348,7 @@ MUTANTS["tools/baselines.py"] = [
      "test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window"),
     ("ReLLa leaves out the latest titles", "in reversed(retrieve(vectors, item, seen, count, how)):",
      "in retrieve(vectors, item, seen, count, how):",
-     "test_rella_s_score_is_plus_against_minus_after_the_whole_text"),
+     "test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window"),
     ("a bank says nothing of how it was made", 'f"tools/baselines.py {args.method} --seed {args.seed}"',
      'f"tools/baselines.py {name}"', "test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was")]
 

@@ -165,7 +165,11 @@ def test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window(worl
     starts = len(world.begin + world.task)
     pieces = {len(ids) for some in texts[:2] for ids in some}
     cut = 0
-    for long, short in zip(whole, asked.pop()):
+    seen = world.dataset.rows(SEEN).tolist()
+    for (user, item, _), long, short in zip(rows.tolist(), whole, asked.pop()):
+        own = [row for row in seen if row[0] == user and row[1] != item][-10:]
+        told = sum((texts[label][other] for _, other, label in own), [])
+        assert long[starts:starts + len(told)] == told
         assert len(short) <= window and short[:starts] == long[:starts]
         assert short[starts:] == long[len(long) - len(short) + starts:]
         left_out = len(long) - len(short)
