@@ -579,7 +579,7 @@ def test_where_the_space_of_the_descent_is_made_again_all_that_was_made_in_it_is
     ("profiles.json", b"{"), ("profiles.json", b"[]"), ("profiles.json", b"null"), ("profiles.npy", b"x"),
     ("profiles_users.json", b"{}"), ("profiles_users.json", b'{"users": [], "inferred": [7]}')])
 def test_damaged_results_of_stage_02_are_made_again(name, content, run, lm_folders):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     before = (run / name).read_bytes() if name != "profiles.json" else (run / "profiles.npy").read_bytes()
     (run / name).write_bytes(content)
@@ -625,13 +625,11 @@ def test_files_that_belong_together_move_in_all_or_none(at, tmp_path):
         with common.together(tmp_path) as aside:
             for name in "ab":
                 common.save_json(aside / f"{name}.json", "new")
-            (aside / ".c.json.tmp").write_text("half")  # of another process
 
     killed = killed_at(os, "replace", work, at + 3, lambda *_: True)  # two are of save_json
     assert run_forked(killed, tmp_path / "stderr")[0] == -signal.SIGKILL
     found = [common.load(tmp_path, f"{name}.json") for name in "ab"]
     assert found == (["old", "old"] if at == 0 else ["new", "new"]) and not (tmp_path / common.READY).exists()
-    assert not (tmp_path / ".c.json.tmp").exists()
 
 
 def test_what_a_kill_left_ready_is_moved_before_new_files_come(tmp_path):
@@ -671,7 +669,7 @@ def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
 
 
 def test_theta_of_an_earlier_method_is_inferred_anew_and_new_users_do_not_join_it(run, lm_folders, capsys):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     facts = common.load(run, "profiles.json")
     for method in (None, facts["method"] - 1):  # it was not recorded at first
@@ -951,7 +949,7 @@ def test_llm_auto_takes_gpt2_on_a_cpu_and_says_so(run, monkeypatch, capsys):
 
 def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, tmp_path, monkeypatch,
                                                                    capsys):
-    run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2]
+    run, flags = tmp_path / "run", ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
     call_stage(infer, "--run", run, *flags)
     call_stage(quantize, "--run", run)
@@ -966,7 +964,8 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     asked = [*added[14::-1], old_users[0]]
     (run / "new.txt").write_text("\n".join(asked) + "\n", encoding="utf-8-sig")
     with pytest.raises(common.UserError, match="other settings \\(steps\\)"):
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--users", run / "new.txt")
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 1,
+                   "--users", run / "new.txt")
     flags += ["--users", run / "new.txt", "--block-size", 4]
     call_02(monkeypatch, run, *flags, number=2)  # an interrupt leaves the old run as it was
     assert np.array_equal(np.load(run / "profiles.npy"), old)
@@ -1003,7 +1002,7 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
 
 def test_codebooks_of_another_space_are_not_kept(run, lm_folders):
     """The words changed, and with them what a coordinate means."""
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
     call_stage(prepare, "--run", run, "--subsample-users", 120, "--hobby-words", "a,b,c,d")
@@ -1023,7 +1022,7 @@ def test_codebooks_of_another_stage_03_are_not_kept(inferred, tmp_path):
 
 @pytest.mark.parametrize("moved", range(5))
 def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, run, lm_folders, tmp_path):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1)
     call_stage(infer, "--run", run, *flags)
     old, owners = np.load(run / "profiles.npy"), json.loads((run / "profiles_users.json").read_text())
@@ -1042,7 +1041,7 @@ def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, ru
 
 
 def test_new_users_are_not_inferred_under_another_prompt(run, lm_folders):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
     dataset.profiles[0]["prompt"] = "This user's pet is"
@@ -1054,7 +1053,7 @@ def test_new_users_are_not_inferred_under_another_prompt(run, lm_folders):
 
 
 def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     content = (run / "profiles.npy").read_bytes()
     owners, facts = (json.loads((run / f"profiles{name}.json").read_text()) for name in ("_users", ""))
