@@ -30,6 +30,7 @@ import resource
 import shutil
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -322,6 +323,9 @@ def together(run):
     """
     finish(run)
     run.mkdir(parents=True, exist_ok=True)
+    for left in run.glob(".new.*"):  # by a killed process, if nobody has touched it for a day
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=run, prefix=".new.", ignore_cleanup_errors=True) as aside:
         yield Path(aside)
         os.replace(aside, run / READY)

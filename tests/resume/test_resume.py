@@ -632,6 +632,18 @@ def test_files_that_belong_together_move_in_all_or_none(at, tmp_path):
     assert found == (["old", "old"] if at == 0 else ["new", "new"]) and not (tmp_path / common.READY).exists()
 
 
+def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
+    for name in ("old", "young"):
+        (tmp_path / f".new.{name}").mkdir()
+        (tmp_path / f".new.{name}" / "model.safetensors").write_text("half")
+    day_before = time.time() - 100_000
+    os.utime(tmp_path / ".new.old", (day_before, day_before))
+    with common.together(tmp_path) as aside:
+        common.save_json(aside / "a.json", "new")
+    # In the young one another process may be at work.
+    assert {path.name for path in tmp_path.iterdir()} == {".new.young", "a.json"}
+
+
 def test_what_a_kill_left_ready_is_moved_before_new_files_come(tmp_path):
     def work():
         with common.together(tmp_path) as aside:
