@@ -546,6 +546,9 @@ def seeded(*seeds):
 
 def pick_device(name):
     """torch.device of --device."""
+    if name == "cpu":
+        # A GPU in sight makes autograd start threads, and a process that has these cannot fork its helpers.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if name != "cpu" and torch.cuda.is_available():
         return torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
     if name == "cuda":

@@ -151,6 +151,14 @@ def test_the_llm_s_stages_take_the_gpu_that_is_there_and_stage_04_the_cores(monk
             assert common.pick_device(stage.parse_arguments().device).type == flag
 
 
+def test_on_the_cores_no_gpu_is_in_sight(monkeypatch):
+    """Helpers are forked after a backward pass, which is no good where autograd has a thread for a GPU."""
+    for device, seen in (("auto", "0"), ("cpu", "")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        assert common.pick_device(device).type == "cpu"
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
 def test_seeds_decide_torch_and_numpy_alike():
     def draws(*seeds):
         generator = common.seeded(*seeds)
