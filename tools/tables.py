@@ -171,8 +171,8 @@ STUDIES = {  # name: {variant: flags}
         "SmolLM2": real("--subsample-users 600", "--lm smollm2"),
         "SmolLM2, joint VQ": own("--no-llm-loss"),
         "SmolLM2, another world": real("--subsample-users 600 --seed 7", "--lm smollm2"),
-        "Gemma": real("--subsample-users 300", "--lm gemma3-270m"),
-        "Gemma, another world": real("--subsample-users 300 --seed 7", "--lm gemma3-270m")},
+        "Gemma": real("--subsample-users 600", "--lm gemma3-270m"),
+        "Gemma, another world": real("--subsample-users 600 --seed 7", "--lm gemma3-270m")},
     "real-ablations": {
         "default": variant("--subsample-users 300", "--lm smollm2", "--quantizer kmeans", "",
                            "--ids none,random,userip,planted"),
