@@ -681,7 +681,7 @@ def make_wide(work, likelihood, tokenizer, histories, dataset, args):
     wide = fit_space(likelihood, tokenizer, dataset.profiles)
     if args.space == "words":
         wide = words_space(wide, dataset.profiles, args.rank)
-    if likelihood.task.numel() and args.task_steps:
+    if likelihood.task.numel() and args.task_steps:  # the prompt has a task, and it is to be learned
         clock = time.perf_counter()
         wide.task = fit_task(likelihood, wide, histories, args)
         print(f"the task prompt took {time.perf_counter() - clock:.0f} s")

@@ -721,6 +721,7 @@ def save(run, problem, bank, quantizer, code_names, facts):
 
 
 def fingerprint_of(books):
+    """What tells these codebooks from others."""
     return fingerprint(*map(np.asarray, books))
 
 

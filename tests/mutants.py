@@ -1,6 +1,6 @@
 """Break one line at a time and see that a test notices: mutants of the five files and of tools/.
 
-    python tests/mutants.py                                # all of them: 8 min on 2 cores
+    python tests/mutants.py                                # all of them: 8 to 16 min on 2 cores
     python tests/mutants.py --only 03_quantize --jobs 2    # of one file
     python tests/mutants.py --only prior                   # those whose description says so
     python tests/mutants.py --check                        # do the lines and the tests that they name exist?
