@@ -56,7 +56,7 @@ TASK_USERS = 24  # users whose histories make one step of the task prompt
 TASK_JUDGES = 32  # users, at most, who decide which task prompt is kept: it is not trained on their histories
 TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard deviations of its text's embeddings
 TASK_CHECK = 8  # steps between two looks at the judges
-NOISE_AT = 16  # the principal direction (the first is 0) along which users are taken to vary by chance alone
+NOISE_AT = 8  # the principal direction (the first is 0) along which users are taken to vary by chance alone
 LOGIT_CHUNK = 4096  # tokens of y whose logits, one for each token of the vocabulary, are held at once
 
 
@@ -505,7 +505,7 @@ def parse_arguments():
     add("--space", choices=("users", "words"), default="users",
         help="users: theta moves in all d coordinates, and directions in which users differ are kept; words: "
         "it moves among the words alone")
-    add("--rank", type=at_least(0), default=16, help="most directions kept; 0: all, unshrunk (paper)")
+    add("--rank", type=at_least(0), default=8, help="most directions kept; 0: all, unshrunk (paper)")
     add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
@@ -520,7 +520,7 @@ def parse_arguments():
 
 # -------- tokens and blocks of users
 
-METHOD = 2  # goes up when the same flags give another theta: a finished run of before is then inferred anew
+METHOD = 3  # goes up when the same flags give another theta: a finished run of before is then inferred anew
 DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
 ENOUGH = 10  # users of whom a standard error says something
 KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds

@@ -33,7 +33,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"lm-tiny", "predictions"}
     profiles = np.load(run / "profiles.npy")
     assert profiles.dtype == np.float32
-    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 16)
+    assert profiles.shape == (json.loads((run / "dataset.json").read_text())["n_users"], 2, 8)
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_profile"] == unknown.sum()
     assert (profiles[unknown] == 0).all()

@@ -28,7 +28,7 @@ Whole runs: stage 02 as a process with a random Llama in fp16 (on a GPU Llama-2-
 unbroken; killed with SIGKILL between two blocks and started again; as two ranks on the one device. Then 04.
 
 A million users: stage 02's files of theirs, random numbers in an LLM's place, are written block by block,
-gathered and read. The first 256 users, who tell the directions, lie in all coordinates, the others in 16.
+gathered and read. The first 256 users, who tell the directions, lie in all coordinates, the others in 8.
 
 Progress goes to stderr; a table and, last, one JSON object to stdout.
 """
@@ -508,7 +508,7 @@ def linear(sizes):
             "peak_mb": {str(size): value[1] for size, value in found.items()}}
 
 
-def million(users, width=4096, rank=16, block=64):
+def million(users, width=4096, rank=8, block=64):
     """Seconds, MB on disk and peak memory of stage 02's files for so many users, the LLM left out."""
     rng = torch.Generator().manual_seed(0)
     random = {name: torch.randn(shape, generator=rng) for name, shape in (

@@ -206,7 +206,7 @@ def test_a_space_is_squeezed_to_the_directions_in_which_users_differ():
             assert abs(along) == pytest.approx(0.3, rel=1e-3)
         lengths = space.basis[m].norm(dim=1)
         assert torch.allclose(lengths, torch.full((2,), 0.3), rtol=1e-4)  # z keeps its unit
-        wanted = 1 - values[-17] / values[[-1, -2]]  # what the 17th direction varies is not believed
+        wanted = 1 - values[-9] / values[[-1, -2]]  # what the 9th direction varies is not believed
         assert torch.allclose(space.shrink[m], torch.tensor(wanted).float(), atol=1e-4)
     kept = space.project(start.theta(z))
     gap = (space.theta(kept) - start.theta(z)).norm(dim=2) / start.theta(z).norm(dim=2)
@@ -588,7 +588,7 @@ def test_users_without_a_history_hold_0_the_population(sparse):
     unknown = sorted(set(range(len(dataset.users))) - set(known))
     assert len(unknown) >= 2 and facts["users_without_profile"] == len(unknown)
     assert common.load(run, "profiles_users.json")["inferred"] == known
-    assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 16)
+    assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 8)
     assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all()
 
 
