@@ -21,8 +21,9 @@ users of a block, H tokens of their longest history, S tokens of prompt and hist
 README's differences from the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; its
-                                  helpers (make_blocks, pad, word_weights, TokenNLL) stand further down.
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; what
+                                  it calls beside (make_blocks, pad, likeliest_words, TokenNLL, ScaledGradient
+                                  and checks of memory and numbers) stands further down.
     evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
 

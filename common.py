@@ -61,8 +61,9 @@ class Field:
     """A feature of a CTR (click-through rate) model, as the user, or an item's genres.
 
     columns: how many ids of this field a row has, for an item may have several genres; the mean of their
-    embeddings is taken. Ids are 0 to size - 1. The id `size` stands for an unknown user or item where columns
-    is 1, else for a place that is empty, which the mean leaves out.
+    embeddings is taken. Ids are 0 to size - 1. Where columns is 1, the id `size` has a row like any other: it
+    stands for an unknown user or item, or for an item without a value. Else it fills up an empty place, which
+    the mean leaves out.
     vectors: None, or float (size, n): the id i is embedded as a learned projection of vectors[i], and there
     is no id `size`.
     """
@@ -96,8 +97,8 @@ class FieldEmbedding(nn.Module):
         self.register_buffer("factors", factors.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row, of the id `size`, starts at 0. Where `size` is the unknown user, stage 04 trains
-        # this row: it hides the user of some rows. Where it fills up, forward() leaves it out.
+        # A field's last row, of the id `size`, starts at 0. Stage 04 trains that of the unknown user, for it
+        # hides the user of some rows, and that of no value. Where it fills up, forward() leaves it out.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:

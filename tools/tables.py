@@ -140,6 +140,7 @@ STUDIES = {  # name: {variant: flags}
         "fixed task prompt": variant(None, "--task-steps 0", fourth="--ids userip"),
         "rank 1": variant(None, "--rank 1", fourth="--ids userip"),
         "rank 4": variant(None, "--rank 4", fourth="--ids userip"),
+        "rank 16": variant(None, "--rank 16", fourth="--ids userip"),
         "a prior": variant(None, "--prior 1", fourth="--ids userip"),
         "40 steps": variant(None, "--steps 40", fourth="--ids userip"),
         "history of all titles": variant(None, "--history all", fourth="--ids userip"),
@@ -181,7 +182,7 @@ STUDIES = {  # name: {variant: flags}
         "fixed task prompt": ablation("--task-steps 0"),
         "the words' space": ablation("--space words --prior 1"),
         "words of the LLM itself": ablation("", words=False),
-        "rank 1": ablation("--rank 1"), "rank 3": ablation("--rank 3"),
+        "rank 1": ablation("--rank 1"), "rank 3": ablation("--rank 3"), "rank 16": ablation("--rank 16"),
         "a prior": ablation("--prior 1"), "1 step": ablation("--steps 1"), "6 steps": ablation("--steps 6")},
     "real-ml-100k": {
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",

@@ -10,9 +10,9 @@ in nats, one number a user. Four things go wrong in practice, and a test watches
 
   * off by one: which hidden state predicts the first history token? Which predicts nothing of interest?
   * padding: user u has lengths[u] tokens; what stands to their right is filler and must not count, whatever
-    it holds;
-  * sums, not averages: the prior and the recommender's loss are sums over a user's evidence too (and theta of
-    a user with 3 titles must not be pulled as hard as that of a user with 30);
+    it holds, neither in the loss nor in its gradient;
+  * sums, not averages: log P of a text is a sum over its tokens. Against a prior (02 --prior) 30 titles must
+    weigh more than 3, and stage 03 adds this loss to others;
   * overflow: exp of a logit of 1,000 is infinity, its log-likelihood is not.
 
 The vocabulary projection is nearly a third of the work of a GPT-2. Count: how many of the (P + H) B rows do

@@ -18,7 +18,7 @@ codebook alone: the recommender speaks to theta, theta speaks to the codebook.
 Then, on paper: with beta = .001, one learning rate for all (the paper's section 3.4) and alpha = .001, too,
 of which it says nothing, how far does each term move things under Adam, whose step does not depend on the
 size of a gradient?
-`python 03_quantize.py --paper` shows what becomes of it.
+`python 03_quantize.py --paper`, in a copy of the run folder, shows what becomes of it.
 """
 
 

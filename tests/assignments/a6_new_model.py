@@ -14,8 +14,13 @@ compare with explicit loops, count on a model that is fast with 400 fields, and 
 own loop, on a world where every user likes exactly one of two kinds of items and no first-order term helps:
 logistic regression stays at chance there.
 
-When you have passed, register it for real (`MODELS["fm"] = FM` in 04_train_ctr.py) and try
-`python 04_train_ctr.py --models fm,deepfm --ids none,random,userip`. What does the deep half of DeepFM add?
+When you have passed, put it into a script of your own beside the stages, mine.py:
+
+    from tests.assignments.a6_new_model import FM, ctr
+    ctr.MODELS["fm"] = FM
+    ctr.guarded(ctr.main)
+
+and try `python mine.py --models fm,deepfm --ids none,random,userip`. What does the deep half of DeepFM add?
 """
 
 import importlib

@@ -25,13 +25,14 @@ The rules of evidence are the same for everybody, and the tests hold you to them
 
   * codes are made from training and support rows alone (common.SEEN). Support rows are training rows of users
     whom the recommender will not meet: they must not end up as unknown, for these users are where an id pays;
-  * a user without such a row has the unknown code in every column;
+  * a user without such a row has the unknown code in every column, and a user who likes something among these
+    rows has it in none (what you cannot tell of him may have a code of its own);
   * the same rows give the same codes: seed what is random;
   * whatever happens to the user, label or item of a validation, test or cold row, no code changes;
   * the card carries the fingerprint of the data set that the codes were made from, so that stage 04 can
     refuse a bank that was made from another.
 
-When you have passed: tools/controls.py holds six such banks in a page. Which of them does yours have to beat
+When you have passed: tools/controls.py holds seven such banks. Which of them does yours have to beat
 before you may say that it has found out something about people?
 """
 

@@ -14,9 +14,10 @@ the principal directions, each as long as the standard deviation along it, the l
 stage 02 begins at the same origin, but moves in all d coordinates and keeps those directions in which users
 turn out to differ, DEVIATION(4): what do words miss that users have?)
 
-You write two functions. The tests compare your covariance with one made by loops, ask for each word's z (what
-puts theta on the word itself), and hold your gradient against finite differences: since theta is linear in z,
-the likelihood's gradient in theta is all that the LLM has to give.
+You write two functions. The tests compare your covariance with one made by loops, ask for each word's z
+(which puts theta on the point nearest to the word; with n - 1 directions that is the word itself), and hold
+your gradient against finite differences: since theta is linear in z, the likelihood's gradient in theta is
+all that the LLM has to give.
 
 Then, on paper: what does `--space words --rank 1` leave of four hobbies? What does a word that is in the list
 twice do?
