@@ -21,9 +21,8 @@ users of a block, H tokens of their longest history, S tokens of prompt and hist
 README's differences from the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
-    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; what
-                                  it calls beside (make_blocks, pad, likeliest_words, TokenNLL, ScaledGradient
-                                  and checks of memory and numbers) stands further down.
+    settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; what it
+                                  calls beside (make_blocks, pad, TokenNLL and others) stands further down.
     evaluate, running it          titles that theta has not seen; the flags, blocks of users, and solve()
     variants, low memory, opening the LLM, save, main: skip them at first
 
@@ -372,7 +371,7 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z, the coordinates of users in `space`, the wide one.
+    """Minimise Eq. (4) and the prior over z, users' coordinates in `space`, the wide one. DEVIATION(14).
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
@@ -505,7 +504,7 @@ def parse_arguments():
     add("--prior", type=at_least(0, float, 1e6), default=0.0, help="weight of a Gaussian prior (paper: 0)")
     add("--space", choices=("users", "words"), default="users",
         help="users: theta moves in all d coordinates, and directions in which users differ are kept; words: "
-        "it moves among the words alone")
+        "it moves among the words alone, in at most --rank directions")
     add("--rank", type=at_least(0), default=8, help="most directions kept; 0: all, unshrunk (paper)")
     add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
@@ -1143,6 +1142,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     owners = {"users": dataset.users, "inferred": known}
     facts = settings | {
         "rows_kept": len(old_rows),
+        "rows_new": len(users),  # of these users are heldout_nll and train_nll_kept
         "lm_sensitivity": lm["sensitivity"],
         "users_without_profile": len(z) - len(known),
         "heldout_nll": heldout or None,
@@ -1205,10 +1205,11 @@ def report(facts):
     kept = facts["train_nll_kept"]
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} in the descent; "
           f"{facts['tokens_per_second']:,d} tokens x steps/s in each process")
+    whose = f" of the {facts['rows_new']:,d} new users" if facts["rows_kept"] else ""
     if kept["users"]:
         print(f"of {kept['users']} users, under what is kept of theta: own {kept['own']:.4f}, population "
               f"{kept['population']:.4f}")
-    for what, values in (("validation NLL per token", facts["heldout_nll"]),
+    for what, values in ((f"validation NLL per token{whose}", facts["heldout_nll"]),
                          ("tiny LM, nats a token that a wrong word costs", facts["lm_sensitivity"])):
         if values:
             print(f"{what}:", ", ".join(f"{name} {value:.4f}" for name, value in values.items()))

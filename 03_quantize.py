@@ -104,7 +104,7 @@ class VectorQuantizer(nn.Module):
 
 
 class Surrogate(nn.Module):
-    """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, projected."""
+    """Rec^s of Eq. (5): a DCN on user id, item id and the quantized profiles, projected. DEVIATION(13)."""
 
     def __init__(self, n_users, n_items, n_profiles, rank, dim=8):
         super().__init__()
@@ -772,8 +772,9 @@ def main():
                 codes[user] = then[raw]
         facts["keep_codebooks"] = True
     else:
-        announce("03 quantize", args, reads)
         sizes = parse_codes(args.codes, dataset.profiles)
+        shown = argparse.Namespace(**{**vars(args), "codes": ",".join(map(str, sizes))})
+        announce("03 quantize", shown, reads)
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
         if not torch.cat(list(quantizer.books)).isfinite().all():

@@ -538,7 +538,7 @@ def parse_arguments():
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")
     add("--patience", type=at_least(1), default=10, help="stop after so many epochs without a better one")
-    add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024")
+    add("--batch-size", type=at_least(2), help="default: training rows / 80, within 128-1024 (paper: 128)")
     add("--lr", type=at_least(1e-12, float), default=3e-3, help="Adam step size (paper: 0.001)")
     add("--weight-decay", type=at_least(0, float), default=1e-3, help="L2 of embeddings (paper: none)")
     args = parser.parse_args()
@@ -689,9 +689,9 @@ def default_user_dropout(dataset):
 # -------- evaluate
 
 def mean_sd(values):
-    """{mean, sd} of a sample; the sd of a single value is 0."""
-    sd = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return {"mean": float(np.mean(values)), "sd": float(sd)}
+    """{mean, sd} of a sample; a single value has no sd: None."""
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": sd}
 
 
 def summarize(rows):
@@ -727,7 +727,10 @@ def summarize(rows):
 def show(summary, base_logloss):
     """The table in text."""
     def formatted(entry, key):
-        return f"{entry[key]['mean']:7.4f} ± {entry[key]['sd']:.4f}" if key in entry else ""
+        if key not in entry:
+            return ""
+        mean, sd = entry[key]["mean"], entry[key]["sd"]
+        return f"{mean:7.4f}" if sd is None else f"{mean:7.4f} ± {sd:.4f}"
 
     titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
     measured = set()
@@ -836,6 +839,8 @@ def main():
         print(f"unfinished: {other} is of other flags, banks or code; delete it if nobody goes on with it")
     print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
           f"{args.run}")
+    if (args.run / "feature_bank.csv").exists():
+        print(f"next: python tools/explain.py --run {args.run} --all")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ OTHERS = [*(f"tools/{name}.py" for name in ("baselines", "controls", "explain", 
           *(f"tests/bench/bench_{name}.py" for name in ("ctr", "infer", "serving", "prepare")),
           "tests/mutants.py"]
 FOREIGN = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--ntasks-per-node", "--help",
-           "--no-deps"}
+           "--no-deps", "--index-url"}
 
 
 def test_every_flag_they_name_exists():

@@ -225,9 +225,10 @@ def results_figure(results):
             values.append(entries[ids]["test_auc"])
             colours.append(COLOURS[number % len(COLOURS)])
     figure, axes = plt.subplots(figsize=(6, 1 + 0.32 * len(names)))
-    axes.barh(names, [value["mean"] for value in values], xerr=[value["sd"] for value in values],
-              color=colours, capsize=3)
-    axes.set_xlim(min(value["mean"] - value["sd"] for value in values) - 0.01)
+    means = [value["mean"] for value in values]
+    sds = [value["sd"] or 0 for value in values]  # of a single repetition there is none
+    axes.barh(names, means, xerr=sds, color=colours, capsize=3)
+    axes.set_xlim(np.subtract(means, sds).min() - 0.01)
     axes.invert_yaxis()
     seeds = len({row["seed"] for row in results["rows"]})
     axes.set(xlabel="test AUC", title=f"mean and sd of {seeds} seeds")

@@ -172,7 +172,7 @@ def test_seeds_decide_torch_and_numpy_alike():
 
 def test_mean_and_sample_deviation():
     assert mean_sd([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, np.sqrt(7 / 3)))
-    assert mean_sd([0.7]) == (0.7, 0.0)
+    assert mean_sd([0.7]) == (0.7, None)
 
 
 def test_a_loaded_lm_computes_what_it_computes_elsewhere(lm_folders):

@@ -356,6 +356,11 @@ def test_results_json_and_checkpoint(inferred, tmp_path, capsys):
         assert f"{mean[key]['mean']:7.4f} ± {mean[key]['sd']:.4f}" in lines["dcn", "userip"]
     state = torch.load(run / "ctr_dcn.pt", weights_only=True)
     assert state["cross.weight"].shape == (3, 32) and not list(run.glob("rows-*"))
+    call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1)  # a single repetition has no sd
+    printed = capsys.readouterr().out
+    assert "±" not in printed
+    alone = json.loads((run / "results.json").read_text())["summary"]["dcn"]["userip"]
+    assert f"{alone['test_auc']['mean']:7.4f}" in printed and alone["auc_minus_none"]["sd"] is None
 
 
 def test_cells_side_by_side_are_bit_for_bit_those_of_one_process(inferred, tmp_path, monkeypatch):

@@ -446,7 +446,9 @@ def test_collapse_is_reported_when_it_is_forced(inferred, tmp_path, capsys):
     facts = json.loads((run / "profiles.json").read_text())
     (run / "profiles.json").write_text(json.dumps(facts | {"fingerprint": common.fingerprint(theta)}))
     call_stage(quantize, "--run", run, "--paper", "--start", "random", "--epochs", 1, "--no-llm-loss")
-    assert "WARNING: the codebook of hobby has collapsed: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "WARNING: the codebook of hobby has collapsed: " in printed
+    assert " codes=4,3 " in printed  # the settings that it says are those of this run
     facts = json.loads((run / "quantize.json").read_text())
     assert facts["profiles"][0]["max_share"] > 0.9 and facts["nmi_across"] == [pytest.approx(0.0, abs=0.1)]
 

@@ -990,7 +990,8 @@ def test_new_users_get_rows_and_everybody_inferred_keeps_his_bytes(lm_folders, t
     inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
     fresh = [users.index(raw) for raw in added[:15] if users.index(raw) in inferred]
     assert users.index(asked[0]) in fresh  # the mark at the file's beginning is no part of the first id
-    assert facts["rows_kept"] == len(old_rows) and len(fresh) >= 12
+    assert facts["rows_kept"] == len(old_rows) and facts["rows_new"] == len(fresh) >= 12
+    assert f"validation NLL per token of the {len(fresh)} new users: own" in printed
     assert len(np.unique(new[fresh, 0], axis=0)) == len(fresh) and len(inferred) == len(old_rows) + len(fresh)
     others = np.setdiff1d(range(len(users)), inferred)  # the five not asked for, and who has no history
     assert len(others) >= 5 and (new[others] == 0).all()
