@@ -1234,7 +1234,7 @@ MUTANTS["tools/tables.py"] = [
     ("RESULTS is written in place", "with common.atomic(PAGE) as temporary:",
      "PAGE.write_text(page)\n            with common.atomic(PAGE) as temporary:",
      "test_a_page_that_cannot_be_written_stays_as_it_was"),
-    ("--kept goes with --again", "if args.kept and args.again:", "if False:",
+    ("--kept goes with flags of runs", "if args.kept and needs_runs:", "if False:",
      "test_bad_arguments_are_one_line_and_run_nothing"),
     ("a run is of the code that ended it", "if not begun.exists():", "if True:",
      "test_a_repetition_is_of_the_code_with_which_it_was_begun"),

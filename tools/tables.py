@@ -920,9 +920,8 @@ def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("studies", nargs="+", metavar="NAME", help=f"of {', '.join(STUDIES)}")
-    parser.add_argument("--seeds", type=common.at_least(1), default=5, help="repetitions (default: 5)")
-    parser.add_argument("--jobs", type=common.at_least(1), default=os.cpu_count(),
-                        help="side by side (default: the cores)")
+    parser.add_argument("--seeds", type=common.at_least(1), help="repetitions (default: 5)")
+    parser.add_argument("--jobs", type=common.at_least(1), help="side by side (default: the cores)")
     parser.add_argument("--data-dir", type=lambda text: Path(text).resolve(),
                         help="of the real data sets, for stage 01")
     parser.add_argument("--again", action="store_true", help="run a study anew")
@@ -930,8 +929,10 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the tables in docs/RESULTS.md, print none")
     parser.error = lambda text: common.fail(f"error: {text} (tools/tables.py); see: tools/tables.py --help")
     args = parser.parse_args()
-    if args.kept and args.again:
-        parser.error("--kept runs nothing and --again runs all: give one of them")
+    needs_runs = [f"--{key}" for key in ("again", "seeds", "jobs", "data_dir") if getattr(args, key)]
+    if args.kept and needs_runs:
+        parser.error(f"--kept runs nothing: leave out {needs_runs[0].replace('_', '-')}")
+    seeds = args.seeds or 5
     for study in args.studies:  # all that can be said at once, before hours of work
         if study not in STUDIES:
             raise common.UserError(f"no such table: {study}", "tools/tables.py",
@@ -943,8 +944,8 @@ def main():
     for study in args.studies:
         gather, draw = (collect_recsysllm, table_recsysllm) if is_recsysllm(study) else (collect, table)
         if not args.kept:
-            run_study(study, args.seeds, args.jobs, args.data_dir, args.again)
-            common.save_json(KEPT / f"{study}.json", gather(study, args.seeds))
+            run_study(study, seeds, args.jobs or os.cpu_count(), args.data_dir, args.again)
+            common.save_json(KEPT / f"{study}.json", gather(study, seeds))
         text = draw(common.load(KEPT, f"{study}.json"))
         if args.write:
             page, pattern = markers(study)

@@ -708,7 +708,8 @@ def test_a_page_that_cannot_be_written_stays_as_it_was(studies, monkeypatch):
     (["nonsense"], "no such table: nonsense"), (["small", "nonsense"], "no such table: nonsense"),
     (["small", "--kept"], "small.json is missing"), (["folds", "--write"], "no markers for folds"),
     ([], "NAME"), (["small", "--seeds", "0"], "out of range"),
-    (["small", "--kept", "--again"], "give one of them")])
+    (["small", "--kept", "--again"], "leave out --again"), (["small", "--kept", "--seeds", "3"], "--seeds"),
+    (["small", "--kept", "--data-dir", "."], "leave out --data-dir")])
 def test_bad_arguments_are_one_line_and_run_nothing(args, words, studies, monkeypatch, capsys):
     module, calls = studies
     module.PAGE.write_text("no markers\n")
