@@ -13,7 +13,7 @@ only; the task and y see all before them. In short (solve() and infer_block() do
     wide.task = fit_task(wide)             what all users share, the text's format, is learned as soft tokens
     wide_z = descend(wide)                 each user's theta by gradient descent, in all its d coordinates
     space = squeeze(wide, 256 of wide_z)   the r directions in which users differ most, and the mean user
-    z = space.project(wide.theta(wide_z))  where every user lies along these, shrunk: this is kept
+    z = space.project(wide.theta(wide_z))  where every user lies along these: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
 space of the descent; at most --rank, if that is not 0, in the space that is kept), T tokens of D_task; B
@@ -239,7 +239,7 @@ class ProfileLikelihood:
 
 @dataclass
 class Space:
-    """theta^m = origin^m + z^m basis^m: a user is z (M, r)."""
+    """theta^m = origin^m + (shrink^m z^m) basis^m: a user is z (M, r)."""
 
     origin: torch.Tensor  # (M, d), theta at z = 0: in the descent the words' mean, later the mean user
     basis: torch.Tensor  # (M, r, d), orthogonal directions as long as the words' spread, or see words_space()
@@ -247,11 +247,11 @@ class Space:
     task: torch.Tensor  # (T, d), the soft tokens of D_task
     words: list  # of each profile its words
     vectors: list  # of each profile the embeddings of these words, (words, d)
-    shrink: torch.Tensor | float = 1.0  # (M, r), by which project() multiplies a user's z: see squeeze()
+    shrink: torch.Tensor | float = 1.0  # (M, r), how much of z is believed: see squeeze()
 
     def theta(self, z):
         """z (B, M, r) -> theta (B, M, d)."""
-        return self.origin + torch.einsum("bmr,mrd->bmd", z, self.basis)
+        return self.origin + torch.einsum("bmr,mrd->bmd", self.shrink * z, self.basis)
 
     def coordinates_of(self, vectors, m):
         """z (n, r) of vectors (n, d) that are projected into the space of profile m."""
@@ -259,12 +259,11 @@ class Space:
         return (vectors - self.origin[m]) @ self.basis[m].T / squared_length
 
     def project(self, theta):
-        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, then shrunk."""
-        z = [self.coordinates_of(theta[:, m], m) for m in range(theta.shape[1])]
-        return self.shrink * torch.stack(z, dim=1)
+        """theta (B, M, d) of a descent -> z (B, M, r): the nearest points of the space, nothing shrunk."""
+        return torch.stack([self.coordinates_of(theta[:, m], m) for m in range(theta.shape[1])], dim=1)
 
     def word_z(self, m):
-        """z (words, r) of the words of profile m, not shrunk: they are no guesses."""
+        """z (words, r) of the words of profile m, nothing shrunk."""
         return self.coordinates_of(self.vectors[m], m)
 
 
@@ -306,8 +305,9 @@ def squeeze(space, wide_z, rank):
     wide_z (n, M, d): these users in `space`, that of the descent. Note: d coordinates also fit what a few
     titles ask for by chance. We assume that along the direction at NOISE_AT (if more are kept, along the
     first that is dropped) users vary by chance alone, and by chance as much along every other. Of the
-    variance v of a direction only v - noise is then about users, and z is multiplied by 1 - noise / v (the
-    form of probabilistic PCA, Tipping and Bishop 1999). Titles not seen become likelier. DEVIATION(4).
+    variance v of a direction only v - noise is then about users, and the LLM is shown 1 - noise / v of z (the
+    form of probabilistic PCA, Tipping and Bishop 1999): titles not seen become likelier. z itself, by which
+    users are compared and get their codes, stays as long as it is. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
     # Of (M, n, d): singular values (M, min(n, d)), directions (M, min(n, d), d)

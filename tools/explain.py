@@ -137,7 +137,11 @@ class Explainer:
 
     def moved_to(self, z, m, count=4):
         """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists."""
-        return self.lexicon.nearest(torch.as_tensor(z) @ self.space.basis[m], self.population[m], count)
+        return self.lexicon.nearest(self.move(z, m), self.population[m], count)
+
+    def move(self, z, m):
+        """How far theta^m lies from the mean user's at each row of z (n, r): (n, d)."""
+        return (self.space.shrink[m] * torch.as_tensor(z)) @ self.space.basis[m]
 
     @torch.no_grad()
     def nll(self, user, theta):
@@ -159,7 +163,7 @@ class Explainer:
         near = self.words_of(z, m)[0][:4]
         # How far theta lies from the mean user, in units of how far the words lie from their mean.
         of_words = (self.space.vectors[m] - self.space.words_mean[m]).norm(dim=1).mean()
-        distance = float((torch.as_tensor(z) @ self.space.basis[m]).norm() / of_words)
+        distance = float(self.move(z, m).norm() / of_words)
         moved = f"{near[0]}, {distance:.0%} of a word's distance; then {' | '.join(near[1:])}"
         return [*lines, f"    theta moved towards {moved}",
                 "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),

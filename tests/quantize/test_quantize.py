@@ -238,7 +238,8 @@ def test_the_llm_s_term_of_eq_7_and_its_gradient_against_autograd_of_the_plain_s
     plain = 0.0
     for user in users:
         ids = torch.tensor(histories[user])[None]
-        theta = torch.stack([space.origin[m] + z[user, m] @ space.basis[m] for m in range(2)])
+        believed = space.shrink * z[user]
+        theta = torch.stack([space.origin[m] + believed[m] @ space.basis[m] for m in range(2)])
         nll = likelihood(theta[None], ids, torch.tensor([ids.shape[1]])).sum()
         from_centre = z[user] * (space.basis.norm(dim=2) > 0)  # profiles of few words have some of length 0
         if kind == "users":  # all directions are as long as the words' spread

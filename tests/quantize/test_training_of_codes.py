@@ -89,7 +89,8 @@ def all_nll(problem, theta):
 def theta_of(problem, books):
     """The soft tokens of codes, per profile (K_m, d)."""
     space = problem.space
-    return [space.origin[m] + torch.as_tensor(book) @ space.basis[m] for m, book in enumerate(books)]
+    return [space.origin[m] + (space.shrink[m] * torch.as_tensor(book)) @ space.basis[m]
+            for m, book in enumerate(books)]
 
 
 # ---------------------------------------------------------------- the start
@@ -246,7 +247,7 @@ def test_em_keeps_the_likeliest_round(sparse, monkeypatch):
     monkeypatch.setattr(
         torch.optim, "Adam", functools.partial(torch.optim.Adam, maximize=True)
     )  # it gets worse
-    found = fit("em", problem, epochs=1, lr=5.0)
+    found = fit("em", problem, epochs=2, lr=5.0)
     evidence = [entry["log_likelihood"] for entry in found.log]
     assert max(evidence) - evidence[-1] > 0.05
     users, nll = all_nll(problem, theta_of(problem, found.books))
