@@ -1356,6 +1356,10 @@ MUTANTS["tools/baselines.py"] = [
     ("a bank says nothing of how it was made", 'f"tools/baselines.py {args.method} --seed {args.seed}"',
      'f"tools/baselines.py {name}"', "test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was")]
 
+MUTANTS["tools/explain.py"] = [
+    ("the card's theta is not shrunk", "(believed * torch.as_tensor(z))", "(torch.as_tensor(z))",
+     "test_the_card_and_the_figures_over_all_users")]
+
 MUTANTS["tools/controls.py"] = [
     ("template asks behind the learned task prompt", "self.likelihood = infer.ProfileLikelihood(",
      "infer.ProfileLikelihood(", "test_template_is_words_where_stage_02_learned_no_task_prompt"),

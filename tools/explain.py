@@ -141,7 +141,8 @@ class Explainer:
 
     def move(self, z, m):
         """How far theta^m lies from the mean user's at each row of z (n, r): (n, d)."""
-        return (self.space.shrink[m] * torch.as_tensor(z)) @ self.space.basis[m]
+        believed = self.space.shrink.expand(self.space.basis.shape[:2])[m]  # a 1 where nothing is shrunk
+        return (believed * torch.as_tensor(z)) @ self.space.basis[m]
 
     @torch.no_grad()
     def nll(self, user, theta):
