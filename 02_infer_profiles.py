@@ -520,7 +520,7 @@ def parse_arguments():
 
 # -------- tokens and blocks of users
 
-METHOD = 3  # goes up when the same flags give another theta: a finished run of before is then inferred anew
+METHOD = 4  # goes up when the same flags give another theta: a finished run of before is then inferred anew
 DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
 ENOUGH = 10  # users of whom a standard error says something
 KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds

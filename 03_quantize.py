@@ -11,10 +11,10 @@ numbered by k; the number of the one nearest to theta^m is the user's code c_m, 
 sg: a value through which no gradient flows; y: whether the user liked item i; Rec^s: a surrogate recommender;
 E_obs: its other fields, here the user's id; l_llm: stage 02's loss, at theta; alpha, beta: weights.
 
-Theta and v are held by r coordinates in the profile's space: theta = origin + z basis. A user's are called z;
-a code vector has r of its own, and those of all codes are a codebook. The directions in `basis` are
-orthogonal and of one length (but under 02's --space words), so the code nearest to z is the one nearest to
-theta. DEVIATION(k): row k of README's differences.
+Theta and v are held by r coordinates in the profile's space, 02's Space: theta = origin + (shrink z) basis. A
+user's are called z; a code vector has r of its own, and those of all codes are a codebook. The directions in
+`basis` are orthogonal and of one length (but under 02's --space words), so the code nearest to z is the one
+nearest to theta before it is shrunk. DEVIATION(k): row k of README's differences.
 
 --quantizer vq: codebooks start from k-means, begun at the profile's words (stage 01: values of items, as
 music) that most items have, and a surrogate DCN is warmed up on these codes, DEVIATION(6); then Algorithm 1:
@@ -278,8 +278,8 @@ class JointVQ(KMeans):
         args = self.args
         problem = self.problem
         device = self.device
-        # DEVIATION(5): distances are between coordinates, whose unit is the words' spread. So the same lr,
-        # alpha and beta suit LLMs of any scale.
+        # DEVIATION(5): distances are between coordinates, whose unit is the words' spread (and which nothing
+        # shrinks). So the same lr, alpha and beta suit LLMs of any scale.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
         if args.llm_loss and args.epochs:
@@ -548,7 +548,7 @@ def parse_arguments():
     add("--codes", help="codebook sizes K_1,K_2,... (default: stage 01's; paper: 4,3)")
     add("--quantizer", choices=QUANTIZERS, help="default: vq (Algorithm 1), or em if --assign likelihood")
     add("--assign", choices=("nearest", "likelihood"),
-        help="vq, kmeans: nearest to theta, Eq. 6; em, words: likelihood")
+        help="vq, kmeans: nearest to z, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
     add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
@@ -676,6 +676,8 @@ def read_problem(run):
     dataset = load_dataset(run)
     facts, z, owners = infer.read_profiles(run)
     check_same(run, "profiles.npy", "dataset", facts["dataset_fingerprint"], dataset.fingerprint())
+    if facts.get("method") != infer.METHOD:  # its z may mean something else
+        raise UserError("profiles.npy is of an earlier stage 02", run, "run 02 again")
     inferred = np.isin(np.arange(len(z)), owners["inferred"])
     space = infer.open_space(run, "cpu")
     return Problem(run, dataset, np.array(z), inferred, facts, space), load_truth(run)

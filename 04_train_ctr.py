@@ -533,7 +533,7 @@ def parse_arguments():
     add("--fields", choices=FIELDS, default="ids",
         help="ids: of user and item (paper); attributes: item id and attributes, no user id")
     add("--profile-input", choices=("codes", "embedding"), default="codes",
-        help="what userip and its controls feed: codes, or theta's own coordinates, projected (Table 3)")
+        help="what userip and its controls feed: codes, or theta's coordinates z, projected (Table 3)")
     add("--user-dropout", type=at_least(0, float, 1), help="share of training rows whose user is hidden "
         f"(default: 0.85 below {SPARSE} rows a user, else 0; at least 0.5 with cold users)")
     add("--epochs", type=at_least(1), default=60, help="most epochs")

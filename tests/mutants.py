@@ -739,6 +739,8 @@ MUTANTS["02_infer_profiles.py"] = [
      "test_the_error_of_a_heldout_difference_is_that_of_a_bootstrap_over_users")]
 
 MUTANTS["03_quantize.py"] = [
+    ("the z of an earlier stage 02 is taken", 'if facts.get("method") != infer.METHOD:', "if False:",
+     "test_bad_input_is_one_line_exit_2_and_changes_no_artifact"),
     ("codebooks of another stage 03 are kept", "fingerprint_of(books), known,", "known, known,",
      "test_codebooks_of_another_stage_03_are_not_kept"),
     ("a gradient may overflow", "sum(parts.values()) + z_batch.grad.sum()", "sum(parts.values())",
@@ -1355,10 +1357,6 @@ MUTANTS["tools/baselines.py"] = [
      "test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window"),
     ("a bank says nothing of how it was made", 'f"tools/baselines.py {args.method} --seed {args.seed}"',
      'f"tools/baselines.py {name}"', "test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was")]
-
-MUTANTS["tools/explain.py"] = [
-    ("the card's theta is not shrunk", "(believed * torch.as_tensor(z))", "(torch.as_tensor(z))",
-     "test_the_card_and_the_figures_over_all_users")]
 
 MUTANTS["tools/controls.py"] = [
     ("template asks behind the learned task prompt", "self.likelihood = infer.ProfileLikelihood(",

@@ -335,6 +335,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, ["--users", "/nowhere", "--steps", 9], None, ["other settings (steps)", "the first run"]),
     (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], put("profiles.json", "[]"), ["profiles.json lacks", "02_infer_profiles.py"]),
+    (quantize, [], change_facts(lambda facts: facts.update(method=1)), ["earlier stage 02", "run 02 again"]),
     (quantize, [], put("profiles.json", "null"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], change_inferred(lambda rows: [*rows, 10**6]), ["another profiles.json", "02_infer"]),
     (quantize, [], change_inferred(lambda rows: ["1", *rows]), ["another profiles.json", "02_infer"]),

@@ -136,13 +136,11 @@ class Explainer:
         return named(order, self.space.words[m])
 
     def moved_to(self, z, m, count=4):
-        """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists."""
-        return self.lexicon.nearest(self.move(z, m), self.population[m], count)
+        """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists.
 
-    def move(self, z, m):
-        """How far theta^m lies from the mean user's at each row of z (n, r): (n, d)."""
-        believed = self.space.shrink.expand(self.space.basis.shape[:2])[m]  # a 1 where nothing is shrunk
-        return (believed * torch.as_tensor(z)) @ self.space.basis[m]
+        As in all of a card but the likelihoods, theta is that of the descent, before it is shrunk.
+        """
+        return self.lexicon.nearest(torch.as_tensor(z) @ self.space.basis[m], self.population[m], count)
 
     @torch.no_grad()
     def nll(self, user, theta):
@@ -164,7 +162,7 @@ class Explainer:
         near = self.words_of(z, m)[0][:4]
         # How far theta lies from the mean user, in units of how far the words lie from their mean.
         of_words = (self.space.vectors[m] - self.space.words_mean[m]).norm(dim=1).mean()
-        distance = float(self.move(z, m).norm() / of_words)
+        distance = float((torch.as_tensor(z) @ self.space.basis[m]).norm() / of_words)
         moved = f"{near[0]}, {distance:.0%} of a word's distance; then {' | '.join(near[1:])}"
         return [*lines, f"    theta moved towards {moved}",
                 "    in the vocabulary   " + " | ".join(self.moved_to(z, m)[0]),

@@ -173,7 +173,7 @@ def attention_figure(problem, likelihood, tokenizer, start):
 
 
 def theta_figure(problem, bank, truth):
-    """theta of each profile in its first two principal components, by code and, on the demo, by truth."""
+    """z of each profile in its first two principal components, by code and, on the demo, by truth."""
     colourings = [("code", bank)] + ([("planted", truth)] if truth is not None else [])
     profiles = problem.dataset.profiles
     known = problem.inferred
@@ -193,7 +193,7 @@ def theta_figure(problem, bank, truth):
                 chosen = values[known, m] == value
                 axes.scatter(*points[chosen].T, s=5, alpha=0.6, color=COLOURS[value % len(COLOURS)],
                              label=f"{name} {value}")
-            axes.set(title=f"\u03b8 of {profile['name']} by {name}", xlabel="first principal component",
+            axes.set(title=f"z of {profile['name']} by {name}", xlabel="first principal component",
                      ylabel="second")
             axes.locator_params(nbins=5)
             if len(found) <= 8:

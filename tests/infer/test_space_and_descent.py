@@ -755,7 +755,7 @@ def test_what_failed_is_said_with_its_figures():
 
 
 def test_what_is_kept_of_theta_is_tried_on_the_users_own_histories(sparse, tmp_path, monkeypatch):
-    """The NLL under the saved z, which is not that of the descent: squeezed and shrunk."""
+    """The NLL under theta of the saved z, which is not that of the descent: squeezed and shrunk."""
     run = copy_run(sparse[0], tmp_path / "run")
     few = common.load(run, "profiles.json")
     with monkeypatch.context() as patched:

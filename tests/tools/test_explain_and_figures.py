@@ -89,11 +89,6 @@ def test_the_card_and_the_figures_over_all_users(inferred):
     expected = float(explainer.likelihood(torch.tensor(theta[5:6]), ids, lengths)) / int(lengths)
     assert explainer.nll(3, theta[5]) == pytest.approx(expected, rel=1e-5)
     assert f"under own theta {explainer.nll(3, theta[3]):.4f}" in printed
-    for shrink in (explainer.space.shrink, torch.tensor(1.0)):  # the latter under --rank 0 and --space words
-        explainer.space.shrink = explainer.problem.space.shrink = shrink
-        moves = explainer.problem.theta()[[3]] - explainer.space.origin.numpy()
-        for m in range(2):
-            assert np.allclose(explainer.move(explainer.problem.z[[3], m], m).numpy(), moves[:, m], atol=1e-5)
     for flags, message in ((["--user", "nobody"], "no user has the id nobody"), ([], "say what to explain")):
         refused = fork_stage("tools/explain.py", "--run", inferred, *flags)
         assert refused.returncode == 2 and message in refused.stderr
