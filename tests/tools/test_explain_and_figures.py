@@ -163,7 +163,7 @@ def test_a_card_says_towards_which_word_theta_moved_and_calls_codes_by_their_nam
         words_z = explainer.space.word_z(m)
         cosine = torch.nn.functional.cosine_similarity(torch.tensor(z[m])[None], words_z)
         assert line.split()[3].rstrip(",") == explainer.space.words[m][int(cosine.argmax())]
-        moved = explainer.theta[user, m] - explainer.space.origin[m].numpy()
+        moved = z[m] @ explainer.space.basis[m].numpy()  # before it is shrunk
         vectors = explainer.space.vectors[m].numpy()
         apart = np.linalg.norm(vectors - explainer.space.words_mean[m].numpy(), axis=1).mean()
         assert f", {np.linalg.norm(moved) / apart:.0%} of a word's distance" in line
