@@ -729,7 +729,8 @@ def show(summary, base_logloss):
     def formatted(entry, key):
         if key not in entry:
             return ""
-        mean, sd = entry[key]["mean"], entry[key]["sd"]
+        mean = entry[key]["mean"]
+        sd = entry[key]["sd"]
         return f"{mean:7.4f}" if sd is None else f"{mean:7.4f} ± {sd:.4f}"
 
     titles = "test_auc test_gauc test_logloss cold_auc cold_gauc auc_minus_none auc_minus_random".split()
