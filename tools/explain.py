@@ -138,7 +138,8 @@ class Explainer:
     def moved_to(self, z, m, count=4):
         """The words of the LLM's whole vocabulary towards which each row of z (n, r) leads: n lists.
 
-        As in all of a card but the likelihoods, theta is that of the descent, before it is shrunk.
+        Here and in a card's other words theta is that of the descent, before it is shrunk; what the LLM says
+        next and the likelihoods are under the shrunk one.
         """
         return self.lexicon.nearest(torch.as_tensor(z) @ self.space.basis[m], self.population[m], count)
 

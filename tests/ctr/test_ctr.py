@@ -358,7 +358,7 @@ def test_results_json_and_checkpoint(inferred, tmp_path, capsys):
     assert state["cross.weight"].shape == (3, 32) and not list(run.glob("rows-*"))
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1)  # a single repetition has no sd
     printed = capsys.readouterr().out
-    assert "±" not in printed
+    assert "±" not in printed and f"next: python tools/explain.py --run {run} --all" in printed
     alone = json.loads((run / "results.json").read_text())["summary"]["dcn"]["userip"]
     assert f"{alone['test_auc']['mean']:7.4f}" in printed and alone["auc_minus_none"]["sd"] is None
 
