@@ -196,9 +196,9 @@ def smollm2(tmp_path_factory):
 
 
 def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, monkeypatch):
-    """The likelihood of 40 users' histories falls, and on other titles their own theta beats another's."""
+    """The likelihood of 34 users' histories falls, and on other titles their own theta beats another's."""
     monkeypatch.chdir(smollm2)
-    call_stage(prepare, "--run", tmp_path, "--subsample-users", 40, "--min-interactions", 1)
+    call_stage(prepare, "--run", tmp_path, "--subsample-users", 34, "--min-interactions", 1)
     flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 2, "--max-history", 4]
     call_stage(infer, "--run", tmp_path, *flags)
     facts = json.loads((tmp_path / "profiles.json").read_text())
