@@ -623,7 +623,7 @@ def read_items(source, rows, names, separator):
                     attributes[name].append(value)
     for name in names:
         if name != "title" and not any(found[name] for found in source.attributes.values()):
-            print(f"WARNING: the column of the {name} holds no value; the LLM will choose its own words")
+            print(f"WARNING: the column of the {name} holds no value")
     joined = sorted(value for value in distinct if re.search(r"[,;|/>]", value))
     if 5 * len(joined) > len(distinct):
         print(f"WARNING: {len(joined):,d} of {len(distinct):,d} values look like several in one, as "
@@ -828,7 +828,7 @@ def read_table(path, columns, parse=lambda *cells: cells):
     missing = [column for column in columns if column not in names]
     if missing:
         what = f"{path.name} has no column {', '.join(missing)}; it has {', '.join(names)[:200] or 'none'}"
-        todo = "name the columns with the --...-col flags"
+        todo = "with --dataset csv name the columns by the --...-col flags"
         if any(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
             todo = "its first line looks like data: put a header line with the columns' names above it"
         elif missing == ["rating"]:
@@ -1039,11 +1039,18 @@ def load_release(args):
     source = collect(good(records(reviews[0]), parse_review, reviews[0]), profiles, task_prompt)
     known = set(source.item_ids)
     facts = {}
+    unrated = None  # one of the products that nobody has reviewed
     for fact in good(records(products[0]), parse_product, products[0]):
-        if fact["id"] in known:
+        if fact["id"] not in known:
+            unrated = fact["id"]
+        else:
             earlier = facts.setdefault(fact["id"], fact)
             for key, value in fact.items():  # a second line of a product fills in what the first lacks
                 earlier[key] = earlier[key] or value
+    if known and unrated is not None and not facts:
+        reviewed = source.item_ids[0]
+        raise UserError(f"no reviewed product is described: '{reviewed}' is reviewed, '{unrated}' described",
+                        folder, "take the reviews and the products of one category")
     source.titles, source.attributes = describe_products(facts)
     return source
 

@@ -4,7 +4,7 @@ Stage 02 gave each user a soft token theta^m for each profile m. Here a profile 
 numbered by k; the number of the one nearest to theta^m is the user's code c_m, and v_c^m is that code vector.
 
     l_vec = sum_m [||sg[theta^m] - v_c^m||^2 + beta ||theta^m - sg[v_c^m]||^2]
-            + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))      Eq. (5)
+            + BCE(y, Rec^s(v_c^1, ..., v_c^M, E_obs, i))      Eq. (5), DEVIATION(14)
     c_m   = argmin_k ||theta^m - v_k^m||^2                    Eq. (6)
     L     = l_llm + alpha l_vec                               Eq. (7)
 
@@ -148,8 +148,8 @@ def vec_loss(z, user_rows, vq_layers, surrogate, beta):
     """Eq. (5), l_vec, of a minibatch: (loss, its parts as numbers).
 
     The two distances are summed over a user's profiles, BCE over the user's rows; of each, the mean over
-    users is taken. z (B, M, r); user_rows: B arrays (n_u, 3) of user, item, label; vq_layers: M
-    VectorQuantizers.
+    users is taken: a data point is a user, where the paper's is a pair of user and item, DEVIATION(9).
+    z (B, M, r); user_rows: B arrays (n_u, 3) of user, item, label; vq_layers: M VectorQuantizers.
     """
     code_vectors = []
     codebook_terms = torch.zeros(len(z), device=z.device)  # of each user
@@ -205,7 +205,7 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
             # Eq. (7): z gets the gradients of l_llm and of alpha l_vec. Codebooks and surrogate get the
-            # latter alone; there alpha changes nothing: Adam divides a gradient by its size.
+            # latter alone; there alpha, if not 0, changes nothing: Adam divides a gradient by its size.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
@@ -307,7 +307,7 @@ class JointVQ(KMeans):
 
 @dataclass
 class Problem:
-    """What a quantizer may look at: everything but the planted truth."""
+    """What a quantizer may look at: of the rows those of TRAIN and SEEN alone, and not the planted truth."""
 
     run: Path
     dataset: Dataset
@@ -417,7 +417,9 @@ class SoftCodeEM(KMeans):
         self.likelihood, self.histories, self.space, _ = self.problem.open_likelihood(self.device)
         self.combinations = torch.tensor(list(itertools.product(*map(range, self.sizes))))
         budget = infer.token_budget_of(self.likelihood)
-        self.blocks = infer.make_blocks(self.histories, None, budget, self.likelihood.prompt_length)
+        # Note: after 02 --users somebody may have a history and no z. Nothing is learned from such users.
+        known = infer.only(self.histories, np.flatnonzero(self.problem.inferred))
+        self.blocks = infer.make_blocks(known, None, budget, self.likelihood.prompt_length)
 
     def theta(self, codes):
         """codes (B, M) -> their soft tokens (B, M, d) on the LLM's device."""
@@ -550,14 +552,16 @@ def parse_arguments():
     add("--assign", choices=("nearest", "likelihood"),
         help="vq, kmeans: nearest to z, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
-    add("--batch-users", type=at_least(1), default=128, help="users a minibatch (paper: 128)")
-    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02, help="step of z, code vectors (paper: .001)")
+    add("--batch-users", type=at_least(1), default=128, help="vq: users a minibatch (paper: 128)")
+    add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
+        help="vq, em: step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
-        help="first codebooks: k-means from the words or k-means++; random: U(-1/K, 1/K), the authors'")
+        help="not of --quantizer words: first codebooks, k-means from the words or k-means++; random: "
+             "U(-1/K, 1/K), the authors'")
     add("--alpha", type=at_least(0, float, 1e6), default=1.0,
-        help="weight of l_vec beside l_llm, Eq. 7 (paper: not given)")
+        help="vq: weight of l_vec beside l_llm, Eq. 7 (paper: not given)")
     add("--beta", type=at_least(0, float, 1e6), default=0.25,
-        help="weight of the commitment term (paper: 0.001)")
+        help="vq: weight of the commitment term (paper: 0.001)")
     add("--llm-loss", action=argparse.BooleanOptionalAction, default=True, help="vq: l_llm in Eq. 7")
     add("--warm-up", type=at_least(0), default=10, help="vq: epochs of the surrogate alone")
     add("--paper", action="store_true", help=f"section 3.4: {PAPER}")
@@ -565,10 +569,12 @@ def parse_arguments():
     if "--paper" in sys.argv:  # before parsing, so that a flag given beside it wins
         parser.set_defaults(**PAPER)
     args = parser.parse_args()
-    if args.keep_codebooks and (args.codes or args.quantizer):
-        parser.error("--keep-codebooks goes without --codes and --quantizer: both stay as they were")
-    if args.keep_codebooks and args.assign:
-        parser.error("--keep-codebooks goes without --assign: it assigns as before")
+    if args.keep_codebooks:
+        beside = [key for key, value in vars(args).items() if value != parser.get_default(key)
+                  and key not in ("run", "device", "keep_codebooks")]
+        if beside:
+            parser.error(f"--keep-codebooks goes without --{beside[0].replace('_', '-')}: it learns nothing "
+                         "anew, and assigns as before")
     if args.quantizer is None:
         args.quantizer = {"nearest": "vq", "likelihood": "em"}[args.assign or "nearest"]
     assigns = QUANTIZERS[args.quantizer].assigns

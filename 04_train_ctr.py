@@ -34,6 +34,7 @@ Run:
     python 04_train_ctr.py --models all --ids none,random,shuffled,userip  # Tables 2 and 4
 """
 
+import argparse
 import contextlib
 import copy
 import inspect
@@ -342,7 +343,7 @@ def factorization(e):
 class AFM(PairRecommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (5)-(7).
+    Xiao et al. 2017, Eq. (4)-(6).
     """
 
     def __init__(self, fields, attention=8):
@@ -519,7 +520,7 @@ def nonempty_names(text):
     names = [name.strip() for name in text.split(",")]
     names = [name for name in names if name]
     if not names:
-        raise ValueError
+        raise argparse.ArgumentTypeError("give one name or more, separated by commas")
     return list(dict.fromkeys(names))
 
 
@@ -608,7 +609,10 @@ def read_bank(run, name, dataset):
     facts = load(run, card, ("codes", "dataset_fingerprint"))
     again = None
     if name != "userip":  # what made it is known to its card alone
-        again = f"make it again, by {facts.get('made_by', 'what made it')}"
+        maker = facts.get("made_by", "what made it")
+        again = f"make it again, by {maker}"
+        if maker.startswith("tools/"):
+            again = f"run: python {maker} --run {run}"
     codes = np.array(load(run, bank))
     sizes = facts["codes"] if isinstance(facts["codes"], list) else [facts["codes"]]
     if not all(type(size) is int and size > 0 for size in sizes):
@@ -638,8 +642,11 @@ def read_inputs(args):
             raise UserError(f"all {name} labels are equal", run, "give more data or another --positive-above")
     args.ids = args.ids or [name for name in IDS if name != "planted" or truth is not None]
     for name in args.ids:
-        if name != bank_name(name) and (run / f"feature_bank_{name}.npy").exists():
-            raise UserError(f"a bank may not be called {name}: this is the name of a control", run,
+        if name != "none" and bank_name(name) == "none":
+            raise UserError(f"{name} would be a control of no codes", "--ids", "take random or shuffled")
+        is_taken = name in IDS or name != bank_name(name)
+        if is_taken and (run / f"feature_bank_{name}.npy").exists():
+            raise UserError(f"a bank may not be called {name}: stage 04 has a row of this name", run,
                             f"rename feature_bank_{name}.npy and .json")
     names = dict.fromkeys(bank_name(name) for name in args.ids if name != "none")
     banks = {name: read_bank(run, name, dataset) for name in names}

@@ -295,8 +295,9 @@ def progress(items, what, unit):
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
 # Long work is done in pieces: a block of users in 02, one training in 04, an epoch in tools/recsysllm.py.
-# Each finished piece is a file in a folder whose name begins with one of these, which goes when all is done.
-UNFINISHED = ("blocks-", "rows-", "epochs-")
+# Each finished piece is a file in a folder whose name is one of these and a part of a fingerprint. The folder
+# goes when all is done.
+UNFINISHED = re.compile(r"(blocks|rows|epochs)-[0-9a-f]{12}")
 
 
 @contextlib.contextmanager
@@ -380,7 +381,7 @@ MADE_BY = {"01_prepare_data.py": ("dataset", "interactions", "users", "items", "
 
 def remedy(run, name):
     """The command that makes this artifact."""
-    if Path(run).name.startswith(UNFINISHED):  # a piece, which is made again
+    if UNFINISHED.fullmatch(Path(run).name):  # a piece, which is made again
         return "run the same command again"
     makers = [script for script, names in MADE_BY.items() if name.startswith(names)]
     if not makers:
@@ -408,7 +409,7 @@ def load(run, name, keys=()):
     except Exception as error:  # readers raise many kinds
         wrong = f"cannot be read: {error}"
     if wrong:
-        if path.suffix == ".pt" and path.parent.name.startswith(UNFINISHED):
+        if path.suffix == ".pt" and UNFINISHED.fullmatch(path.parent.name):
             path.unlink()  # a piece is made again
         raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value

@@ -1497,6 +1497,12 @@ MUTANTS["tools/next_item.py"] = [
 
 for added_to, mutants in {
     "common.py": [
+        ("a run is taken for unfinished work", "if UNFINISHED.fullmatch(Path(run).name):",
+         "if UNFINISHED.match(Path(run).name) or Path(run).name.startswith('rows-'):",
+         "test_a_run_may_be_called_as_a_folder_of_unfinished_work_begins"),
+        ("an artifact of a run is deleted", "UNFINISHED.fullmatch(path.parent.name):",
+         "path.parent.name.startswith('rows-'):",
+         "test_a_run_may_be_called_as_a_folder_of_unfinished_work_begins"),
         ("weights that the files lack are random numbers", 'missing = sorted(loading["missing_keys"])',
          "missing = []",
          "test_weights_that_the_files_lack_are_named_and_never_made_up"),
@@ -1625,17 +1631,50 @@ for added_to, mutants in {
         ("half stars are no ratings", "return rating(*cells, low=0.5)",
          "return rating(*cells)",
          "test_films_are_read_in_utf_8_and_in_iso_8859_1_and_have_half_stars"),
+        ("products of another category pass", "if known and unrated is not None and not facts:",
+         "if False:",
+         "test_products_of_another_category_are_refused"),
         ("UTF-8 films are read as ISO-8859-1", "        return line.decode()\n    except",
          '        return line.decode("ascii")\n    except',
          "test_films_are_read_in_utf_8_and_in_iso_8859_1_and_have_half_stars"),
     ],
     "04_train_ctr.py": [
-        ("a bank has a control's name", "if name != bank_name(name) and (run",
+        ("a bank has a control's name", "if is_taken and (run",
          "if False and (run",
          "test_a_bank_with_the_name_of_a_control_is_refused"),
+        ("a bank may be called userip", "is_taken = name in IDS or name",
+         "is_taken = name",
+         "test_a_bank_with_the_name_of_a_control_is_refused"),
+        ("the command that makes a bank again has no run", 'again = f"run: python {maker} --run {run}"',
+         "pass",
+         "test_a_bad_bank_is_one_line_and_changes_nothing"),
+    ],
+    "03_quantize.py": [
+        ("EM learns from users whom the bank does not know", "infer.make_blocks(known, None,",
+         "infer.make_blocks(self.histories, None,",
+         "test_em_learns_nothing_from_users_who_have_no_z"),
+        ("--keep-codebooks ignores flags in silence", "        if beside:\n",
+         "        if False:\n",
+         "test_bad_input_is_one_line_exit_2_and_changes_no_artifact"),
+    ],
+    "tools/score.py": [
+        ("another model is trained again", 'remedy += f" --ids',
+         'remedy += "" and f" --ids',
+         "test_what_is_wrong_is_said_in_one_line"),
+    ],
+    "tools/explain.py": [
+        ("who has no title is in the mean", "rng.permutation(known[self.has_history[known]])",
+         "rng.permutation(known)",
+         "test_who_has_a_theta_and_no_title_is_in_no_likelihood"),
+        ("a card divides by no token", "if not self.has_history[user]:",
+         "if False:",
+         "test_who_has_a_theta_and_no_title_is_in_no_likelihood"),
+        ("another split's theta passes without a word", 'if explainer.problem.facts["rows_kept"]:',
+         "if False:",
+         "test_who_has_a_theta_and_no_title_is_in_no_likelihood"),
     ],
 }.items():
-    MUTANTS[added_to] += mutants
+    MUTANTS.setdefault(added_to, []).extend(mutants)
 
 
 def test_files():

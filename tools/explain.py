@@ -128,6 +128,8 @@ class Explainer:
         self.space = self.problem.space
         self.theta = self.problem.theta()
         self.population = space.origin.cpu().numpy()  # the mean user, (M, d)
+        # After 02 --users and a new split somebody may have a theta, and no title of a training row.
+        self.has_history = np.array([len(ids) > 0 for ids in self.histories])
 
     def words_of(self, z, m):
         """The profile's own words for each row of z (n, r), the one towards which it lies first: n lists."""
@@ -148,7 +150,7 @@ class Explainer:
         """Nats per token of one user's training history under theta (M, d)."""
         ids, lengths = infer.pad(self.histories, [user], self.likelihood.device)
         theta = torch.as_tensor(theta, device=self.likelihood.device)[None]
-        return float(self.likelihood(theta, ids, lengths)) / max(1, int(lengths))
+        return float(self.likelihood(theta, ids, lengths)) / int(lengths)
 
     def profile_lines(self, user, m):
         """What is to say of a user's profile m: the words towards which theta moved, and its code."""
@@ -193,6 +195,8 @@ class Explainer:
         said = continue_greedily(self.likelihood, theta[user], min(SAID, self.likelihood.room))
         said = self.tokenizer.decode(said).replace("\n", "\\n")
         lines += ["  what the LLM says next, greedily:", "    under theta:     " + said]
+        if not self.has_history[user]:
+            return lines
         whose = {"own theta": theta[user], "the population's": self.population}
         others = np.setdiff1d(np.flatnonzero(known), user)
         if len(others):
@@ -212,10 +216,10 @@ class Explainer:
         not what it predicts.
         """
         dataset = self.problem.dataset
-        known = np.flatnonzero(self.problem.inferred)
         rows = dataset.rows(common.SEEN)
         liked = rows[rows[:, 2] == 1]
         count = np.bincount(liked[:, 0], minlength=len(dataset.users))
+        known = np.flatnonzero(self.problem.inferred & (count > 0))
         z = self.problem.z[known].reshape(len(known), -1)
         words = normalize(self.space.word_z(m), dim=1).numpy()
         found = {}
@@ -223,7 +227,7 @@ class Explainer:
             name = dataset.profiles[m]["name"]
             has = np.array([value in item["attributes"].get(name, []) for item in dataset.items], float)
             hits = np.bincount(liked[:, 0], has[liked[:, 1]], minlength=len(dataset.users))
-            share = (hits / np.maximum(count, 1))[known]
+            share = hits[known] / count[known]
             if np.ptp(share) == 0 or len(known) < 10:
                 continue
             folds = KFold(5, shuffle=True, random_state=0)
@@ -240,7 +244,7 @@ class Explainer:
         theta = self.theta
         known = np.flatnonzero(self.problem.inferred)
         found = {}
-        sample = rng.permutation(known)[:SAMPLE]
+        sample = rng.permutation(known[self.has_history[known]])[:SAMPLE]
         own = np.array([self.nll(user, theta[user]) for user in sample])
         what = "nats per token of the histories that theta was fitted to"
         found[what] = {"users": len(sample), "under own theta": float(own.mean())}
@@ -298,6 +302,9 @@ def main():
     if strangers:
         raise common.UserError(f"no user has the id {strangers[0]}", "--user",
                                f"take one of feature_bank.csv, for example {next(iter(index))}")
+    if explainer.problem.facts["rows_kept"]:
+        print("WARNING: stage 02 ran with --users: theta of the first run's users was fitted to the rows of "
+              "another split, so their likelihoods say less of them here")
     if args.mask:
         longest = max(explainer.histories, key=len)
         print("\n".join(mask_grid(explainer.likelihood, explainer.tokenizer, longest[:12].tolist())))

@@ -34,6 +34,7 @@ def open_model(args, device):
     facts = common.load(args.run, f"{name}.json", ("ids", "fields", "profile_input", "seed", "fingerprints"))
     args.ids = [facts["ids"]]
     args.profile_input = facts["profile_input"]
+    remedy += f" --ids {facts['ids']} --fields {facts['fields']} --profile-input {facts['profile_input']}"
     dataset, inputs = ctr.read_inputs(args)
     found = inputs.fingerprints(dataset)
     made_from = {key: facts["fingerprints"].get(key) for key in found}

@@ -16,6 +16,19 @@ def mean_sd(values):
     return found["mean"], found["sd"]
 
 
+def test_a_run_may_be_called_as_a_folder_of_unfinished_work_begins(tmp_path):
+    run = tmp_path / "rows-y"
+    piece = tmp_path / "rows-0123456789ab"
+    for folder in (run, piece):
+        folder.mkdir()
+        (folder / "space.pt").write_bytes(b"damaged")
+    with pytest.raises(common.UserError, match="02_infer_profiles.py"):
+        common.load(run, "space.pt")
+    with pytest.raises(common.UserError, match="run the same command again"):
+        common.load(piece, "space.pt")
+    assert (run / "space.pt").exists() and not (piece / "space.pt").exists()
+
+
 def test_the_fingerprint_sees_every_part_of_the_data(world):
     dataset = world[0]
 

@@ -166,7 +166,9 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: write_bank(run, "mine", codes, [0, 3]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [[4], [3, 4]]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, "3"]), "feature_bank_mine.json"),
-    (lambda run, codes: write_bank(run, "mine", codes, [4, 3.5]), "feature_bank_mine.json")]
+    (lambda run, codes: write_bank(run, "mine", codes, [4, 3.5]), "feature_bank_mine.json"),
+    (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0",
+                                   made_by="tools/controls.py mine"), "run: python tools/controls.py mine")]
 
 
 @pytest.mark.parametrize("case", range(len(BAD_BANKS)))
@@ -190,6 +192,8 @@ def test_a_bank_with_the_name_of_a_control_is_refused(inferred, tmp_path, capsys
     write_bank(run, "random-x", codes, [2])
     text = refused(capsys, "--run", run, "--ids", "none,random-x")
     assert "a bank may not be called random-x" in text and "rename feature_bank_random-x.npy" in text
+    write_bank(run, "userip", codes, [2])
+    assert "a bank may not be called userip" in refused(capsys, "--run", run, "--ids", "none,userip")
 
 
 def test_user_dropout_trains_the_unknown_user_s_row(world):

@@ -143,6 +143,14 @@ def check_artifacts(run):
     assert len(set(dataset.users)) == len(dataset.users)
 
 
+def test_products_of_another_category_are_refused(tmp_path):
+    flags = amazon(tmp_path / "raw")
+    others = [{**record, "asin": f"B{record['asin']}"} for record in amazon_meta()]
+    write(tmp_path / "raw" / "meta_Games.json.gz", lines(others))
+    with pytest.raises(common.UserError, match="'I\\d+' is reviewed, 'BI\\d+' described"):
+        call_stage(prepare, "--run", tmp_path / "run", *flags)
+
+
 @pytest.mark.parametrize("year, literals", [(2014, False), (2014, True), (2018, False), (2023, False)])
 def test_amazon_in_all_its_dialects(year, literals, tmp_path, capsys):
     facts, items = run_01(tmp_path / "run", *amazon(tmp_path / "raw", year, literals))
@@ -333,7 +341,7 @@ CASES = [  # data set, damage, what the output (fine) or the error line must hol
     (amazon, change_lines(GZ, insert(b"[" * 100_000)), SKIPPED),
     (amazon, change_lines(GZ, insert(b'{"overall": ' + b"9" * 5000 + b"}")), SKIPPED),
     (amazon, change_lines(GZ, every("overall", "x")), f"error: 600 of 600 records {TOO_MANY}"),
-    (amazon, change_lines(GZ, every("asin", "only")),
+    (amazon, change_lines(GZ, every("asin", "I00")),
      "error: kept 0 of 40 rows, 0 of 40 users, 0 of 1 items"),
     (amazon, change_lines(GZ, every("reviewerID", "only")),
      "error: kept 0 of 30 rows, 0 of 1 users, 0 of 30 items"),
@@ -358,7 +366,7 @@ CASES = [  # data set, damage, what the output (fine) or the error line must hol
     (amazon, change_lines(META, every("categories", [[]])), "600"),
     (amazon, change_lines(META, insert(b"__import__('os').mkdir('pwned')")),
      f"error: 1 of 31 records {TOO_MANY}"),
-    (amazon, change_lines(META, every("asin", 5)), "30 of 30 items have no title"),
+    (amazon, change_lines(META, every("asin", 5)), "error: no reviewed product is described"),
     (yelp, change_lines(REVIEW, every("date", None)), "600"),
     (yelp, change_lines(REVIEW, every("stars", "4")), "error: all 600 ratings are 4"),
     (yelp, change_lines(BUSINESS, every("attributes", {"RestaurantsPriceRange2": "u'2'"})), "moderate"),

@@ -316,6 +316,14 @@ def test_em_e_step_against_enumeration(world):
         assert usage[m].tolist() == pytest.approx(counts, abs=1e-3)
 
 
+def test_em_learns_nothing_from_users_who_have_no_z(world):
+    problem, *_ = stub_problem(world, HISTORIES)
+    problem.inferred[2] = False  # with a history: 02 --users was not asked for this user
+    quantizer = quantize.SoftCodeEM(problem, [3, 2], None, CPU)
+    quantizer.open()
+    assert sorted(user for block in quantizer.blocks for user in block) == [0, 3]
+
+
 @pytest.mark.parametrize("name", ["em", "words"])
 def test_more_combinations_than_em_can_try_are_one_line_that_says_so(name, world):
     problem, *_ = stub_problem(world, HISTORIES)

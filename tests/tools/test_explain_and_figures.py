@@ -94,6 +94,29 @@ def test_the_card_and_the_figures_over_all_users(inferred):
         assert refused.returncode == 2 and message in refused.stderr
 
 
+def test_who_has_a_theta_and_no_title_is_in_no_likelihood(inferred, monkeypatch, capsys):
+    """As after 02 --users, for which 01 has split the rows anew."""
+    explainer = explain.Explainer(inferred, torch.device("cpu"))
+    sampled = explainer.statistics(np.random.default_rng(0))
+    user = int(np.flatnonzero(explainer.problem.inferred)[0])
+    open_likelihood = explain.quantize.Problem.open_likelihood
+
+    def without_one(problem, device):
+        likelihood, histories, *more = open_likelihood(problem, device)
+        problem.facts["rows_kept"] = 1
+        histories = [ids[:0] if place == user else ids for place, ids in enumerate(histories)]
+        return likelihood, histories, *more
+
+    monkeypatch.setattr(explain.quantize.Problem, "open_likelihood", without_one)
+    emptied = explain.Explainer(inferred, torch.device("cpu"))
+    what = next(name for name in sampled if name.startswith("nats"))
+    found = emptied.statistics(np.random.default_rng(0))[what]
+    assert found["users"] == sampled[what]["users"] - 1 and found["under own theta"] > 0
+    assert "nats per token" not in "\n".join(emptied.card(user))
+    call_stage(explain, "--run", inferred, "--user", emptied.problem.dataset.users[user])
+    assert "WARNING: stage 02 ran with --users" in capsys.readouterr().out
+
+
 def test_statistics_find_a_planted_word_that_is_there(inferred):
     """With z put at half the planted words, the top word is always right and chance is not."""
     explainer = explain.Explainer(inferred, torch.device("cpu"))
@@ -204,7 +227,7 @@ def test_a_code_may_be_called_by_dollars(tmp_path):
 
 
 def test_ids_that_begin_with_a_dash_are_given_one_by_one(monkeypatch, capsys):
-    problem = SimpleNamespace(dataset=SimpleNamespace(users=["-7", "--all"]))
+    problem = SimpleNamespace(dataset=SimpleNamespace(users=["-7", "--all"]), facts={"rows_kept": 0})
     explainer = SimpleNamespace(problem=problem, card=lambda user: [f"card of {user}"])
     monkeypatch.setattr(explain, "Explainer", lambda run, device: explainer)
     call_stage(explain, "--user=-7", "--user=--all")
