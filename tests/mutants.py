@@ -1657,6 +1657,23 @@ for added_to, mutants in {
          "        if False:\n",
          "test_bad_input_is_one_line_exit_2_and_changes_no_artifact"),
     ],
+    "tools/tables.py": [
+        ("stage 03's passes cost nothing", 'passes += quantized["epochs"]',
+         "pass",
+         "test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows"),
+        ("one repetition has an sd", 'if len(values) > 1 else mean',
+         'if len(values) > 1 else mean + " ± 0.0000"',
+         "test_one_repetition_has_no_p"),
+        ("another data set's runs are taken", 'settings.append(sorted((path.name,',
+         'list(sorted((path.name,',
+         "test_other_files_of_the_data_are_other_settings"),
+        ("a mixture of number formats is not said", 'any(len(found) > 1 for found in formats.values()):',
+         "False:",
+         "test_a_table_says_when_and_by_how_many_codes_its_runs_were_made"),
+        ("a table is of the day on which it is written", 'span = min(days) if len(days) == 1 else',
+         "span = datetime.date.today().isoformat() if True else",
+         "test_a_table_says_when_and_by_how_many_codes_its_runs_were_made"),
+    ],
     "tools/score.py": [
         ("another model is trained again", 'remedy += f" --ids',
          'remedy += "" and f" --ids',
@@ -1742,7 +1759,9 @@ def make_copy(folder):
 def call_pytest(tree, tests, output):
     """What a process does with one mutant: run its tests in the tree; the exit status is pytest's."""
     os.chdir(tree)
-    sys.path[:] = [path for path in sys.path if not Path(path).resolve().is_relative_to(ROOT)]
+    packages = Path(sys.prefix).resolve()  # perhaps in the tree, as README's .venv
+    sys.path[:] = [path for path in sys.path if Path(path).resolve().is_relative_to(packages)
+                   or not Path(path).resolve().is_relative_to(ROOT)]
     with open(output, "w", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

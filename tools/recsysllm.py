@@ -810,13 +810,16 @@ def dcn_figures(run, dataset, rows, at):
     if not (run / "results.json").exists():
         return {}
     found = {}
-    for row in read_results(run, dataset)["rows"]:
+    results = read_results(run, dataset)
+    for row in results["rows"]:
         if row["model"] == "dcn" and row["ids"] in ("none", "userip") and row["seed"] == 0:
             name = f"dcn-{row['ids']}-0.npy"
             if not (run / "predictions" / name).exists():
                 raise common.UserError(f"predictions/{name} is missing", run, "run 04_train_ctr.py again")
             scores = common.load(run / "predictions", name)
             fields = "" if row["fields"] == "ids" else f", {row['fields']}"
+            if row["ids"] == "userip" and results["profile_input"] == "embedding":
+                fields += ", theta itself"
             found[f"DCN {row['ids']}{fields}"] = auc_figures(rows, scores[at])
     return found
 

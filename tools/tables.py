@@ -93,7 +93,7 @@ def baselines(fourth="--ids", tiny=""):
 
 
 NONSENSE = ("This user's zorp is", ". This user quells xans that are")  # prompts
-ASKED = "text hidden words template"  # controls that take forward passes of the LLM
+ASKED = "text hidden words template"  # controls that ask a large LLM: made once, for all repetitions
 REAL_ROWS = "--ids none,random,shuffled,metadata,text,hidden,template,words,userip,planted"
 
 
@@ -235,13 +235,17 @@ def call(script, run, flags, log, threads=1):
         raise common.UserError(f"{script} failed: {last.removeprefix('error: ')}", run, f"see {log}")
 
 
-def settings_fingerprint(study, name):
-    """Of the flags that make a repetition of this variant, and of those from which it takes artifacts."""
+def settings_fingerprint(study, name, data_dir=None):
+    """Of the flags that make a repetition of this variant, of those from which it takes artifacts, and of the
+    names and sizes of the data's files."""
     own = STUDIES[study][name]
     sources = [next(iter(STUDIES[place].values())) for place in (study, FROM.get(study, study))]
     if own["after"]:
         sources.append(STUDIES[study][own["after"]])
-    return common.fingerprint([own, sources, RECOMMENDERS])
+    settings = [own, sources, RECOMMENDERS]
+    if data_dir and any("--dataset" in (source["flags"][0] or "") for source in (own, *sources)):
+        settings.append(sorted((path.name, path.stat().st_size) for path in Path(data_dir).glob("*")))
+    return common.fingerprint(settings)
 
 
 def marks_in(run):
@@ -255,9 +259,15 @@ def marks_in(run):
     return found
 
 
-def code_of_first(study):
-    """The code with which the first repetition of the first variant was begun, in twelve digits."""
-    return marks_in(folder(study, next(iter(STUDIES[study])), 0))["code.json"]["code"][:12]
+def when_made(runs):
+    """{"date": the days on which these run folders were done, "code": the codes of all, in twelve digits}."""
+    days = set()
+    codes = set()
+    for run in runs:
+        days.add(datetime.date.fromtimestamp((run / "code.json").stat().st_mtime).isoformat())
+        codes.add(marks_in(run)["code.json"]["code"][:12])
+    span = min(days) if len(days) == 1 else f"{min(days)} to {max(days)}"
+    return {"date": span, "code": ", ".join(sorted(codes))}
 
 
 def repeat(study, name, seed, data_dir, threads=1):
@@ -268,7 +278,7 @@ def repeat(study, name, seed, data_dir, threads=1):
     """
     run = folder(study, name, seed)
     begun = run / "begun.json"
-    mark = {"code": code_fingerprint(), "settings": settings_fingerprint(study, name)}
+    mark = {"code": code_fingerprint(), "settings": settings_fingerprint(study, name, data_dir)}
     marks = marks_in(run)
     if any(other["settings"] != mark["settings"] for other in marks.values()):
         print(f"{run}: other flags made it, so it is made anew", file=sys.stderr)
@@ -492,8 +502,8 @@ def collect_recsysllm(study, seeds):
         flags[name] = settings["recsysllm"]
         found[name] = [common.load(folder(study, name, seed), "recsysllm.json")
                        for seed in repetitions_of(study, name, seeds)]
-    return {"study": study, "variants": found, "date": datetime.date.today().isoformat(),
-            "code": code_of_first(study), "flags": flags}
+    runs = [folder(study, name, seed) for name in found for seed in range(len(found[name]))]
+    return {"study": study, "variants": found, "flags": flags, **when_made(runs)}
 
 
 def table_recsysllm(data):
@@ -515,7 +525,7 @@ def table_recsysllm(data):
             for kind, metrics in (("next_item", RANKING), ("rating", ("auc", "gauc"))):
                 for metric in metrics:
                     values = [figures[metric] for figures in kinds.get(kind, ())]
-                    line.append(spread(values).replace(" ± 0.0000", "") if values else "")
+                    line.append(spread(values) if values else "")
             lines.append(line)
         rivals_shown.add(name.split(",")[0])
         answers = []
@@ -528,7 +538,7 @@ def table_recsysllm(data):
                      f"{first['users']} users, {first['items']} items, {first['rows']} rows, repetitions: "
                      f"{len(runs)}; `tools/recsysllm.py {data['flags'][name]}`")
     body = ["| " + " | ".join(line) + " |" for line in lines]
-    notes_below = [*costs, f"`python tools/tables.py {data['study']}` on {data['date']}"]
+    notes_below = [*costs, f"`python tools/tables.py {data['study']}` on {when_of(data)}"]
     return "\n".join([body[0], "|---" * len(titles) + "|", *body[1:], "",
                       *(f"- {line}." for line in notes_below)])
 
@@ -556,8 +566,10 @@ def collect(study, seeds):
                              / "lm-both", "tiny.json")
             both.append(lm["both"])
         if STUDIES[study][name]["baselines"]:
-            costs.setdefault(f"userip ({name})", []).append(
-                (profiles["steps"] + 1, "user", profiles["seconds"]))
+            passes = profiles["steps"] + 1
+            if quantized["quantizer"] == "vq" and quantized["llm_loss"]:
+                passes += quantized["epochs"]  # stage 03's joint loss asks the LLM, too
+            costs.setdefault(f"userip ({name})", []).append((passes, "user", profiles["seconds"]))
         for method in STUDIES[study][name]["baselines"].split():
             for row in common.load(run, f"baselines_{method}.json")["rows"]:
                 costs.setdefault(f"{row['ids']} ({name})", []).append(
@@ -573,6 +585,7 @@ def collect(study, seeds):
         raise common.UserError(f"its runs have different numbers of recommenders: {sorted(counts)}", study,
                                "run it anew with --again")
     recommenders, = counts
+    warn_of_mixture(study, runs)
     base_rates = {}
     for name in STUDIES[study]:
         of_runs = [base_rate_logloss(folder(study, name, seed), metric) for seed in range(seeds)]
@@ -583,8 +596,27 @@ def collect(study, seeds):
             "lm_both": mean_of_all(both), "costs": mean_costs(costs), "banks": what_banks_say(study),
             "versions": runs[first, 0]["versions"], "fields": runs[first, 0]["fields"],
             "recommenders": recommenders,
-            "user_dropout": runs[first, 0]["user_dropout"], "date": datetime.date.today().isoformat(),
-            "code": code_of_first(study)}
+            "user_dropout": runs[first, 0]["user_dropout"],
+            **when_made(folder(study, name, seed) for name, seed in runs)}
+
+
+def when_of(data):
+    """What when_made() found, in words."""
+    codes = data.get("code", "").count(",") + 1
+    return data["date"] + f", with {codes} versions of the code" * (codes > 1)
+
+
+def warn_of_mixture(study, runs):
+    """A WARNING where these runs are of several versions of a library, or of several number formats."""
+    formats = {}  # those of each LLM, for a study may have several LLMs
+    for name, seed in runs:
+        facts = common.load(folder(study, name, seed), "profiles.json")
+        formats.setdefault(facts.get("lm"), set()).add(facts.get("dtype"))
+    versions = {json.dumps(results["versions"], sort_keys=True) for results in runs.values()}
+    if len(versions) > 1 or any(len(found) > 1 for found in formats.values()):
+        print(f"WARNING: {study}: its runs are of {len(versions)} sets of versions and of the number formats "
+              f"{sorted(map(str, set().union(*formats.values())))}; the table names the first's",
+              file=sys.stderr)
 
 
 def what_banks_say(study):
@@ -720,7 +752,9 @@ def stability(study, seeds):
 # ---------------------------------------------------------------- tables
 
 def spread(values, sign=""):
-    return f"{np.mean(values):{sign}.4f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.4f}"
+    """'mean ± sd'; a single value has no sd."""
+    mean = f"{np.mean(values):{sign}.4f}"
+    return f"{mean} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else mean
 
 
 def differences_of(cells, references, metric):
@@ -821,7 +855,7 @@ def notes(data, cells):
     found += lines_of_banks(data.get("banks", {}))
     if data.get("costs"):
         found.append("Cost in forward passes of the LM (pepler's go back as often, userip's once less; "
-                     "without the task prompt), and seconds: " + "; ".join(
+                     "without the task prompt), and seconds (userip's are stage 02's): " + "; ".join(
             f"{name} {passes:.1f} a {unit}, {seconds:.0f} s"
             for name, (unit, passes, seconds) in data["costs"].items()))
     for lm, by_what in data.get("lm_both", {}).items():
@@ -836,7 +870,7 @@ def notes(data, cells):
     kind += f" with {recommenders} recommenders each" * (recommenders > 1)
     found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
-                 f"{data['date']}, {versions}")
+                 f"{when_of(data)}, {versions}")
     return "\n".join(f"- {line}." for line in found)
 
 

@@ -159,7 +159,7 @@ BIG = """import importlib, sys
 import common, torch
 sys.argv = ["04_train_ctr.py", "--run", sys.argv[1], "--ids", "none", "--seeds", "1", "--epochs", "1",
             "--batch-size", "16384", "--device", "cpu"]
-importlib.import_module("04_train_ctr").main()
+common.guarded(importlib.import_module("04_train_ctr").main)  # which sets the threads
 print(common.peak_memory_mb(torch.device("cpu")))"""
 
 

@@ -730,6 +730,10 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
+    results = common.load(run, "results.json")
+    common.save_json(run / "results.json", {**results, "profile_input": "embedding"})
+    found = recsysllm.dcn_figures(run, common.load_dataset(run), rows[at], at)
+    assert set(found) == {"DCN none", "DCN userip, theta itself"}
     (run / "predictions" / "dcn-none-0.npy").rename(run / "aside.npy")
     with pytest.raises(common.UserError, match="dcn-none-0.npy is missing .*run 04_train_ctr.py again"):
         call_stage(recsysllm, "--run", run, *quick)

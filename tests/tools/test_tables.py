@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 
@@ -246,7 +247,7 @@ def test_a_table_of_many_models_pairs_within_a_model_and_gives_eq_10():
 def test_one_repetition_has_no_p():
     lines, notes = lines_of(data_of(rows_of("default", "none", [0.6]), rows_of("default", "random", [0.6]),
                                     rows_of("default", "userip", [0.7])))
-    assert lines["userip"]["AUC - none"] == "+0.1000 ± 0.0000" and "1 repetitions" in notes
+    assert lines["userip"]["AUC - none"] == "+0.1000" and "1 repetitions" in notes
 
 
 # ---------------------------------------------------------------- studies, with stages that only pretend
@@ -284,7 +285,8 @@ class Pretender:
 
     def stage_03(self, run, words, seed):
         np.save(run / "feature_bank.npy", np.random.default_rng(seed).integers(3, size=(6, 2)))
-        common.save_json(run / "quantize.json", {"profiles": [{"perplexity": 2.0}] * 2})
+        common.save_json(run / "quantize.json", {"profiles": [{"perplexity": 2.0}] * 2, "epochs": 3,
+                                                 "quantizer": "vq", "llm_loss": "--no-llm-loss" not in words})
 
     def stage_co(self, run, words, seed):
         for name in words[:words.index("--seed")]:
@@ -482,7 +484,7 @@ def test_what_a_baseline_scores_by_itself_stands_beside_the_recommender_s_rows(s
     assert lines["pepler's scores"]["AUC"] == "0.6050 ± 0.0071" and "pepler" not in lines
     none = [row["test_auc"] for row in data["rows"] if row["ids"] == "none"]
     assert lines["pepler's scores"]["AUC - none"].startswith(shown(np.subtract([0.6, 0.61], none)))
-    assert ("userip (default) 3.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
+    assert ("userip (default) 6.0 a user, 4 s; pepler's scores (default) 1.5 a pair, 8 s; "
             "pepler (default) 3.0 a user, 2 s") in notes
     assert "lm-both, nats a token lost under a wrong word: hobby 1.00; another history: hobby 2.50" in notes
 
@@ -552,7 +554,7 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
         ["tiny, untrained", "seen wording"], ["tiny, untrained", "unseen wording"],
         ["large", "popularity"], ["large", "seen wording"], ["large", "unseen wording"],
         ["large", "DCN none"]]
-    assert table[2][2] == "0.1500 ± 0.0707" and table[2][7] == "" and table[3][7] == "0.6000"
+    assert table[2][2] == "0.1500 ± 0.0707" and table[2][7] == "" and table[3][7] == "0.6000 ± 0.0000"
     before = len(calls)
     command(module, monkeypatch, "recsysllm-x", "--seeds", "2", "--jobs", "1")
     assert len(calls) == before
@@ -560,6 +562,43 @@ def test_a_study_of_recsysllm_runs_the_stages_once_for_variants_that_share_them(
     begun = module.code_fingerprint()
     (module.ROOT / module.CODE[0]).write_text("edited")
     assert module.collect_recsysllm("recsysllm-x", 2)["code"] == kept["code"] == begun[:12]
+
+
+def test_other_files_of_the_data_are_other_settings(tmp_path, monkeypatch):
+    study = {"films": tables.variant("--dataset ml-100k", ""), "all titles": tables.own("--epochs 1")}
+    monkeypatch.setitem(tables.STUDIES, "x", study)
+    monkeypatch.setitem(tables.STUDIES, "made up", {"demo": tables.variant("", "")})
+
+    def settings(folder):
+        return [tables.settings_fingerprint("x", name, folder) for name in study]
+
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "u.data").write_text("1 2 3")
+    assert settings(tmp_path / "here") == settings(tmp_path / "there")  # a folder may be moved
+    (tmp_path / "there" / "u.data").write_text("1 2 3 4")
+    assert not set(settings(tmp_path / "here")) & set(settings(tmp_path / "there"))
+    made_up = [tables.settings_fingerprint("made up", "demo", tmp_path / name) for name in ("here", "there")]
+    assert made_up[0] == made_up[1]
+
+
+def test_a_table_says_when_and_by_how_many_codes_its_runs_were_made(studies, monkeypatch, capsys):
+    module, _ = studies
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    begun = module.code_fingerprint()
+    noon = 86400 * 3 + 43200  # of the fourth of January 1970
+    os.utime(module.folder("small", "default", 0) / "code.json", (0, noon))
+    (module.ROOT / module.CODE[0]).write_text("edited")
+    capsys.readouterr()
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    printed, said = capsys.readouterr()
+    assert "on 1970-01-04 to 2" in printed and "with 2 versions of the code" in printed
+    assert begun[:12] in json.loads((module.KEPT / "small.json").read_text())["code"]
+    assert "versions and of the number formats" not in said
+    changed = json.loads((module.folder("small", "default", 0) / "profiles.json").read_text())
+    common.save_json(module.folder("small", "default", 0) / "profiles.json", {**changed, "dtype": "bf16"})
+    command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
+    assert "of 1 sets of versions and of the number formats ['None', 'bf16']" in capsys.readouterr().err
 
 
 def test_settings_are_those_of_the_variant_whose_stages_are_shared_too(monkeypatch):
