@@ -48,7 +48,8 @@ def e_step(likelihood, books, log_weights, histories):
     """(mean log-likelihood, codes drawn from the responsibilities (U, M), M expected counts (K_m,))."""
     space = whole_space(len(books), 32)
     opened = likelihood, histories, space, None
-    problem = SimpleNamespace(open_likelihood=lambda device: opened)
+    known = np.ones(len(histories), bool)
+    problem = SimpleNamespace(open_likelihood=lambda device: opened, inferred=known)
     mixture = quantize.SoftCodeEM(problem, list(map(len, books)), None, CPU)
     mixture.open()
     mixture.books, mixture.log_weights = books, log_weights
