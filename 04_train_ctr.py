@@ -343,7 +343,7 @@ def factorization(e):
 class AFM(PairRecommender):
     """first order + p . sum_{i<j} a_ij (e_i * e_j), a = softmax(h . ReLU(W (e_i * e_j) + b)).
 
-    Xiao et al. 2017, Eq. (4)-(6).
+    Xiao et al. 2017, section 3.
     """
 
     def __init__(self, fields, attention=8):
