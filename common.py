@@ -341,7 +341,10 @@ def finish(run):
         return
     for path in sorted(ready.glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another process has moved it
-            os.replace(path, ready.parent / path.name)
+            if path.suffix == ".tmp":  # half-written by another process, which had the same work to do
+                path.unlink()
+            else:
+                os.replace(path, ready.parent / path.name)
     with contextlib.suppress(OSError):  # it is gone already
         ready.rmdir()
 

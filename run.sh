@@ -53,7 +53,7 @@ case "${1:-}" in
   test)
     shift
     add_llm || echo "SmolLM2 could not be installed: its tests are skipped"
-    "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # two files at a time, in their order
+    "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"  # two files at a time
     ;;
   llm)
     shift

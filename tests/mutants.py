@@ -1497,6 +1497,9 @@ MUTANTS["tools/next_item.py"] = [
 
 for added_to, mutants in {
     "common.py": [
+        ("a half-written file is moved into a run", 'if path.suffix == ".tmp":',
+         "if False:",
+         "test_what_another_process_had_half_written_is_not_moved_into_the_run"),
         ("a run is taken for unfinished work", "if UNFINISHED.fullmatch(Path(run).name):",
          "if UNFINISHED.match(Path(run).name) or Path(run).name.startswith('rows-'):",
          "test_a_run_may_be_called_as_a_folder_of_unfinished_work_begins"),

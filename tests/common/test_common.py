@@ -16,6 +16,15 @@ def mean_sd(values):
     return found["mean"], found["sd"]
 
 
+def test_what_another_process_had_half_written_is_not_moved_into_the_run(tmp_path):
+    ready = tmp_path / common.READY
+    ready.mkdir()
+    (ready / "profiles.json").write_text("{}")
+    (ready / ".profiles_users.json.0.7.tmp").write_text("[")
+    common.finish(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["profiles.json"]
+
+
 def test_a_run_may_be_called_as_a_folder_of_unfinished_work_begins(tmp_path):
     run = tmp_path / "rows-y"
     piece = tmp_path / "rows-0123456789ab"
