@@ -1041,12 +1041,12 @@ def load_release(args):
     facts = {}
     unrated = None  # one of the products that nobody has reviewed
     for fact in good(records(products[0]), parse_product, products[0]):
-        if fact["id"] not in known:
-            unrated = fact["id"]
-        else:
+        if fact["id"] in known:
             earlier = facts.setdefault(fact["id"], fact)
             for key, value in fact.items():  # a second line of a product fills in what the first lacks
                 earlier[key] = earlier[key] or value
+        else:
+            unrated = fact["id"]
     if known and unrated is not None and not facts:
         reviewed = source.item_ids[0]
         raise UserError(f"no reviewed product is described: '{reviewed}' is reviewed, '{unrated}' described",

@@ -556,7 +556,7 @@ def parse_arguments():
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
         help="vq, em: step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
-        help="not of --quantizer words: first codebooks, k-means from the words or k-means++; random: "
+        help="vq, kmeans, em: first codebooks by k-means from the words or by k-means++; random: "
              "U(-1/K, 1/K), the authors'")
     add("--alpha", type=at_least(0, float, 1e6), default=1.0,
         help="vq: weight of l_vec beside l_llm, Eq. 7 (paper: not given)")

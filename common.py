@@ -295,7 +295,7 @@ def progress(items, what, unit):
 
 READY = ".ready"  # a folder of finished files that wait to be moved into their run
 # Long work is done in pieces: a block of users in 02, one training in 04, an epoch in tools/recsysllm.py.
-# Each finished piece is a file in a folder whose name is one of these words and how a fingerprint begins. The
+# Each finished piece is a file in a folder of such a name, a word and the first digits of a fingerprint. The
 # folder goes when all is done.
 UNFINISHED = re.compile(r"(blocks|rows|epochs)-[0-9a-f]{12}")
 

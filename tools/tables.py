@@ -260,14 +260,14 @@ def marks_in(run):
 
 
 def when_made(runs):
-    """{"date": the days on which these run folders were done, "code": the codes of all, in twelve digits}."""
+    """{"date": the days on which these run folders were done, "code": fingerprints of their code}, texts."""
     days = set()
-    codes = set()
+    fingerprints = set()
     for run in runs:
         days.add(datetime.date.fromtimestamp((run / "code.json").stat().st_mtime).isoformat())
-        codes.add(marks_in(run)["code.json"]["code"][:12])
+        fingerprints.add(marks_in(run)["code.json"]["code"][:12])
     span = min(days) if len(days) == 1 else f"{min(days)} to {max(days)}"
-    return {"date": span, "code": ", ".join(sorted(codes))}
+    return {"date": span, "code": ", ".join(sorted(fingerprints))}
 
 
 def repeat(study, name, seed, data_dir, threads=1):
@@ -498,11 +498,13 @@ def collect_recsysllm(study, seeds):
     """Everything that a table of RecSysLLM needs: of each variant the repetitions' recsysllm.json."""
     found = {}
     flags = {}
+    runs = []
     for name, settings in STUDIES[study].items():
         flags[name] = settings["recsysllm"]
-        found[name] = [common.load(folder(study, name, seed), "recsysllm.json")
-                       for seed in repetitions_of(study, name, seeds)]
-    runs = [folder(study, name, seed) for name in found for seed in range(len(found[name]))]
+        found[name] = []
+        for seed in repetitions_of(study, name, seeds):
+            runs.append(folder(study, name, seed))
+            found[name].append(common.load(runs[-1], "recsysllm.json"))
     return {"study": study, "variants": found, "flags": flags, **when_made(runs)}
 
 
@@ -601,9 +603,9 @@ def collect(study, seeds):
 
 
 def when_of(data):
-    """What when_made() found, in words."""
-    codes = data.get("code", "").count(",") + 1
-    return data["date"] + f", with {codes} versions of the code" * (codes > 1)
+    """When a table's runs were done, and, if not with one, with how many versions of the code."""
+    count = len(data["code"].split(","))
+    return data["date"] + f", with {count} versions of the code" * (count > 1)
 
 
 def warn_of_mixture(study, runs):
@@ -611,12 +613,12 @@ def warn_of_mixture(study, runs):
     formats = {}  # those of each LLM, for a study may have several LLMs
     for name, seed in runs:
         facts = common.load(folder(study, name, seed), "profiles.json")
-        formats.setdefault(facts.get("lm"), set()).add(facts.get("dtype"))
+        formats.setdefault(facts.get("lm"), set()).add(str(facts.get("dtype")))
     versions = {json.dumps(results["versions"], sort_keys=True) for results in runs.values()}
     if len(versions) > 1 or any(len(found) > 1 for found in formats.values()):
+        all_formats = sorted(set().union(*formats.values()))
         print(f"WARNING: {study}: its runs are of {len(versions)} sets of versions and of the number formats "
-              f"{sorted(map(str, set().union(*formats.values())))}; the table names the first's",
-              file=sys.stderr)
+              f"{', '.join(all_formats)}; the table names the first's", file=sys.stderr)
 
 
 def what_banks_say(study):
@@ -868,7 +870,7 @@ def notes(data, cells):
     versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
     recommenders = data.get("recommenders", 1)
     kind += f" with {recommenders} recommenders each" * (recommenders > 1)
-    found.append(f"mean ± sd of {seeds} {kind}, fields `{data['fields']}`, user dropout "
+    found.append("mean ± sd of " * (seeds > 1) + f"{seeds} {kind}, fields `{data['fields']}`, user dropout "
                  f"{data['user_dropout']}; `python tools/tables.py {data['study']} --seeds {seeds}` on "
                  f"{when_of(data)}, {versions}")
     return "\n".join(f"- {line}." for line in found)

@@ -19,7 +19,7 @@ def data_of(rows, **more):
     """What collect() makes of runs, without intervals."""
     return {"study": "own", "metric": "test", "rows": rows, "base_rate_logloss": {"base": 0.65},
             "intervals": {}, "stability": None, "versions": {"torch": "9"}, "fields": "ids",
-            "user_dropout": 0.7, "date": "2026-01-01", **more}
+            "user_dropout": 0.7, "date": "2026-01-01", "code": "0", **more}
 
 
 def cells_of(text):
