@@ -16,9 +16,9 @@ only; the task and y see all before them. In short (solve() and infer_block() do
     z = space.project(wide.theta(wide_z))  where every user lies along these: this is kept
 
 Sizes: U users, M profiles, d the LLM's width, r coordinates of a user's z for each profile (d in the wide
-space of the descent; at most --rank, if that is not 0, in the space that is kept), T tokens of D_task; B
-users of a block, H tokens of their longest history, S tokens of prompt and history. DEVIATION(k): row k of
-README's differences from the paper. "Note:" stands before what is easily overlooked.
+space of the descent, but for --space words; at most --rank, if that is not 0, in the space that is kept), T
+tokens of D_task; B users of a block, H tokens of their longest history, S tokens of prompt and history.
+DEVIATION(k): row k of README's differences from the paper. "Note:" stands before what is easily overlooked.
 
 What stands where; each part begins with a line of dashes:
     settings, data, model, train  the method: prompt, mask, likelihood, space, descent. Read it first; what it
@@ -45,10 +45,10 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from torch import nn
 
 from common import (
-    PROCESS, READY, SEEN, TRAIN, VALIDATION, Parser, UserError, announce, at_least, check_same,
+    PROCESS, READY, SEEN, TRAIN, UNFINISHED, VALIDATION, Parser, UserError, announce, at_least, check_same,
     count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_out_of_memory, is_small,
     lm_fingerprint, lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device,
-    pieces_of, progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
+    pieces_of, progress, save_json, save_npy, seeded, the_first_one_s, train_tiny, wait_for_all)
 
 # -------- settings
 
@@ -239,7 +239,7 @@ class ProfileLikelihood:
 
 @dataclass
 class Space:
-    """theta^m = origin^m + (shrink^m z^m) basis^m: a user is z (M, r)."""
+    """theta^m = origin^m + (shrink^m * z^m) @ basis^m, where * is by element: a user is z (M, r)."""
 
     origin: torch.Tensor  # (M, d), theta at z = 0: in the descent the words' mean, later the mean user
     basis: torch.Tensor  # (M, r, d), orthogonal directions as long as the words' spread, or see words_space()
@@ -272,9 +272,9 @@ def fit_space(likelihood, tokenizer, profiles):
     """The Space of all d directions around the words that could name each profile: DEVIATION(4).
 
     A word of several tokens is the mean of its tokens. Its weight is the root of the number of items that
-    have it; words of the LLM's own weigh all the same. The words' weighted mean is the origin. The unit of
-    all coordinates is their spread, the root mean square of (a word's coordinate - the mean's) over words, by
-    weight, and over the d coordinates; so a whole word lies some sqrt(d) spreads from the mean.
+    have it; words of a flag and the LLM's own weigh all the same. The words' weighted mean is the origin. The
+    unit of all coordinates is their spread, the root mean square of (a word's coordinate - the mean's) over
+    words, by weight, and over the d coordinates; so a whole word lies some sqrt(d) spreads from the mean.
     """
     origins = []
     bases = []
@@ -371,7 +371,7 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z, users' coordinates in `space`, the wide one. DEVIATION(14).
+    """Minimise Eq. (4) and the prior over z, users' coordinates in `space`, the wide one. DEVIATION(4, 14).
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
@@ -500,12 +500,14 @@ def parse_arguments():
         help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
     add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
-        help="most that a coordinate of theta moves in a step, in the words' spread (paper: AdamW's .001)")
+        help="most that a coordinate of theta moves in a step, in the words' spread (with --space words: in "
+        "their standard deviation along it; paper: AdamW's .001)")
     add("--prior", type=at_least(0, float, 1e6), default=0.0, help="weight of a Gaussian prior (paper: 0)")
     add("--space", choices=("users", "words"), default="users",
         help="users: theta moves in all d coordinates, and directions in which users differ are kept; words: "
         "it moves among the words alone, in at most --rank directions")
-    add("--rank", type=at_least(0), default=8, help="most directions kept; 0: all, unshrunk (paper)")
+    add("--rank", type=at_least(0), default=8,
+        help="most directions kept; 0: all, unshrunk (paper; with --space words: all of the words')")
     add("--task-steps", type=at_least(0), default=48,
         help="most steps of the shared task prompt; 0: its text stays as it is (paper)")
     add("--mask", choices=("strict", "causal"), default="strict", help="Fig. 4, or causality alone")
@@ -1080,8 +1082,16 @@ def gather(work, blocks, n_first, old, rows, solved, n_users, before):
 
 # -------- main
 
-def settings_of(dataset, lm, args):
-    """All on which theta depends, as profiles.json records it: flags, prompts, data and LLM."""
+def prompt_fingerprint(likelihood):
+    """Of the prompt's segments, and of their mask and positions."""
+    full = [*likelihood.segments, Segment("history", [0, 0])]
+    visible = build_visibility(full, likelihood.mask).tolist()
+    positions = build_positions(full, likelihood.mask).tolist()
+    return fingerprint([(part.kind, part.ids, part.profile) for part in full], visible, positions)
+
+
+def settings_of(dataset, likelihood, lm, args):
+    """All on which theta depends, as profiles.json records it: flags, prompt, data and LLM."""
     profiles = []
     for profile in dataset.profiles:
         # The words may change with new users; --users keeps the space of the first run.
@@ -1089,24 +1099,26 @@ def settings_of(dataset, lm, args):
     settings = {key: getattr(args, key) for key in RECORDED}
     settings["method"] = METHOD
     settings["profiles"] = profiles
+    settings["prompt_fingerprint"] = prompt_fingerprint(likelihood)
     settings["dataset_fingerprint"] = dataset.fingerprint()
     settings["lm_fingerprint"] = lm["fingerprint"]
     return settings
 
 
-def is_done(run, settings):
-    """Has an earlier run inferred all users under these settings?"""
+def is_done(run, settings, histories):
+    """Has an earlier run inferred all users who have a history under these settings?"""
     try:
         facts, _, _ = read_profiles(run)
     except UserError:  # what is missing or damaged is made again
         return False
-    wanted = settings | {"rows_kept": 0}
+    # A run with --users infers some of them, and keeps no row where nobody of the first run is left.
+    wanted = settings | {"rows_kept": 0, "rows_new": sum(len(ids) > 0 for ids in histories)}
     return all(facts.get(key) == value for key, value in wanted.items())
 
 
 def infer(dataset, likelihood, tokenizer, lm, histories, args):
     """All users, or with --users those who are new: plan the blocks, solve them, save and report."""
-    settings = settings_of(dataset, lm, args)
+    settings = settings_of(dataset, likelihood, lm, args)
     before = {"train_nll_steps": [0.0], "train_tokens": 0, "seconds": 0.0}  # figures of a first run: none
     old_z = None
     old_rows = {}
@@ -1115,11 +1127,12 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         unread = {dataset.users[user] for user in missing if not len(histories[user])}
         warn_of(unread, args.users, f"they have no title to read (--history {args.history})")
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
-    blocks, n_first = plan_blocks(likelihood, histories, args)
+    # GPUs of unlike memory would cut unlike blocks.
+    blocks, n_first = the_first_one_s(plan_blocks(likelihood, histories, args))
     work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
     # With --users the file says who is new. Unfinished work means that somebody has asked for it anew.
     may_be_done = not (args.users or args.fresh or work.exists())
-    if may_be_done and is_done(args.run, settings):
+    if may_be_done and is_done(args.run, settings, histories):
         if PROCESS == 0:
             print("profiles.npy has these settings: nothing to do (--fresh infers again)")
         return
@@ -1220,13 +1233,25 @@ def report(facts):
 def tidy_up(args):
     """What an earlier run left: a finished result is published, an unfinished one waits for its command."""
     for work in args.run.glob("blocks-*"):
+        if not UNFINISHED.fullmatch(work.name):  # somebody else's
+            continue
         if (work / "profiles.json").exists():
             publish(work, args.run)
         elif args.fresh or not any(work.glob("*.pt")):
             shutil.rmtree(work, ignore_errors=True)
         else:
-            print(f"unfinished: {work}; the command that began it goes on with it, if the data are the same; "
-                  "--fresh forgets it")
+            print(f"unfinished: {work}; the command that began it goes on with it, this one or another, if "
+                  "the data are the same; --fresh forgets it")
+
+
+def check_tokens(likelihood, tokenizer, dataset, histories, args):
+    """UserError where titles, of validation rows too, or words have tokens that the model does not have."""
+    unseen = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
+    words = [f" {word}" for profile in dataset.profiles for word in profile.get("words", ())]
+    written = chain(histories, unseen, pieces_of(tokenizer, words))
+    if max(np.max(ids, initial=0) for ids in written) >= len(likelihood.word_table.weight):
+        raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
+                        "take the model's own tokenizer")
 
 
 def main():
@@ -1246,9 +1271,7 @@ def main():
     histories = tokenize_histories(tokenizer, texts, likelihood.room)
     if not any(map(len, histories)):
         raise UserError("no title fits into the LLM's window", args.lm, "change --lm")
-    if max(ids.max(initial=0) for ids in histories) >= len(likelihood.word_table.weight):
-        raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
-                        "take the model's own tokenizer")
+    check_tokens(likelihood, tokenizer, dataset, histories, args)
     if PROCESS == 0:
         announce("02 infer profiles", args, "stage 01's files")
         is_learned = args.task_steps and not args.users

@@ -325,6 +325,9 @@ class Problem:
         settings = argparse.Namespace(run=self.run, **self.facts)
         likelihood, tokenizer, lm = infer.open_model(self.dataset, settings, device, None)
         check_same(self.run, "profiles.npy", "LLM", lm["fingerprint"], settings.lm_fingerprint)
+        prompt = infer.prompt_fingerprint(likelihood)
+        recorded = self.facts.get("prompt_fingerprint", prompt)  # an earlier version recorded none
+        check_same(self.run, "profiles.npy", "prompt or mask", prompt, recorded)
         texts = infer.history_texts(self.dataset, SEEN, settings)
         histories = infer.tokenize_histories(tokenizer, texts, likelihood.room)
         space = infer.open_space(self.run, device)

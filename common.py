@@ -537,6 +537,15 @@ def wait_for_all():
             raise UserError("another process stopped", f"rank {PROCESS}", "see its message") from error
 
 
+def the_first_one_s(value):
+    """The value of torchrun's first process, in all of them; each waits for the others."""
+    wait_for_all()
+    values = [value]
+    if PROCESSES > 1:
+        torch.distributed.broadcast_object_list(values)
+    return values[0]
+
+
 # -------- seeds, devices, metrics
 
 def seeded(*seeds):
@@ -555,7 +564,8 @@ def pick_device(name):
         # A GPU in sight makes autograd start threads, and a process that has these cannot fork its helpers.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if name != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)))
+        # More processes than GPUs share them.
+        return torch.device("cuda", int(os.getenv("LOCAL_RANK", 0)) % torch.cuda.device_count())
     if name == "cuda":
         raise UserError("PyTorch sees no CUDA device", "--device cuda", "take --device cpu")
     return torch.device("cpu")

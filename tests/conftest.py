@@ -197,7 +197,7 @@ def prepared(tmp_path_factory):
 def inferred(prepared, lm_folders, tmp_path_factory):
     """The same after stages 02 and 03, with a random GPT-2."""
     run = copy_run(prepared, tmp_path_factory.mktemp("run") / "inferred")
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 1)
     call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1)
     return run
 

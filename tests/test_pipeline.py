@@ -17,7 +17,8 @@ from common import COLD, SEEN, SUPPORT, TEST, TRAIN, VALIDATION
 def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     run = tmp_path / "runs" / "demo"
     printed = [ok(fork_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
-               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 400, "--steps", 8)),
+               ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 400, "--steps", 3,
+                            "--task-steps", 4)),
                ok(fork_stage("03_quantize.py", "--run", run, "--epochs", 1)),
                ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
     for number, process in enumerate(printed[:3], 2):
@@ -28,8 +29,13 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
         "own", "population", "shuffled", "hobby", "background"}
     assert set(facts["lm_sensitivity"]) == {"hobby", "background"}
     steps = facts["train_nll_steps"]
-    assert len(steps) == 9 and steps[-1] < steps[0]
+    assert len(steps) == 4 and steps[-1] < steps[0]
     assert list(facts["train_nll"].values()) == [steps[0], steps[-1]]
+    _, tokenizer = common.load_language_model(str(run / "lm-tiny"), torch.float32, torch.device("cpu"))
+    prompt = sum(len(part.ids) for part in infer.prompt_segments(tokenizer, common.load_dataset(run)))
+    inferred = json.loads((run / "profiles_users.json").read_text())["inferred"]
+    worked = 3 * (facts["train_tokens"] + prompt * len(inferred))
+    assert facts["tokens_per_second"] == pytest.approx(worked / facts["seconds"], rel=0.3)  # it is rounded
     assert {path.name for path in run.iterdir() if path.is_dir()} == {"lm-tiny", "predictions"}
     profiles = np.load(run / "profiles.npy")
     assert profiles.dtype == np.float32
@@ -37,7 +43,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     unknown = (np.load(run / "feature_bank.npy") == [4, 3]).all(1)
     assert facts["users_without_profile"] == unknown.sum()
     assert (profiles[unknown] == 0).all()
-    call_stage(infer, "--run", run, "--tiny-sentences", 400, "--steps", 9)
+    call_stage(infer, "--run", run, "--tiny-sentences", 400, "--steps", 4, "--task-steps", 4)
     trained = "training the tiny LM"
     assert trained in printed[1].stdout and trained not in capsys.readouterr().out
 
@@ -75,7 +81,8 @@ def test_poisoned_validation_test_and_cold_rows_change_nothing_up_to_the_bank(tm
     assert poisoned(clean, poison) > 0
     assert set(np.load(clean / "interactions.npy")[:, 3].tolist()) == {*SEEN, VALIDATION, TEST, COLD}
     for run in (clean, poison):
-        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 2)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 2,
+                   "--task-steps", 2)
         call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1)
     for name in ("lm-tiny/model.safetensors", "profiles.npy", "feature_bank.npy", "feature_bank.csv"):
         assert_bytes_equal(clean / name, poison / name)
@@ -89,7 +96,7 @@ def test_poisoned_validation_test_and_cold_rows_change_nothing_up_to_the_bank(tm
 def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_folders, tmp_path):
     poisoned(prepared, tmp_path / "poisoned")
     for run in (copy_run(prepared, tmp_path / "clean"), tmp_path / "poisoned"):
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1)
         call_stage(quantize, "--run", run, *flags)
     assert_bytes_equal(tmp_path / "clean" / "feature_bank.npy", tmp_path / "poisoned" / "feature_bank.npy")
 
@@ -162,7 +169,8 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(inferred, lm_f
     for name, seed in (("again", 0), ("other", 1)):
         run = tmp_path / name
         call_stage(prepare, "--run", run, "--subsample-users", 120, "--seed", seed)
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--seed", seed)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 1,
+                   "--seed", seed)
         call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1, "--seed", seed)
     for name in ("dataset.json", "interactions.npy", "users.json", "items.json", "truth.npy", "profiles.npy",
                  "feature_bank.npy", "feature_bank.csv"):
@@ -190,7 +198,8 @@ def test_every_flag_of_stage_02_changes_theta(lm_folders, tmp_path):
 
     def theta(*args):
         run = copy_run(tmp_path / "prepared", tmp_path / "run")
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6, *args)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--max-history", 6,
+                   "--task-steps", 3, *args)
         return np.load(run / "profiles.npy")
     base = theta()
     for flags in (("--steps", 1), ("--lr", 0.05), ("--prior", 2), ("--space", "words"), ("--rank", 1),
@@ -206,7 +215,7 @@ def test_every_flag_of_stage_02_changes_theta(lm_folders, tmp_path):
 def test_sentences_and_seed_change_the_tiny_lm(prepared, tmp_path):
     run, found = copy_run(prepared, tmp_path / "run"), []
     for flags in (("--tiny-sentences", 64), ("--tiny-sentences", 96), ("--tiny-sentences", 64, "--seed", 1)):
-        call_stage(infer, "--run", run, "--lm", "tiny", "--steps", 1, "--fresh", *flags)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--steps", 1, "--task-steps", 1, "--fresh", *flags)
         found.append(json.loads((run / "profiles.json").read_text())["train_nll"]["before"])
     assert len(set(found)) == 3
 
@@ -266,6 +275,14 @@ def put(name, text):
 
 def scale(name, factor, shift=0):
     return lambda run: np.save(run / name, np.load(run / name) * factor + shift)
+
+
+def without_words(run):
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    for profile in dataset.profiles:
+        del profile["words"]
+    facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
+    common.save_json(run / "dataset.json", facts)
 
 
 def change_inferred(change):
@@ -332,7 +349,8 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (infer, [], empty_training, ["no user has a training history", "--history all"]),
     (infer, ["--lm", "tiny"], empty_training, ["no user has a training history", "--history all"]),
     (infer, [], long_prompt, ["no title fits", "change --lm"]),
-    (infer, ["--users", "/nowhere", "--steps", 9], None, ["other settings (steps)", "the first run"]),
+    (infer, ["--users", "/nowhere", "--steps", 9, "--task-steps", 1], None,
+     ["other settings (steps)", "the first run"]),
     (quantize, [], put("profiles.json", "{}"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], put("profiles.json", "[]"), ["profiles.json lacks", "02_infer_profiles.py"]),
     (quantize, [], change_facts(lambda facts: facts.update(method=1)), ["earlier stage 02", "run 02 again"]),
@@ -406,6 +424,7 @@ BAD = [  # stage, flags, what happens to the run before, words the error must ho
     (ctr, ["--weight-decay", -1], None, ["--weight-decay", "out of range"]),
     (ctr, ["--lr", 1e30, "--ids", "none", "--seeds", 1], None, ["DCN: a score", "epoch 1, --lr", "lower"]),
     (ctr, ["--lr", 1e30, "--ids", "none", "--batch-size", 10**6, "--seeds", 1], None, ["DCN: a score"]),
+    (infer, [], without_words, ["dataset.json has no words", "run 01 again"]),
 ]
 
 

@@ -62,7 +62,7 @@ def small_files(folder):
 def test_the_commands_it_shows_run(tmp_path, monkeypatch):
     """Every line of its bash blocks that calls a script, in order, in one folder, with short settings."""
     small = {"01_prepare_data": ["--subsample-users", 100], "03_quantize": ["--epochs", 1, "--warm-up", 1],
-             "02_infer_profiles": ["--tiny-sentences", 320, "--steps", 2],
+             "02_infer_profiles": ["--tiny-sentences", 320, "--steps", 2, "--task-steps", 4],
              "04_train_ctr": ["--seeds", 1, "--epochs", 2],
              "tools/recsysllm": ["--epochs", 1, "--test-users", 5, "--rows", 40]}
     small_files(tmp_path)

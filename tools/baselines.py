@@ -1,7 +1,7 @@
 """The paper's LLM baselines on the same LM, split and recommender as ours: minimal, honest stand-ins.
 
-    python tools/baselines.py --run runs/demo kar     # 04 --ids none,random,kar,kar-text,kar-text0,userip
-    python tools/baselines.py --run runs/demo pepler  # 04 --ids none,random,pepler,userip
+    python tools/baselines.py --run runs/demo kar     # then 04 --ids none,random,kar,random-kar-text,kar-text
+    python tools/baselines.py --run runs/demo pepler  # then 04 --ids none,random-pepler,pepler,random,userip
     python tools/baselines.py --run runs/demo rella   # of a run with 02 --history rated
 KAR (arXiv 2306.10933): the LLM is asked about a user, the history in front of the question; tools/lm_both.py
 makes a tiny LM that has read so. PEPLER (arXiv 2202.07371): a soft token a user and one an item, trained to
@@ -10,6 +10,7 @@ the target are in the prompt, yes against no is the score. Missing: instruction 
 Training and support rows are read, by PEPLER training rows alone: a cold user has no soft token, and in the
 bank the unknown code. Validation rows choose epoch and scale. The tiny LM has read every text with a profile
 in front, and ReLLa's prompt has none; KAR's text (kar-text) answers the first profile's question alone.
+PEPLER's own scores are made without user dropout or L2: their rival is the factorization, not the DCN.
 Writes: feature_bank_NAME.npy .json; baselines_METHOD.json, costs, and AUC of what scores pairs by itself;
         kar/, the run with KAR's theta, for 03 --no-llm-loss and 04 --profile-input embedding
 """
@@ -28,12 +29,12 @@ from stages import common, infer, quantize
 SLOT_WORDS = 12  # KAR: the likeliest words that it averages
 ANSWER = 4  # tokens of KAR's answer
 TITLES = 10  # titles in a prompt of ReLLa's
-# PEPLER: weight of the rating's loss (demo, validation AUC: 1 .54, 10 .69, 100 .70, 1000 .66); Adam; stopping
+# PEPLER: weight of the rating's loss (demo, validation AUC: 1 .54, 10 .69, 100 .70, 1000 .66); Adam
 WEIGHT = 100.0
 LR = 0.005
 BATCH = 128
-EPOCHS = 30
-PATIENCE = 2
+EPOCHS = 60  # at most, and
+PATIENCE = 10  # so many without a gain end it: as in stage 04
 
 
 class World:
@@ -55,8 +56,11 @@ class World:
         self.passes = 0
         self.clock = time.perf_counter()
 
-    def states(self, rows, pool):
-        """float32 (n, d): each token list's last hidden state, or the mean one; NaN of an empty list."""
+    def states(self, rows, pool, skip=0):
+        """float32 (n, d): each token list's last hidden state, or the mean one; NaN of an empty list.
+
+        skip: so many tokens at the beginning are not in the mean.
+        """
         rows = [np.array(row) for row in rows]
         found = torch.full((len(rows), self.start.shape[1]), torch.nan)
         for block in infer.make_blocks(rows, None, infer.token_budget_of(self.likelihood), 0):
@@ -64,8 +68,11 @@ class World:
             states = self.likelihood.body(ids, use_cache=False).last_hidden_state.float()
             self.passes += len(block)
             place = torch.arange(ids.shape[1], device=self.device)
-            wanted = place < lengths[:, None] if pool == "mean" else place == lengths[:, None] - 1
-            found[block] = ((states * wanted[..., None]).sum(1) / wanted.sum(1, keepdim=True)).cpu()
+            first = skip if pool == "mean" else lengths[:, None] - 1
+            wanted = (first <= place) & (place < lengths[:, None])
+            pooled = (states * wanted[..., None]).sum(1) / wanted.sum(1, keepdim=True)
+            infer.check_finite(pooled, "a hidden state", self.likelihood.dtype)
+            found[block] = pooled.cpu()
         return found
 
     def logits(self, rows, words=slice(None)):
@@ -140,6 +147,7 @@ def save_theta(world, theta):
     """RUN/kar: stage 01's files, the tiny LM and KAR's theta in the whole space, as 02 would have left it."""
     space = infer.whole_space(world.space)
     z = space.project(torch.from_numpy(theta).to(world.device)).cpu().numpy()
+    z[~world.problem.inferred] = 0  # as 02 leaves those of whom nothing is known
     run = world.args.run / "kar"
     changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None, "heldout_error": None,
                "train_nll_kept": None, "space_fingerprint": infer.space_fingerprint(space)}
@@ -196,9 +204,11 @@ def pepler_loss(model, world, titles, users, items, labels, with_lm=True):
     if with_lm:
         text = map(torch.tensor, [titles[item] for item in items.tolist()])
         text = nn.utils.rnn.pad_sequence(list(text), batch_first=True, padding_value=-100).to(world.device)
-        words = world.likelihood.word_table(text.clamp(min=0))
-        inputs = torch.cat([soft.to(words.dtype), words], dim=1)
-        states = world.likelihood.body(inputs_embeds=inputs, use_cache=False).last_hidden_state[:, 1:-1]
+        begin = torch.tensor(world.begin, dtype=torch.long, device=world.device).expand(len(users), -1)
+        parts = [world.likelihood.word_table(begin), soft, world.likelihood.word_table(text.clamp(min=0))]
+        inputs = torch.cat([part.to(world.likelihood.dtype) for part in parts], dim=1)
+        states = world.likelihood.body(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        states = states[:, len(world.begin) + 1:-1]  # the state before a token tells it; theta_u tells none
         world.passes += len(users)
         expected = world.likelihood.head(states).float().flatten(0, 1)
         loss = loss + nn.functional.cross_entropy(expected, text.flatten(), ignore_index=-100)
@@ -232,6 +242,7 @@ def fit_pepler(world, titles, with_lm):
             pepler_loss(model, world, titles, users, items, labels.float(), with_lm).backward()
             optimizer.step()
         scores = pepler_scores(model, dataset, validation)
+        infer.check_finite(torch.from_numpy(scores), "PEPLER's score", world.likelihood.dtype)
         done.append(common.auc(validation[:, 2], scores) - common.logloss(validation[:, 2], scores))
         if done[-1] == max(done):
             state = {name: table.clone() for name, table in model.state_dict().items()}
@@ -246,6 +257,9 @@ def pepler(world):
     figures = []
     size = math.prod(world.sizes)
     evaluated = world.evaluated()[1:]
+    if world.likelihood.dtype == torch.float16:  # stage 02 scales its gradients, PEPLER's loss is not scaled
+        raise common.UserError("fp16 would round PEPLER's small gradients to 0", world.args.run,
+                               "run 02 with --dtype bf16 or fp32")
     titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in dataset.items])
     for name, with_lm in (("matrix factorization of the same width", False), ("pepler's own scores", True)):
         model = fit_pepler(world, titles, with_lm)
@@ -308,7 +322,8 @@ def rella(world):
     for mark in (" -;", " +;", ""):
         titles = [f" {item['title']}{mark}" for item in dataset.items]
         texts.append(common.pieces_of(world.tokenizer, titles))
-    vectors = nn.functional.normalize(world.states(texts[2], "mean"), dim=1).numpy()
+    states = world.states([world.begin + ids for ids in texts[2]], "mean", skip=len(world.begin))
+    vectors = nn.functional.normalize(states, dim=1).numpy()
     splits = world.evaluated()
     known = splits[0][1]  # validation rows, on which Platt's scale is fitted
     evaluated = splits[1:]

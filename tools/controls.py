@@ -243,7 +243,7 @@ def main():
     device = common.pick_device(args.device)
     sizes = sizes_of(args.run, problem.dataset, args.codes)
     given = f" --codes {args.codes}" if args.codes else ""
-    made = []
+    made = {}  # sizes of each bank
     for name in dict.fromkeys(args.names or CONTROLS):
         if problem.z is None and name not in WITHOUT_LLM:
             print(f"WARNING: {name} is left out, for stage 02 has not run: python 02_infer_profiles.py "
@@ -261,7 +261,7 @@ def main():
                 raise
             print(f"WARNING: {name} is left out: {error}")
             continue
-        made.append(name)
+        made[name] = [size for _, size in columns]
         bank = save_bank(args.run, name, columns, problem.dataset,
                          f"tools/controls.py {name} --seed {args.seed}{given}", **more)
         if more.get("heldout_nll"):
@@ -273,10 +273,11 @@ def main():
             print("    NMI with the planted truth " + " / ".join(f"{nmi:.2f}" for nmi in agreed))
     ids = ["none"]
     if (args.run / "feature_bank.npy").exists():
-        ids += ["random", "userip", *made]  # random has as many codes as userip
-    else:
-        for name in made:
-            ids += [f"random-{name}", name]
+        ids += ["random", "userip"]
+    same_as_userip = sizes_of(args.run, problem.dataset) if "userip" in ids else None
+    for name, bank_sizes in made.items():
+        # A random control has as many codes as what is compared with it; `random` has as many as userip.
+        ids += [name] if bank_sizes == same_as_userip else [f"random-{name}", name]
     print(f"next: python 04_train_ctr.py --run {args.run} --ids {','.join(ids)}")
 
 

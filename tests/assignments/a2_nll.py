@@ -10,7 +10,8 @@ in nats, one number a user. Four things go wrong in practice, and a test watches
 
   * off by one: which hidden state predicts the first history token? Which predicts nothing of interest?
   * padding: user u has lengths[u] tokens; what stands to their right is filler and must not count, whatever
-    it holds, neither in the loss nor in its gradient;
+    it holds, neither in the loss nor in its gradient. It may even be NaN, and 0 x NaN is NaN: it does not
+    help to blank out a loss that was computed from filler;
   * sums, not averages: log P of a text is a sum over its tokens. Against a prior (02 --prior) 30 titles must
     weigh more than 3, and stage 03 adds this loss to others;
   * overflow: exp of a logit of 1,000 is infinity, its log-likelihood is not.

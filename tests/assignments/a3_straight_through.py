@@ -12,13 +12,14 @@ the identity. With sg[.] the stop-gradient (`.detach()`), write
 Norms are sums over d, one number for each row of theta.
 
 The tests look at values (codes against brute force) and then at gradients, term by term: what reaches theta,
-what reaches the codebook, and what must not. In the first of these a loss on `quantized` must leave the
-codebook alone: the recommender speaks to theta, theta speaks to the codebook.
+what reaches the codebook, and what must not. A loss on `quantized` must leave the codebook alone: the
+recommender speaks to theta, theta speaks to the codebook.
 
 Then, on paper: with beta = .001, one learning rate for all (the paper's section 3.4) and alpha = .001, too,
 of which it says nothing, how far does each term move things under Adam, whose step does not depend on the
-size of a gradient?
-`python 03_quantize.py --paper`, in a copy of the run folder, shows what becomes of it.
+size of a gradient? (Stage 03 moves z by Adagrad, DEVIATION(7), whose first step does not depend on it,
+either.)
+Then look: `cp -r runs/demo runs/try`, `python 03_quantize.py --paper --run runs/try`.
 """
 
 

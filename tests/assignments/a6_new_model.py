@@ -20,7 +20,8 @@ When you have passed, put it into a script of your own beside the stages, mine.p
     ctr.MODELS["fm"] = FM
     ctr.guarded(ctr.main)
 
-and try `python mine.py --models fm,deepfm --ids none,random,userip`. What does the deep half of DeepFM add?
+and try, in a copy (`cp -r runs/demo runs/try`), `python mine.py --run runs/try --models fm,deepfm --ids
+none,random,userip`. What does the deep half of DeepFM add?
 """
 
 import importlib

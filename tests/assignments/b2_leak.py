@@ -12,7 +12,8 @@ referee sent the paper back:
 
 In the second world no id can know anything, and the random ids duly win nothing. All rows of the table are
 trained on the same split, `evaluate` learns from training labels alone, and the codes were made before any
-model was trained. Find the function and mend it inside. How much of the lift in the first world was real?
+model was trained. Find the function and mend it inside. (Validation rows train nothing either: they choose
+the epoch, in stage 04.) How much of the lift in the first world was real?
 
 Then find the guard against this bug in the project: which test poisons what, and which files must not change
 by a bit?

@@ -133,7 +133,8 @@ def test_a2_padding_changes_nothing(work):
     assert torch.allclose(first, second)
     second.sum().backward()
     for user, length in enumerate(lengths):
-        assert (states.grad[user, prompt + length:] == 0).all(), "what stands in the padding has a gradient"
+        assert (states.grad[user, prompt + length:] == 0).all(), (
+            "what stands in the padding has a gradient (NaN, if its loss was computed and then blanked out)")
 
 
 @pytest.mark.a2
@@ -552,7 +553,8 @@ def test_b2_codes_do_not_know_the_test_rows(work):
     hidden = interactions[:, 3] != common.TRAIN
     poisoned[hidden, 2] ^= 1
     poisoned[hidden, 1] = (poisoned[hidden, 1] + 1) % work.CATEGORIES
-    assert np.array_equal(work.profile_codes(interactions), work.profile_codes(poisoned))
+    codes = [work.profile_codes(rows) for rows in (interactions, poisoned)]
+    assert np.array_equal(*codes), "a row that is not of training changed a code (validation rows do, too)"
 
 
 @pytest.mark.b2

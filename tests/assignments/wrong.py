@@ -89,12 +89,19 @@ a7 = {"looks at every row": solution(splits=range(5)),
 
 # ---------------------------------------------------------------- a8
 
-def each_user(users, labels, scores):
+def auc_by_pairs(labels, scores, tie=0.5):
+    """Share of the pairs of a liked and another row in the right order; a tie counts as `tie` of a pair."""
+    liked = scores[labels == 1][:, None]
+    other = scores[labels == 0]
+    return ((liked > other) + tie * (liked == other)).mean()
+
+
+def each_user(users, labels, scores, tie=0.5):
     """(rows, AUC) of each user who has both labels."""
     for user in np.unique(users):
         own = users == user
         if 0 < labels[own].sum() < own.sum():
-            yield own.sum(), roc_auc_score(labels[own], scores[own])
+            yield own.sum(), auc_by_pairs(labels[own], scores[own], tie)
 
 
 def plain_mean(users, labels, scores):
@@ -103,23 +110,15 @@ def plain_mean(users, labels, scores):
 
 
 def one_label_counts_half(users, labels, scores):
-    found = {user: 0.5 for user in np.unique(users)}
-    for user in found:
-        own = users == user
-        if 0 < labels[own].sum() < own.sum():
-            found[user] = roc_auc_score(labels[own], scores[own])
-    return float(np.average(list(found.values()), weights=[(users == user).sum() for user in found]))
+    found = list(each_user(users, labels, scores))
+    left = len(users) - sum(rows for rows, _ in found)
+    return float((sum(rows * auc for rows, auc in found) + left / 2) / len(users))
 
 
 def ties_lost(users, labels, scores):
-    found, rows = [], []
-    for user in np.unique(users):
-        own = users == user
-        liked, other = scores[own & (labels == 1)], scores[own & (labels == 0)]
-        if len(liked) and len(other):
-            found.append((liked[:, None] > other).mean())
-            rows.append(own.sum())
-    return float(np.average(found, weights=rows)) if found else None
+    found = list(each_user(users, labels, scores, tie=0))
+    rows = sum(rows for rows, _ in found)
+    return float(sum(own * auc for own, auc in found) / rows) if found else None
 
 
 def over_all(users, labels, scores):

@@ -1,10 +1,12 @@
 """What a request costs at serving time: a DCN without profiles, with the bank's ids, with text embeddings.
 
-    python tests/bench/bench_serving.py                     # 10,000 instances as 100 requests of 100: 2 min
-    python tests/bench/bench_serving.py --batch-size 1000   # larger requests
+    python tests/bench/bench_serving.py                     # 10,000 pairs in 100 batches of 100: 2 min
+    python tests/bench/bench_serving.py --batch-size 1000   # larger batches
     python tests/bench/bench_serving.py --quick
 
-dcn: user and item id. dcn_ids: the same and the user's two ids, looked up in feature_bank.npy. dcn_text: the
+A pair is a user and an item, both drawn at random: a batch holds the requests of many users. (Where a request
+is one user and many items, dcn_text could project that user's embedding once; folded_dcn_text does.)
+dcn: user and item id. dcn_ids: the same and the user's two ids, of a bank in memory. dcn_text: the
 same and a d-wide text embedding of the user through a projection (what KAR-like methods serve; d = 4096,
 Llama-2-7B's width). Latency of scoring all instances in batches, lookups included. folded_*: the same three
 models with everything that is linear in the embeddings computed beforehand (FoldedDCN); their scores are the

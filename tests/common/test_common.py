@@ -165,6 +165,7 @@ def test_numbers_on_the_command_line_are_finite_and_within_bounds(capsys, monkey
 
 def test_the_llm_s_stages_take_the_gpu_that_is_there_and_stage_04_the_cores(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for stage, where in ((infer, "cuda"), (quantize, "cuda"), (ctr, "cpu")):
         monkeypatch.setattr("sys.argv", ["stage.py"])
         assert common.pick_device(stage.parse_arguments().device).type == where
@@ -179,6 +180,16 @@ def test_on_the_cores_no_gpu_is_in_sight(monkeypatch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
         assert common.pick_device(device).type == "cpu"
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_more_processes_than_gpus_share_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = []
+    for rank in range(4):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        found.append(common.pick_device("auto").index)
+    assert found == [0, 1, 0, 1]
 
 
 def test_seeds_decide_torch_and_numpy_alike():

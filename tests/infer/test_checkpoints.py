@@ -86,12 +86,20 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_one_line(folder):
         opened(path)
 
 
-def test_a_title_of_a_token_that_the_model_lacks_is_one_line(folder, prepared, tmp_path):
-    """A few tokens more than the model has are no harm, unless a title is written in them."""
+@pytest.mark.parametrize("token", ["Guitar", "music", "Zorp"])
+def test_a_text_of_a_token_that_the_model_lacks_is_one_line(token, folder, prepared, tmp_path, monkeypatch):
+    """A few tokens more than the model has are no harm, unless a title or a word is written in them."""
     path = folder(tokenizer=False)
     words = make_tokenizer(bos=True)
-    words.add_tokens(["Guitar"])
+    words.add_tokens([token])
     words.save_pretrained(path)
+    texts = infer.history_texts
+
+    def with_a_zorp(dataset, split, args):  # in the validation rows
+        return [lines + [" Zorp;"] * (split == common.VALIDATION) for lines in texts(dataset, split, args)]
+
+    monkeypatch.setattr(infer, "history_texts", with_a_zorp)
+    monkeypatch.setattr(infer, "solve", None)  # before anybody is inferred
     with pytest.raises(common.UserError, match="the tokenizer writes tokens that the model does not have"):
         call_stage(infer, "--run", copy_run(prepared, tmp_path / "run"), "--lm", path)
 
@@ -191,7 +199,7 @@ def test_users_whom_stage_01_dropped_are_named_with_its_flag_and_the_others_are_
     model, tokenizer = make_lm("gpt2")
     model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
-    flags = ["--run", run, "--lm", tmp_path / "lm", "--steps", 1]
+    flags = ["--run", run, "--lm", tmp_path / "lm", "--steps", 1, "--task-steps", 1]
     call_stage(prepare, "--run", run, "--subsample-users", 120)
     call_stage(infer, *flags)
     before = json.loads((run / "users.json").read_text())
@@ -230,7 +238,8 @@ def test_no_block_is_larger_than_asked_for_where_theta_is_judged_either(
 
     make_blocks = infer.make_blocks
     monkeypatch.setattr(infer, "make_blocks", spy)
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--block-size", 3)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1,
+               "--block-size", 3)
     assert len(sizes) > 100 and max(sizes) == 3
 
 
@@ -243,7 +252,7 @@ def test_a_task_prompt_that_nobody_learns_has_no_judges(prepared, lm_folders, tm
 
 def test_a_new_user_without_a_title_to_read_is_named(lm_folders, tmp_path, capsys):
     run = tmp_path / "run"
-    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 1]
+    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1]
     call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1, "--max-per-user", 5,
                "--positive-above", 4)
     call_stage(infer, *flags)

@@ -219,6 +219,14 @@ def test_a_non_finite_likelihood_is_one_line_that_names_its_users_alone(world):
         infer.infer_block(likelihood, space, histories, [0, 3, 5], settings(), raw_ids)
 
 
+def test_a_task_prompt_whose_gradient_is_not_finite_is_one_line(world):
+    model, tokenizer = make_lm("gpt2")
+    likelihood, space, histories = problem((model, tokenizer), world[0])
+    likelihood.word_table.weight.fill_(float("nan"))
+    with pytest.raises(common.UserError, match=r"the task prompt's gradient is not finite.*--dtype"):
+        infer.fit_task(likelihood, space, histories, settings(steps=15))
+
+
 def test_titles_not_seen_whose_likelihood_is_not_finite_are_one_line(world):
     model, tokenizer = make_lm("gpt2")
     _, space, histories = problem((model, tokenizer), world[0])

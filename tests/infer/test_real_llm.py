@@ -66,19 +66,20 @@ def test_a_gguf_file_is_converted_once_into_a_folder_of_its_name(prepared, tmp_p
     monkeypatch.chdir(tmp_path)
     tensors = write_gguf(tmp_path / "small.gguf")
     run = copy_run(prepared, tmp_path / "run")
-    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1)
+    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1, "--task-steps", 1)
     printed = capsys.readouterr().out
     assert "converting small.gguf into data/small.gguf" in printed and "wrote data/small.gguf, " in printed
     model, tokenizer = common.load_language_model("data/small.gguf", torch.float32, CPU)
     assert np.array_equal(model.get_input_embeddings().weight.numpy(), tensors["token_embd"])
     assert tokenizer.decode(tokenizer.encode(" music fish")).strip() == "music fish"
     before = (tmp_path / "data/small.gguf/model.safetensors").stat().st_mtime_ns
-    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1, "--fresh")
+    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1, "--task-steps", 1,
+               "--fresh")
     assert (tmp_path / "data/small.gguf/model.safetensors").stat().st_mtime_ns == before
     assert "converting" not in capsys.readouterr().out
     call_stage(quantize, "--run", run, "--epochs", 1, "--warm-up", 1)  # opens it again
     write_gguf(tmp_path / "small.gguf", scale=2.0)  # another file of the same name is another LLM
-    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1)
+    call_stage(infer, "--run", run, "--lm", tmp_path / "small.gguf", "--steps", 1, "--task-steps", 1)
     assert "converting" in capsys.readouterr().out
     model, _ = common.load_language_model("data/small.gguf", torch.float32, CPU)
     assert np.allclose(model.get_input_embeddings().weight.numpy(), 2 * tensors["token_embd"])

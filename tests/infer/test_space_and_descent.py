@@ -67,7 +67,8 @@ def sparse(lm_folders, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(infer.ProfileLikelihood, "__call__", recorded)
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1,
+                   "--lr", 0.5)
     return run, calls
 
 
@@ -119,7 +120,8 @@ def tiny(prepared, tmp_path_factory):
         patch.setattr(torch.optim.AdamW, "step", recorded_step)
         patch.setattr(GPT2LMHeadModel, "forward", recorded_forward)
         patch.setattr(torch.nn.functional, "cross_entropy", recorded_loss)
-        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 320, "--steps", 1,
+                   "--task-steps", 1)
     record.rates, record.norms = record.rates[:len(record.batches)], record.norms[:len(record.batches)]
     return run, record
 
@@ -607,7 +609,7 @@ def test_each_row_is_the_z_of_its_own_user(sparse):
 def test_training_nll_is_a_token_s_mean_before_and_after(sparse, lm_folders, tmp_path):
     """Of the descent, which --rank 0 keeps whole."""
     run = copy_run(sparse[0], tmp_path / "run")
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--rank", 0)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1, "--rank", 0)
     (dataset, likelihood, tokenizer, space) = reopened(run)
     z = torch.from_numpy(np.load(run / "profiles.npy"))
     sums, tokens, theta = np.zeros(2), 0, space.theta(z)
@@ -715,13 +717,14 @@ def test_an_lm_that_rescales_its_logits_is_refused(prepared, tmp_path):
     ).save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     with pytest.raises(common.UserError, match="rescales its logits"):
-        call_stage(infer, "--run", run, "--lm", tmp_path / "lm", "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", tmp_path / "lm", "--steps", 1, "--task-steps", 1)
 
 
 def test_new_users_are_not_put_beside_rows_that_somebody_changed(sparse, lm_folders, tmp_path):
     run = copy_run(sparse[0], tmp_path / "run")
     (run / "new.txt").write_text(common.load(run, "users.json")[0] + "\n")
-    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5, "--users", run / "new.txt"]
+    flags = ["--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1, "--lr", 0.5,
+             "--users", run / "new.txt"]
     call_stage(infer, *flags)
     np.save(run / "profiles.npy", np.load(run / "profiles.npy") + 1)
     with pytest.raises(common.UserError, match="profiles.npy was made from another"):
@@ -865,7 +868,8 @@ def test_words_of_the_user_s_own_train_no_other_tiny_lm(prepared, tmp_path):
     run, made = copy_run(prepared, tmp_path / "run"), []
     for words in ("music,fishing,cooking", "music,rods"):
         call_stage(prepare, "--run", run, "--subsample-users", 120, "--hobby-words", words)
-        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1,
+                   "--task-steps", 1)
         lm = run / "lm-tiny" / "model.safetensors"
         made.append((lm.stat().st_mtime_ns, np.load(run / "profiles.npy")))
     assert made[0][0] == made[1][0] and not np.array_equal(made[0][1], made[1][1])
@@ -954,7 +958,8 @@ def test_the_tiny_lm_knows_titles_and_lengths_of_training_rows_only(prepared, tm
             original(self, texts, *args, **kwargs)
             raise KeyboardInterrupt
         patch.setattr(ByteLevelBPETokenizer, "train_from_iterator", stop)
-        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 2000, "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 2000, "--steps", 1,
+                   "--task-steps", 1)
     text = "".join(texts)
     known = [f" {item['title']};" in text for item in dataset.items]
     assert known[min(seen)] and not any(known[item] for item in range(len(known)) if item not in seen)
@@ -964,7 +969,8 @@ def test_the_tiny_lm_knows_titles_and_lengths_of_training_rows_only(prepared, tm
 def test_theta_of_a_cold_user_is_that_of_his_support_rows(lm_folders, tmp_path):
     call_stage(prepare, "--run", tmp_path, "--subsample-users", 60, "--min-interactions", 1,
                "--cold-users", 0.3)
-    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1,
+               "--lr", 0.5)
     (dataset, likelihood, tokenizer, space), z = reopened(tmp_path), np.load(tmp_path / "profiles.npy")
     trained, support, cold = (texts_of(dataset, split) for split in
                               (common.TRAIN, common.SUPPORT, common.COLD))

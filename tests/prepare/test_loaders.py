@@ -226,7 +226,7 @@ def test_one_profile_runs_through_all_stages(tmp_path):
     flags, run = own_csv(tmp_path / "raw")[:-2], tmp_path / "run"
     facts, _ = run_01(run, *flags)
     assert [profile["name"] for profile in facts["profiles"]] == ["hobby"]
-    call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
+    call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1, "--task-steps", 1)
     call_stage(quantize, "--run", run, "--epochs", 1)
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1)
     assert np.load(run / "feature_bank.npy").shape == (USERS, 1)
@@ -246,7 +246,7 @@ def test_the_critic_is_a_third_profile_of_people_not_of_items(tmp_path, lm_folde
     for word, share in facts["profiles"][2]["likes"].items():
         marks = [text[-2] == "+" for told, texts in sentences if told == {2: word} for text in texts]
         assert len(marks) > 200 and np.mean(marks) == pytest.approx(share, abs=0.06)
-    call_stage(infer, "--run", tmp_path / "run", "--lm", lm_folders["gpt2"], "--steps", 2,
+    call_stage(infer, "--run", tmp_path / "run", "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1,
                "--history", "rated")
     call_stage(quantize, "--run", tmp_path / "run", "--epochs", 1, "--warm-up", 1, "--codes", "2,2,3")
     assert np.load(tmp_path / "run" / "feature_bank.npy").shape == (len(dataset.users), 3)

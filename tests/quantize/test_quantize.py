@@ -519,7 +519,7 @@ def test_every_flag_of_stage_03_changes_a_number(inferred, tmp_path):
 
 def test_likelihood_of_stage_03_is_that_of_stage_02(inferred, lm_folders, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--rank", 0)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 3, "--task-steps", 1, "--rank", 0)
     facts = json.loads((run / "profiles.json").read_text())
     likelihood, histories, space, _ = problem_of(run).open_likelihood(CPU)
     z, nll, tokens = np.load(run / "profiles.npy"), 0.0, 0

@@ -66,7 +66,7 @@ def sparse(lm_folders, tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "sparse"
     call_stage(prepare, "--run", run, "--subsample-users", 100, "--max-per-user", 5, "--min-interactions", 1,
                "--positive-above", 4)
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--lr", 0.5)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1, "--lr", 0.5)
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
     return run
 
@@ -386,7 +386,7 @@ def test_users_without_a_history_get_the_unknown_code(sparse):
 def test_a_cold_user_s_code_is_that_of_his_support_rows(lm_folders, tmp_path):
     call_stage(prepare, "--run", tmp_path, "--subsample-users", 50, "--min-interactions", 1,
                "--cold-users", 0.3)
-    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 1)
+    call_stage(infer, "--run", tmp_path, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1)
     call_stage(quantize, "--run", tmp_path, "--quantizer", "words")
     dataset, bank = common.load_dataset(tmp_path), np.load(tmp_path / "feature_bank.npy")
     saved, (model, tokenizer) = common.load(tmp_path, "codebooks.pt"), make_lm("gpt2")

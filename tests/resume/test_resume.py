@@ -24,7 +24,8 @@ from conftest import (ROOT, assert_bytes_equal, call_stage, copy_run, ctr, fork_
 
 import common
 
-MANY_BLOCKS = ["--block-size", 4, "--steps", 4, "--task-steps", 4]
+MANY_BLOCKS = ["--block-size", 4, "--steps", 2, "--task-steps", 2]
+TINY = ["--lm", "tiny", "--tiny-sentences", 64, "--steps", 1, "--task-steps", 1]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
 
 
@@ -170,7 +171,7 @@ def unbroken(prepared, flags, tmp_path_factory):
 def solved(prepared, unbroken, flags, lm_folders, tmp_path_factory):
     """A finished run of two steps, and all blocks of `unbroken`, killed before they are gathered."""
     run = copy_run(prepared, tmp_path_factory.mktemp("run") / "solved")
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1)
     work = stage(infer, run, *flags)
     status, _ = run_forked(killed_at(infer, "gather", work), run / "stderr")
     assert status == -signal.SIGKILL and blocks_done(run) == blocks_of(unbroken)
@@ -309,6 +310,18 @@ def test_other_settings_in_between_lose_nothing(run, flags, unbroken, monkeypatc
     assert_same_run(run, unbroken)
 
 
+@pytest.mark.parametrize("flag", [(), ("--fresh",)])
+def test_a_folder_of_somebody_else_s_is_left_alone(flag, run, flags):
+    """Its name begins as that of unfinished work, and does not go on like it."""
+    for name in ("empty", "full"):
+        (run / f"blocks-{name}").mkdir()
+    kept = [run / "blocks-full" / name for name in ("1.pt", "profiles.json")]
+    for path in kept:
+        path.write_text("mine")
+    call_stage(infer, "--run", run, *flags, *flag)
+    assert (run / "blocks-empty").is_dir() and all(path.read_text() == "mine" for path in kept)
+
+
 def test_an_interrupted_fresh_run_goes_on_without_fresh(run, flags, unbroken, monkeypatch):
     copy_run(unbroken, run)
     assert call_02(monkeypatch, run, *flags) == 0
@@ -319,7 +332,7 @@ def test_an_interrupted_fresh_run_goes_on_without_fresh(run, flags, unbroken, mo
 
 def test_a_finished_run_is_not_redone_and_fresh_forgets_all_unfinished_ones(run, lm_folders, monkeypatch,
                                                                             capsys):
-    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1, "--block-size", 30]
     total = call_02(monkeypatch, run, *flags)
     stamp = (run / "profiles.npy").stat().st_mtime_ns
     assert call_02(monkeypatch, run, *flags, "--block-size", 8) == 0  # another machine may cut other blocks
@@ -476,6 +489,26 @@ def test_a_bug_is_raised_with_its_traceback_in_every_rank():
     assert process.stderr.endswith("RuntimeError: shapes do not fit\n")
 
 
+def test_ranks_on_gpus_of_unlike_memory_cut_the_blocks_of_the_first(run, lm_folders, tmp_path):
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1]
+
+    def with_budget(tokens):
+        def work():
+            infer.token_budget_of = lambda _: tokens  # for good: this process is a fork
+            call_stage(infer, "--run", run, *flags)
+        return work
+
+    port = free_port()
+    logs = [tmp_path / name for name in ("first", "second")]
+    started = [start(as_rank(rank, 2, port, with_budget(tokens)), log)
+               for rank, (tokens, log) in enumerate(zip((300, 900), logs))]
+    for process, log in zip(started, logs):
+        process.join(120)
+        assert process.exitcode == 0 and log.read_text() == "", log.read_text()
+    quantize.read_problem(run)
+    assert not leftovers(run)
+
+
 def test_a_rank_whose_neighbour_stopped_says_so(monkeypatch, capsys):
     def closed():
         raise RuntimeError("Connection closed by peer")
@@ -508,7 +541,7 @@ def test_a_full_disk_in_stage_02_is_one_line_and_the_same_command_goes_on(place,
 
 
 def test_a_full_disk_under_the_tiny_lm_is_one_line_and_the_same_command_goes_on(run, tmp_path):
-    work = stage(infer, run, "--lm", "tiny", "--tiny-sentences", 64, "--steps", 1)
+    work = stage(infer, run, *TINY)
     status, text = run_forked(limited(work, 150_000), tmp_path / "stderr")
     assert status == 2 and is_one_line(text) and "the LLM cannot be written" in text
     assert "disk space" in text and not [path for path in run.glob("*lm-tiny*/*")]
@@ -605,9 +638,6 @@ def test_a_damaged_tiny_lm_is_trained_again(name, content, prepared, tmp_path_fa
     quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
 
 
-TINY = ["--lm", "tiny", "--tiny-sentences", 64, "--steps", 1]
-
-
 @pytest.fixture(scope="module")
 def healthy(prepared, tmp_path_factory):
     run = copy_run(prepared, tmp_path_factory.mktemp("run") / "healthy")
@@ -666,7 +696,7 @@ def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
     model, tokenizer = make_lm("gpt2")
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
-    flags = ["--lm", folder, "--steps", 2]
+    flags = ["--lm", folder, "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
     call_stage(infer, "--run", run, *flags)
     assert "nothing to do" in capsys.readouterr().out
@@ -678,6 +708,32 @@ def test_another_llm_under_the_same_name_is_noticed(run, tmp_path, capsys):
     call_stage(infer, "--run", run, *flags)
     assert "nothing to do" not in capsys.readouterr().out
     quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("part", ["prompt_segments", "build_visibility", "build_positions"])
+def test_a_part_of_the_prompt_that_was_swapped_is_noticed(part, run, lm_folders, monkeypatch, capsys):
+    """By stage 02, which infers anew, and by whoever opens the LLM without the swap."""
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1]
+    call_stage(infer, "--run", run, *flags)
+    original = getattr(infer, part)
+
+    def swapped(*args):
+        found = original(*args)
+        if part == "prompt_segments":
+            return [*found[:-1], infer.Segment("task", found[-1].ids[:-1])]
+        if part == "build_visibility":
+            found[-1, 0] = False
+            return found
+        return found + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(infer, part, swapped)
+        patch.setattr(infer, "find_flaw", lambda _: None)
+        call_stage(infer, "--run", run, *flags)
+        assert "nothing to do" not in capsys.readouterr().out
+        quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+    with pytest.raises(common.UserError, match="profiles.npy was made from another prompt or mask"):
+        quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
 
 
 def test_theta_of_an_earlier_method_is_inferred_anew_and_new_users_do_not_join_it(run, lm_folders, capsys):
@@ -753,13 +809,13 @@ def folder_of_rows(run, monkeypatch, flags):
 
 
 @pytest.mark.parametrize("module, flags, blocked", [
-    (infer, ["--lm", "tiny", "--tiny-sentences", 64, "--steps", 1], lambda run, *_: run / "lm-tiny"),
+    (infer, TINY, lambda run, *_: run / "lm-tiny"),
     (infer, None, folder_of_blocks), (ctr, FEW_ROWS, folder_of_rows),
     (ctr, FEW_ROWS, lambda run, *_: run / "predictions")], ids=["lm-tiny", "blocks", "rows", "predictions"])
 def test_a_folder_that_cannot_be_made_is_one_line_and_the_same_command_goes_on(
         module, flags, blocked, inferred, lm_folders, tmp_path, monkeypatch, capsys):
     run = copy_run(inferred, tmp_path / "run")
-    flags = flags or ["--lm", lm_folders["gpt2"], "--steps", 2, "--block-size", 30]
+    flags = flags or ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1, "--block-size", 30]
     folder = blocked(run, monkeypatch, flags)
     shutil.rmtree(folder, ignore_errors=True)
     folder.write_text("not a folder")
@@ -850,7 +906,7 @@ def test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another(inferred, 
 
 def test_a_bank_of_an_earlier_theta_is_refused(inferred, lm_folders, tmp_path):
     run = copy_run(inferred, tmp_path / "run")
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--seed", 5)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1, "--seed", 5)
     with pytest.raises(common.UserError, match="feature_bank.npy was made from another profiles.npy"):
         call_stage(ctr, "--run", run, *FEW_ROWS)
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 1, "--ids", "none")
@@ -895,7 +951,8 @@ def test_low_precision_gradients_point_where_fp32_ones_do(kind, dtype, world):
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "opt"])
 def test_any_saved_architecture_runs_and_long_histories_are_cut_to_its_context(kind, run, lm_folders,
                                                                                tmp_path):
-    call_stage(infer, "--run", run, "--lm", lm_folders[kind], "--steps", 2, "--history", "all")
+    call_stage(infer, "--run", run, "--lm", lm_folders[kind], "--steps", 2, "--task-steps", 1,
+               "--history", "all")
     facts = json.loads((run / "profiles.json").read_text())
     assert facts["train_nll"]["after"] < facts["train_nll"]["before"] and facts["lm_sensitivity"] is None
     model, tokenizer = make_lm(kind, context=60)
@@ -1061,8 +1118,39 @@ def test_new_users_are_not_inferred_under_another_prompt(run, lm_folders):
     facts |= {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()}
     common.save_json(run / "dataset.json", facts)
     (run / "new.txt").write_text(dataset.users[0] + "\n")
-    with pytest.raises(common.UserError, match="other settings \\(profiles\\)"):
+    with pytest.raises(common.UserError, match="other settings \\(profiles, prompt_fingerprint\\)"):
         call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+
+
+def test_new_users_are_not_inferred_behind_another_task_prompt(run, lm_folders):
+    """Its learned vectors are of the first run's text."""
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
+    call_stage(infer, "--run", run, *flags)
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    dataset.task_prompt = ". Bought:"
+    facts |= {"task_prompt": dataset.task_prompt, "fingerprint": dataset.fingerprint()}
+    common.save_json(run / "dataset.json", facts)
+    (run / "new.txt").write_text(dataset.users[0] + "\n")
+    with pytest.raises(common.UserError, match="other settings \\(prompt_fingerprint\\)"):
+        call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+
+
+def test_where_nobody_of_the_first_run_is_left_some_new_users_are_not_all(run, lm_folders, capsys):
+    """After --users the same command without it infers the others."""
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1]
+    call_stage(infer, "--run", run, *flags)
+    dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
+    dataset.users[:] = [f"renamed {raw}" for raw in dataset.users]
+    common.save_json(run / "users.json", dataset.users)
+    common.save_json(run / "dataset.json", facts | {"fingerprint": dataset.fingerprint()})
+    (run / "new.txt").write_text("\n".join(dataset.users[:9]))
+    call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+    few = common.load(run, "profiles_users.json")["inferred"]
+    call_stage(infer, "--run", run, *flags)
+    assert 0 < len(few) < 10 < len(common.load(run, "profiles_users.json")["inferred"])
+    assert "nothing to do" not in capsys.readouterr().out
+    call_stage(infer, "--run", run, *flags)
+    assert "nothing to do" in capsys.readouterr().out
 
 
 def test_a_file_of_users_without_anybody_new_changes_no_row(run, lm_folders):

@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     poisoned(top / "clean", top / "poisoned", (TEST, COLD))
     for run in (top / "clean", top / "poisoned"):
         call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
-                   "--history", "rated")
+                   "--task-steps", 1, "--history", "rated")
     return top
 
 
@@ -63,7 +63,9 @@ def test_kar_text_is_the_mean_state_over_history_question_and_greedy_answer(worl
             assert np.allclose(found[at], states.mean(0).numpy(), atol=1e-4)
 
 
-def test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihood(world):
+@pytest.mark.parametrize("begin", [[], [7]])
+def test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihood(begin, world, monkeypatch):
+    monkeypatch.setattr(world, "begin", begin)
     torch.manual_seed(0)
     model = baselines.Pepler(5, 6, world.start.shape[1])
     titles = common.pieces_of(world.tokenizer, [f" {item['title']};" for item in world.dataset.items[:6]])
@@ -79,13 +81,37 @@ def test_pepler_moves_the_rows_of_its_batch_alone_and_adds_the_title_s_likelihoo
         logit = (u[:-1] @ i[:-1]) / (len(u) - 1) ** 0.5 + u[-1] + i[-1]
         bce += float(torch.nn.functional.softplus(-logit if label else logit).detach()) / 2
         ids = torch.tensor(titles[item])
-        embedded = torch.cat([torch.stack([u[:-1], i[:-1]]), world.likelihood.word_table(ids)])[None]
+        first = world.likelihood.vectors(begin)
+        embedded = torch.cat([first, torch.stack([u[:-1], i[:-1]]), world.likelihood.word_table(ids)])[None]
         log_p = world.likelihood.model(inputs_embeds=embedded).logits[0].log_softmax(1)
-        total -= sum(float(log_p[1 + at, token].detach()) for at, token in enumerate(ids))
+        before = len(begin) + 1  # the place of phi_i, which tells the title's first token
+        total -= sum(float(log_p[before + at, token].detach()) for at, token in enumerate(ids))
         tokens += len(ids)
     assert float(loss.detach()) == pytest.approx(total / tokens + baselines.WEIGHT * bce, rel=1e-4)
     alone = baselines.pepler_loss(model, world, titles, users, items, labels, with_lm=False)
     assert float(alone.detach()) == pytest.approx(baselines.WEIGHT * bce, rel=1e-4)
+
+
+def test_pepler_is_refused_in_fp16_which_would_round_its_gradients(world, monkeypatch):
+    monkeypatch.setattr(world.likelihood, "dtype", torch.float16)
+    with pytest.raises(common.UserError, match="gradients to 0.*run 02 with --dtype bf16 or fp32"):
+        baselines.pepler(world)
+
+
+def test_a_mean_state_may_leave_out_the_begin_token(world):
+    ids = world.histories[3].tolist()
+    states = world.likelihood.body(torch.tensor([[7, *ids]])).last_hidden_state[0]
+    found = world.states([[7, 8], [7, *ids]], "mean", skip=1)
+    assert np.allclose(found[1], states[1:].mean(0).detach().numpy(), atol=1e-4)
+
+
+def test_a_state_that_is_not_finite_is_one_line(world, monkeypatch):
+    def body(ids, **_):
+        return SimpleNamespace(last_hidden_state=torch.full((*ids.shape, world.start.shape[1]), torch.nan))
+
+    monkeypatch.setattr(world.likelihood, "body", body)
+    with pytest.raises(common.UserError, match="a hidden state is not finite"):
+        world.states([[3, 4]], "last")
 
 
 def test_the_epoch_is_that_of_the_best_validation_figure(world, monkeypatch):
@@ -227,7 +253,7 @@ def test_validation_rows_do_not_reach_a_user(runs, tmp_path):
     """Titles and labels of validation rows change no bank but PEPLER's epoch."""
     poisoned(runs / "clean", tmp_path / "run", (VALIDATION,))
     call_stage(infer, "--run", tmp_path / "run", "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
-               "--history", "rated")
+               "--task-steps", 1, "--history", "rated")
     for run in (runs / "clean", tmp_path / "run"):
         call_stage(baselines, "kar", "--run", run)
     for name in ("kar", "kar-text", "kar-text0"):
@@ -287,9 +313,18 @@ def test_stages_take_kar_s_theta_for_theirs(runs, world):
                "--seeds", 1, "--epochs", 1)
     problem, _ = quantize.read_problem(runs / "clean" / "kar")
     theta = torch.from_numpy(baselines.kar_slot(world, world.histories))
-    gap = theta - torch.from_numpy(problem.theta())  # what no direction of the words' space can say
+    # What no direction of the words' space can say.
+    gap = (theta - torch.from_numpy(problem.theta()))[torch.from_numpy(problem.inferred)]
     assert problem.z.any() and torch.einsum("umd,mrd->umr", gap, problem.space.basis).abs().max() < 1e-3
     assert not (runs / "clean" / "kar" / "kar").exists()
+
+
+def test_kar_s_theta_is_0_for_whom_nothing_was_inferred(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(world.args, "run", tmp_path)
+    monkeypatch.setattr(world.problem, "inferred", np.arange(len(world.histories)) != 2)
+    baselines.save_theta(world, baselines.kar_slot(world, world.histories))
+    z = np.load(tmp_path / "kar" / "profiles.npy")
+    assert not z[2].any() and z[[1, 3]].any((1, 2)).all()
 
 
 def test_the_lm_for_both_directions_reads_no_more_than_its_window_holds(runs, tmp_path, monkeypatch):
@@ -318,7 +353,7 @@ def test_a_third_of_the_sentences_of_the_lm_for_both_directions_is_turned_round(
         assert (world.dataset.task_prompt in text) != (text in turned)
         assert any(name in text for name in names)
     assert len({text.split(names[0])[-1] for text in turned if names[0] in text}) > 1
-    call_stage(infer, "--run", run, "--lm", run / "lm-both", "--steps", 1,
+    call_stage(infer, "--run", run, "--lm", run / "lm-both", "--steps", 1, "--task-steps", 1,
                "--history", "rated", "--fresh")
     with pytest.raises(common.UserError, match="run 02 with --lm tiny"):
         call_stage(lm_both, "--run", run)
@@ -332,7 +367,7 @@ def test_the_lm_for_both_directions_has_the_sizes_of_02(runs, tmp_path, monkeypa
         made.append((count, length))
         raise KeyboardInterrupt
 
-    call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1,
+    call_stage(infer, "--run", run, "--lm", "tiny", "--tiny-sentences", 300, "--steps", 1, "--task-steps", 1,
                "--history", "rated", "--fresh")
     problem, truth = quantize.read_problem(run)
     texts = infer.history_texts(problem.dataset, TRAIN, SimpleNamespace(**problem.facts))

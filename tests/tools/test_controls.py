@@ -198,7 +198,7 @@ def cold_runs(tmp_path_factory, lm_folders):
     poisoned(top / "clean", top / "poisoned", (VALIDATION, TEST, COLD))
     poisoned(top / "clean", top / "support", (SUPPORT,))
     for run in top.iterdir():
-        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1)
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1)
         call_stage(quantize, "--run", run, "--quantizer", "kmeans", "--codes", "3,2")
         call_stage(controls, "--run", run)
     return {run.name: run for run in top.iterdir()}
@@ -251,9 +251,10 @@ def test_a_bank_is_made_again_to_the_byte_and_with_other_sizes(cold_runs, tmp_pa
     call_stage(controls, "--run", run, "mf", "metadata")
     assert (run / "feature_bank_mf.npy").read_bytes() == before
     assert not (run / "feature_bank_text.npy").exists()
-    assert "--ids none,random,userip,mf,metadata" in capsys.readouterr().out
-    call_stage(controls, "--run", run, "mf", "--codes", "2,2")
+    assert "--ids none,random,userip,random-mf,mf,metadata\n" in capsys.readouterr().out
+    call_stage(controls, "--run", run, "mf", "metadata", "--codes", "2,2")
     assert common.load(run, "feature_bank_mf.json")["codes"] == [4]
+    assert "userip,random-mf,mf,random-metadata,metadata\n" in capsys.readouterr().out  # userip has others
 
 
 def test_only_columns_of_the_planted_profiles_are_compared_with_the_truth(inferred, tmp_path, capsys):

@@ -18,7 +18,7 @@ from common import TEST, TRAIN
 
 recsysllm = load_script("recsysllm")
 Piece = recsysllm.Piece
-QUICK = ("--epochs", 2, "--test-users", 12, "--rows", 50)
+QUICK = ("--epochs", 2, "--test-users", 6, "--rows", 30)
 
 
 @pytest.fixture(scope="module")
@@ -689,8 +689,8 @@ def test_what_is_trained_is_evaluated_again_without_training(trained, quick, tmp
             for row, figures in results_of(trained)[kind].items():
                 found = results_of(run)[kind][row]
                 assert {**figures, "seconds": 0} == {**found, "seconds": 0}, row
-        call_stage(recsysllm, "--run", run, *quick, "--rows", 40)
-        assert results_of(run)["rows"] == 40
+        call_stage(recsysllm, "--run", run, *quick, "--rows", 20)
+        assert results_of(run)["rows"] == 20
         with pytest.raises(TypeError):
             call_stage(recsysllm, "--run", run, *quick, "--fresh")
     (run / "recsysllm.pt").write_bytes((trained / "recsysllm.pt").read_bytes()[:99])
@@ -710,7 +710,7 @@ def test_poisoned_validation_and_test_rows_change_nothing_that_is_learned(quick,
 @pytest.mark.parametrize("flags", [
     ("--rank", 0), ("--rank", 3), ("--alpha", 3), ("--epochs", 1), ("--lr", 0.0001), ("--batch-size", 5),
     ("--titles", 3), ("--attention", "causal"), ("--no-intra",), ("--evaluate", "validation"),
-    ("--test-users", 7), ("--rows", 30), ("--seed", 1)])
+    ("--test-users", 4), ("--rows", 20), ("--seed", 1)])
 def test_every_flag_changes_a_number(trained, prepared, quick, tmp_path, flags):
     run = copy_run(prepared, tmp_path / "run")
     call_stage(recsysllm, "--run", run, *quick, *flags)
@@ -727,7 +727,7 @@ def test_the_rows_of_stage_04_are_shown_where_they_are(inferred, quick, tmp_path
     call_stage(recsysllm, "--run", run, *quick)
     rating = results_of(run)["rating"]
     rows = common.load_dataset(run).rows(TEST)
-    at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:50])
+    at = np.sort(np.random.default_rng((0, 24)).permutation(len(rows))[:30])
     expected = common.auc(rows[at, 2], np.load(run / "predictions" / "dcn-none-0.npy")[at])
     assert rating["DCN none"]["auc"] == pytest.approx(expected) and "DCN userip" in rating
     results = common.load(run, "results.json")

@@ -98,7 +98,7 @@ def test_cold_users_are_scored_as_they_were_evaluated(tmp_path, lm_folders):
     """By their own codes and the unknown user's embedding: stage 04's own probabilities of the cold rows."""
     run = tmp_path / "run"
     call_stage(prepare, "--run", run, "--subsample-users", 120, "--cold-users", 0.3)
-    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2)
+    call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1)
     call_stage(quantize, "--run", run, "--quantizer", "kmeans")
     call_stage(ctr, "--run", run, "--seeds", 1, "--epochs", 2, "--ids", "userip")
     for split, ending in ((common.TEST, ""), (common.COLD, "-cold")):
