@@ -380,7 +380,7 @@ def test_a7_training_and_support_rows_do(work, bank_world):
 @pytest.mark.a7
 def test_a7_stage_04_takes_the_bank_and_its_card(work, tmp_path_factory):
     run = tmp_path_factory.mktemp("a7") / "run"
-    call_stage(prepare, "--run", run, "--subsample-users", 120)
+    call_stage(prepare, "--run", run, "--subsample-users", 60)
     dataset, before = common.load_dataset(run), {path.name for path in run.iterdir()}
     work.write_bank(run, "mine")
     written = {path.name for path in run.iterdir()} - before
@@ -394,7 +394,7 @@ def test_a7_stage_04_takes_the_bank_and_its_card(work, tmp_path_factory):
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert [row["ids"] for row in rows] == ["none", "random-mine", "mine"]
     other = copy_run(run, run.with_name("other"))
-    call_stage(prepare, "--run", other, "--subsample-users", 120, "--seed", 1)
+    call_stage(prepare, "--run", other, "--subsample-users", 60, "--seed", 1)
     with pytest.raises(common.UserError, match="made from another dataset"):
         call_stage(ctr, "--run", other, "--ids", "none,mine", "--seeds", 1, "--epochs", 1)
 

@@ -554,15 +554,16 @@ def test_a_run_ends_in_finite_figures_for_every_row_and_a_loss_that_falls(traine
 def test_the_tiny_lm_has_read_every_wording_and_is_made_once(prepared, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "tiny_sizes", lambda items: (64, 768, 320))
     run = copy_run(prepared, tmp_path / "run")
-    call_stage(recsysllm, "--run", run, *QUICK)
+    quickest = ("--epochs", 1, "--test-users", 2, "--rows", 20)
+    call_stage(recsysllm, "--run", run, *quickest)
     assert "training a tiny LM" in capsys.readouterr().out
     before = (run / "lm-verdicts" / "model.safetensors").read_bytes()
-    call_stage(recsysllm, "--run", run, *QUICK)
+    call_stage(recsysllm, "--run", run, *quickest)
     assert "training a tiny LM" not in capsys.readouterr().out
     assert (run / "lm-verdicts" / "model.safetensors").read_bytes() == before
     for name, text in (("tiny.json", "{"), ("model.safetensors", "damaged")):
         (run / "lm-verdicts" / name).write_text(text)
-        call_stage(recsysllm, "--run", run, *QUICK)
+        call_stage(recsysllm, "--run", run, *quickest)
         assert (run / "lm-verdicts" / "model.safetensors").read_bytes() == before
     _, tokenizer = common.load_language_model(str(run / "lm-verdicts"), torch.float32, torch.device("cpu"))
     for wording in (*recsysllm.SEEN_WORDINGS, recsysllm.UNSEEN_WORDING):
