@@ -1247,7 +1247,9 @@ def tidy_up(args):
 def check_tokens(likelihood, tokenizer, dataset, histories, args):
     """UserError where titles, of validation rows too, or words have tokens that the model does not have."""
     unseen = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
-    words = [f" {word}" for profile in dataset.profiles for word in profile.get("words", ())]
+    words = []
+    for profile in dataset.profiles:
+        words += [f" {word}" for word in profile.get("words", ())]
     written = chain(histories, unseen, pieces_of(tokenizer, words))
     if max(np.max(ids, initial=0) for ids in written) >= len(likelihood.word_table.weight):
         raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
