@@ -3,7 +3,7 @@
 # bash run.sh llm      the same with a real LLM, SmolLM2-135M-Instruct, on 300 users of the demo: 8 minutes on 2 cores with bf16, else 18
 # bash run.sh test     the same set-up and the LLM, then the tests (extra words go to pytest)
 # bash run.sh setup    the set-up alone
-# PYTHON=python3.12 chooses the interpreter (3.10 or newer), VENV=path the environment's folder.
+# PYTHON=python3.12 chooses the interpreter of a new environment (3.10 or newer), VENV=path the environment's folder.
 set -euo pipefail
 # Paths are seen from where the command was given.
 case "${VENV:-}" in ''|/*) ;; *) VENV="$PWD/$VENV" ;; esac
