@@ -47,8 +47,8 @@ from torch import nn
 from common import (
     PROCESS, READY, SEEN, TRAIN, UNFINISHED, VALIDATION, Parser, UserError, announce, at_least, check_same,
     count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_out_of_memory, is_small,
-    lm_fingerprint, lm_folder, load, load_dataset, load_language_model, once, peak_memory_mb, pick_device,
-    pieces_of, progress, save_json, save_npy, seeded, the_first_one_s, train_tiny, wait_for_all)
+    lm_fingerprint, lm_folder, load, load_dataset, load_language_model, of_first_process, once,
+    peak_memory_mb, pick_device, pieces_of, progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
 
 # -------- settings
 
@@ -371,7 +371,7 @@ def fit_task(likelihood, space, histories, args):
 
 
 def descend(likelihood, space, ids, lengths, args):
-    """Minimise Eq. (4) and the prior over z, users' coordinates in `space`, the wide one. DEVIATION(4, 14).
+    """Minimise Eq. (4) and the prior over z, users' coordinates in `space`. DEVIATION(4), DEVIATION(14).
 
     ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
     (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
@@ -1111,7 +1111,7 @@ def is_done(run, settings, histories):
         facts, _, _ = read_profiles(run)
     except UserError:  # what is missing or damaged is made again
         return False
-    # A run with --users infers some of them, and keeps no row where nobody of the first run is left.
+    # A run with --users keeps no row either, where nobody of the first run is left; but it infers fewer.
     wanted = settings | {"rows_kept": 0, "rows_new": sum(len(ids) > 0 for ids in histories)}
     return all(facts.get(key) == value for key, value in wanted.items())
 
@@ -1128,7 +1128,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         warn_of(unread, args.users, f"they have no title to read (--history {args.history})")
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     # GPUs of unlike memory would cut unlike blocks.
-    blocks, n_first = the_first_one_s(plan_blocks(likelihood, histories, args))
+    blocks, n_first = of_first_process(plan_blocks(likelihood, histories, args))
     work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
     # With --users the file says who is new. Unfinished work means that somebody has asked for it anew.
     may_be_done = not (args.users or args.fresh or work.exists())

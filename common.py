@@ -537,8 +537,8 @@ def wait_for_all():
             raise UserError("another process stopped", f"rank {PROCESS}", "see its message") from error
 
 
-def the_first_one_s(value):
-    """The value of torchrun's first process, in all of them; each waits for the others."""
+def of_first_process(value):
+    """What torchrun's first process gives as `value`, in all processes; each waits for the others."""
     wait_for_all()
     values = [value]
     if PROCESSES > 1:

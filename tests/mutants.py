@@ -433,7 +433,7 @@ MUTANTS["02_infer_profiles.py"] = [
     ("another task prompt is not noticed",
      'settings["prompt_fingerprint"] = prompt_fingerprint(likelihood)',
      'settings["prompt_fingerprint"] = ""', "test_new_users_are_not_inferred_behind_another_task_prompt"),
-    ("each rank cuts its own blocks", "the_first_one_s(plan_blocks(likelihood, histories, args))",
+    ("each rank cuts its own blocks", "of_first_process(plan_blocks(likelihood, histories, args))",
      "plan_blocks(likelihood, histories, args)",
      "test_ranks_on_gpus_of_unlike_memory_cut_the_blocks_of_the_first"),
     ("somebody else's folder is tidied up", "if not UNFINISHED.fullmatch(work.name):", "if False:",
@@ -768,6 +768,8 @@ MUTANTS["02_infer_profiles.py"] = [
      "test_the_error_of_a_heldout_difference_is_that_of_a_bootstrap_over_users")]
 
 MUTANTS["03_quantize.py"] = [
+    ("a run that recorded no prompt is refused", 'self.facts.get("prompt_fingerprint", prompt)',
+     'self.facts.get("prompt_fingerprint")', "test_a_run_of_a_version_that_recorded_no_prompt_is_opened"),
     ("the LLM is opened behind another prompt",
      'check_same(self.run, "profiles.npy", "prompt or mask", prompt, recorded)', "pass",
      "test_a_part_of_the_prompt_that_was_swapped_is_noticed"),
@@ -1402,11 +1404,11 @@ MUTANTS["tools/baselines.py"] = [
      'f"tools/baselines.py {name}"', "test_banks_and_scores_see_no_test_row_and_leave_the_lm_as_it_was")]
 
 MUTANTS["tools/controls.py"] = [
-    ("a control of other sizes is shown", "ids += [name] if bank_sizes == same_as_userip else",
-     "ids += [name] if same_as_userip else",
+    ("a control of other sizes is shown", "ids += [name] if bank_sizes == userip_sizes else",
+     "ids += [name] if userip_sizes else",
      "test_a_bank_is_made_again_to_the_byte_and_with_other_sizes"),
-    ("the sizes of --codes are taken for userip's", "same_as_userip = sizes_of(args.run, problem.dataset) if",
-     "same_as_userip = sizes if", "test_a_bank_is_made_again_to_the_byte_and_with_other_sizes"),
+    ("the sizes of --codes are taken for userip's", "userip_sizes = sizes_of(args.run, problem.dataset) if",
+     "userip_sizes = sizes if", "test_a_bank_is_made_again_to_the_byte_and_with_other_sizes"),
     ("template asks behind the learned task prompt", "self.likelihood = infer.ProfileLikelihood(",
      "infer.ProfileLikelihood(", "test_template_is_words_where_stage_02_learned_no_task_prompt"),
     ("template is made where it is words", "if torch.equal(tuned.task, self.likelihood.task):", "if False:",

@@ -33,8 +33,8 @@ TITLES = 10  # titles in a prompt of ReLLa's
 WEIGHT = 100.0
 LR = 0.005
 BATCH = 128
-EPOCHS = 60  # at most, and
-PATIENCE = 10  # so many without a gain end it: as in stage 04
+EPOCHS = 60  # at most, as in stage 04
+PATIENCE = 10  # epochs without a gain that end the training, as in stage 04
 
 
 class World:

@@ -274,10 +274,10 @@ def main():
     ids = ["none"]
     if (args.run / "feature_bank.npy").exists():
         ids += ["random", "userip"]
-    same_as_userip = sizes_of(args.run, problem.dataset) if "userip" in ids else None
+    userip_sizes = sizes_of(args.run, problem.dataset) if "userip" in ids else None
     for name, bank_sizes in made.items():
         # A random control has as many codes as what is compared with it; `random` has as many as userip.
-        ids += [name] if bank_sizes == same_as_userip else [f"random-{name}", name]
+        ids += [name] if bank_sizes == userip_sizes else [f"random-{name}", name]
     print(f"next: python 04_train_ctr.py --run {args.run} --ids {','.join(ids)}")
 
 

@@ -736,6 +736,14 @@ def test_a_part_of_the_prompt_that_was_swapped_is_noticed(part, run, lm_folders,
         quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
 
 
+def test_a_run_of_a_version_that_recorded_no_prompt_is_opened(inferred, tmp_path):
+    run = copy_run(inferred, tmp_path / "run")
+    facts = common.load(run, "profiles.json")
+    del facts["prompt_fingerprint"]
+    common.save_json(run / "profiles.json", facts)
+    quantize.read_problem(run)[0].open_likelihood(torch.device("cpu"))
+
+
 def test_theta_of_an_earlier_method_is_inferred_anew_and_new_users_do_not_join_it(run, lm_folders, capsys):
     flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
     call_stage(infer, "--run", run, *flags)
