@@ -542,6 +542,7 @@ def collect(rows, profiles, task_prompt):
     pairs = found["user"] * len(items) + found["item"]  # a number for each user-item pair
     # By pair and, within it, by time, at equal times in the source's order: the last of a pair is its latest.
     order = np.lexsort((found["time"], pairs))
+    # The last row of a pair is the one behind which another pair follows; -1, which is none, ends them all.
     is_latest = np.diff(pairs[order], append=-1) != 0
     kept = found[np.sort(order[is_latest])]
     if len(kept) < len(found):
@@ -599,18 +600,23 @@ def load_csv(args):
             id_column = args.item_id_col or args.item_col
         path = args.items_file or args.ratings_file
         rows = read_table(path, [id_column, *columns.values()], lambda raw, *texts: (raw_id(raw), texts))
-        read_items(source, rows, list(columns), args.value_sep)
+        read_items(source, rows, list(columns), args.value_sep, None if args.items_file else path)
     return source
 
 
-def read_items(source, rows, names, separator):
+def read_items(source, rows, names, separator, ratings_file=None):
     """Give a csv source titles and values. rows: (raw id, texts), a text for each of names.
 
-    The lines of one item add up: some files have a genre a line, some an interaction a line.
+    The lines of one item add up: some files have a genre a line, some an interaction a line. ratings_file:
+    where the rows are interactions; a WARNING then counts the items whose rows differ.
     """
     distinct = set()
+    texts_of = {}  # of an item in a ratings file: the texts of its first row
+    differing = set()
     for raw, texts in rows:
         found = dict(zip(names, texts))
+        if ratings_file and texts_of.setdefault(raw, texts) != texts:
+            differing.add(raw)
         title = clean_text(found.pop("title", ""))
         if title.lower() in NO_TITLE:
             title = ""
@@ -624,6 +630,10 @@ def read_items(source, rows, names, separator):
     for name in names:
         if name != "title" and not any(found[name] for found in source.attributes.values()):
             print(f"WARNING: the column of the {name} holds no value")
+    if differing:
+        print(f"WARNING: {len(differing):,d} of {len(texts_of):,d} items are described differently in their "
+              f"rows of {ratings_file.name}. What all rows say is taken together, those of validation and "
+              "test too; if it depends on the user, give a file of items as --items-file")
     joined = sorted(value for value in distinct if re.search(r"[,;|/>]", value))
     if 5 * len(joined) > len(distinct):
         print(f"WARNING: {len(joined):,d} of {len(distinct):,d} values look like several in one, as "
@@ -643,8 +653,8 @@ NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"
 # are films. Hence three lists: of values, of ids, of titles.
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
-           "nat"}  # what exports write where there is no value
-NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined"}  # where there is no id
+           "nat"}  # what exports write where there is no value; "\\n" is MySQL's \N in small letters
+NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined", "n/a", "(null)"}  # there is no id
 # Markup by its names, for 'x<y then 2>z' is none.
 TAGS = (r"</?(?:a|b|i|u|p|br|em|strong|span|div|font|ul|ol|li|h[1-6]|img|table|tr|td|script|style)\b"
         r"[^<>]{0,200}>")
@@ -686,6 +696,8 @@ def good(found, parse, path):
     for count, record in enumerate(progress(found, path.name, "lines"), 1):
         try:
             yield parse(record)
+        except MemoryError:  # the record is not to blame
+            raise
         except Exception as error:
             bad += 1
             example = example or f"record {count}: {error!r:.150}"
@@ -722,7 +734,7 @@ SURROGATE = re.compile("[\udc80-\udcff]")
 
 
 def encoding_of(path):
-    """UTF-16 by its byte order mark, UTF-8 if nearly all of the file is that, else Windows-1252."""
+    """UTF-16 by its byte order mark, UTF-8 if little of the file is not, else Windows-1252."""
     # What is no UTF-8 becomes a surrogate, a byte each, which no UTF-8 file can hold otherwise.
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     wrong = 0  # bytes that are no UTF-8
@@ -784,13 +796,15 @@ def csv_records(texts, separator):
                     line = again.pop() if again else next(texts, None)
                 if line is None:
                     found = error
+                    if len(record) == MAX_BREAKS:
+                        found = csv.Error(f"a quoted cell goes on for {MAX_BREAKS} lines or more")
                     again.extend(reversed(record[1:]))
                 else:
                     record.append(line)
-        # Where each further line has as many cells as the header, these were records of their own, and the
-        # quotation mark that joined them to this one is stray. (A comma of a text has a blank behind it.)
-        full_lines = [len(mark.findall(line)) + 1 >= width for line in record[1:]] if width else []
-        if isinstance(found, list) and full_lines and all(full_lines):
+        # Where each line, the first included, has as many cells as the header, these were records of their
+        # own, and the quotation mark that joined them is stray. (A comma of a text has a blank behind it.)
+        is_joined = isinstance(found, list) and len(record) > 1 and width
+        if is_joined and all(len(mark.findall(line)) + 1 >= width for line in record):
             found = csv.Error("a quotation mark is never closed")
             again.extend(reversed(record[1:]))
         if width is None:
@@ -855,7 +869,7 @@ def raw_id(value):
         raise ValueError(f"{value!r:.40} is no id")
     if text.lower() in NO_ID:
         raise ValueError(f"{text!r} is no id: it says that one is missing")
-    if re.fullmatch(r"\d[.,]\d+E\+?\d+", text, re.I):
+    if re.fullmatch(r"\d[.,]\d+E\+?\d+|\dE\+\d+", text, re.I):
         raise ValueError(f"{text!r} is no id: a spreadsheet rounded it; export ids as text")
     return text
 
@@ -1001,6 +1015,8 @@ def download(name, needed):
             archive.extractall(aside)  # checks each file's CRC
             Path(aside, name).replace(target)
     except Exception as error:  # network, archive, disk
+        if (target / needed).exists():  # another command has fetched it meanwhile
+            return target
         raise UserError(f"cannot download {name}: {error}", url,
                         f"give the folder of {needed} as --data-dir") from None
     return target
@@ -1009,7 +1025,7 @@ def download(name, needed):
 # -------- products: Amazon, Yelp, NETE
 
 RELEASES = {  # what to fetch, patterns of the reviews and the products file
-    "amazon": ("reviews and meta_*.json.gz of a category from amazon-reviews-2023.github.io",
+    "amazon": ("reviews and meta_*.jsonl.gz of a category from amazon-reviews-2023.github.io",
                r"(?!meta_).*\.jsonl?(\.gz)?", r"meta_.*\.jsonl?(\.gz)?"),
     "yelp": ("*review.json and *business.json from www.yelp.com/dataset",
              r".*review\.json(\.gz)?", r".*business\.json(\.gz)?"),
@@ -1072,6 +1088,8 @@ def records(path):
         else:
             return read_lines(path)
         wrong = f"holds a {type(found).__name__}, not a list"
+    except MemoryError:
+        raise
     except Exception as error:
         found = None
         wrong = f"cannot be read: {error}"
@@ -1105,6 +1123,8 @@ def parse_review(line):
 
 
 BYLINE = re.compile(r"\s*by\s*\n")  # before some brands of Amazon's files of 2018: "by" and a new line
+AUTHOR_PAGE = re.compile(r"\s*Visit Amazon's (.+) Page\s*")  # around others
+SOURCE_CODE = re.compile(r"getTime\(\)|<!doctype", re.I)  # some titles there are the source of a web page
 
 
 def parse_product(line):
@@ -1119,10 +1139,13 @@ def parse_product(line):
     categories = [name for name in cleaned if name not in MISSING]  # a leaf may be markup alone
     details = record.get("attributes")  # of Yelp, with a price range from 1 to 4
     price_range = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
-    brand = clean_text(BYLINE.sub("", str(first(record, "brand", "store")), count=1)).lower()
+    brand = BYLINE.sub("", str(first(record, "brand", "store")), count=1)
+    on_a_page = AUTHOR_PAGE.fullmatch(brand)
+    brand = clean_text(on_a_page[1] if on_a_page else brand).lower()
+    title = str(first(record, "title", "name"))
     return {
         "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
-        "title": clean_text(first(record, "title", "name")),
+        "title": "" if SOURCE_CODE.search(title) else clean_text(title),
         "brand": "" if brand in MISSING else brand,
         "categories": categories[:3] if isinstance(path, str) else categories[-1:],
         "price": price_of(first(record, "price")),
@@ -1144,7 +1167,8 @@ def describe_products(facts):
     """(titles, attributes) of {id: product}: brand or else categories as the hobby, price as the background.
 
     A price is a word, cheap, ordinary or luxurious: it tells in which third of its category's prices it lies,
-    or of all prices where the category has fewer than 9.
+    or of all prices where the category has fewer than 9. The prices are those of all reviewed products, in
+    whatever split their reviews are: a shop's prices say nothing of what a user liked.
     """
     prices_of = {}  # of each category
     everything = []

@@ -48,8 +48,8 @@ TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
 SPLITS = ("train", "validation", "test", "support", "cold")
 SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and the controls that it is compared with, may look at
 # Where torchrun starts several processes for stage 02, one on each GPU: which of them this is, and how many.
-PROCESS = int(os.getenv("RANK", 0))
-PROCESSES = int(os.getenv("WORLD_SIZE", 1))
+PROCESS = int(os.getenv("RANK") or 0)
+PROCESSES = int(os.getenv("WORLD_SIZE") or 1)
 THREADS = torch.get_num_threads()  # the cores, or OMP_NUM_THREADS
 SMALL = 20_000_000  # parameters of an LLM; below, neither a second thread nor half precision gains anything
 
@@ -90,15 +90,17 @@ class FieldEmbedding(nn.Module):
         width = [field.columns for field in fields]
         rows = [field.size + 1 if has else 1 for field, has in zip(fields, has_rows)]
         starts = np.cumsum([0] + rows)
-        # Two numbers for each column: the table's row at which its field begins; and 1, or 0 for vectors.
+        # An id's row in the table is id * factor + offset, with two numbers for each column: the row at which
+        # its field begins, and 1; of a field of vectors 0, so that all its ids share its single row.
         offsets = torch.tensor(np.repeat(starts[:-1], width))
         factors = torch.tensor(np.repeat(has_rows, width))
         self.register_buffer("offsets", offsets.long(), persistent=False)
         self.register_buffer("factors", factors.long(), persistent=False)
         self.table = nn.Embedding(int(starts[-1]), dim)
         nn.init.normal_(self.table.weight, std=std)
-        # A field's last row, of the id `size`, starts at 0. Stage 04 trains that of the unknown user, for it
-        # hides the user of some rows, and that of no value. Where it fills up, forward() leaves it out.
+        # A field's last row, of the id `size`, starts at 0. In a field of one column it stands for unknown or
+        # for no value, and is trained like any other. In a field of several it only fills empty places, and
+        # forward() leaves it out.
         self.table.weight.data[starts[1:] - 1] = 0
         self.projections = nn.ModuleDict()
         for field in fields:
@@ -108,7 +110,7 @@ class FieldEmbedding(nn.Module):
         self.plain = all(has_rows) and max(width) == 1  # then the lookup is all
 
     def forward(self, ids):
-        # A factor of 0 sends every id of a field of vectors to its single row. Shape: (B, columns, D)
+        # Shape: (B, columns, D)
         embedded = self.table(ids * self.factors + self.offsets)
         if self.plain:
             return embedded
@@ -404,15 +406,19 @@ def load(run, name, keys=()):
     finish(path.parent)
     if not path.exists():
         raise UserError(f"{name} is missing", run, remedy(run, name))
+    is_broken = True
     try:
         value = READERS[path.suffix](path)
         found = value if isinstance(value, dict) else {}
         lacking = [key for key in keys if key not in found]
         wrong = f"lacks {', '.join(lacking)}" if lacking else None
     except Exception as error:  # readers raise many kinds
+        if is_out_of_memory(error):
+            raise
         wrong = f"cannot be read: {error}"
+        is_broken = not isinstance(error, OSError)  # what the system refuses to read may be whole
     if wrong:
-        if path.suffix == ".pt" and UNFINISHED.fullmatch(path.parent.name):
+        if is_broken and path.suffix == ".pt" and UNFINISHED.fullmatch(path.parent.name):
             path.unlink()  # a piece is made again
         raise UserError(f"{name} {wrong}", run, remedy(run, name))
     return value
@@ -474,8 +480,10 @@ def load_truth(run):
     finish(run)
     if not (Path(run) / "truth.npy").exists():
         return None
-    truth = np.array(load(run, "truth.npy"))
     facts = load(run, "dataset.json", ("truth_fingerprint",))
+    if facts["truth_fingerprint"] is None:  # the file is of a demo that was prepared in this folder before
+        return None
+    truth = np.array(load(run, "truth.npy"))
     check_same(run, "truth.npy", "dataset", fingerprint(truth), facts["truth_fingerprint"])
     return truth
 
@@ -498,7 +506,7 @@ def do_all(pieces, what, unit, device):
     """
     forks = device.type == "cpu" and sys.platform == "linux"  # elsewhere a fork is not safe
     workers = max(1, min(len(pieces), THREADS // torch.get_num_threads())) if forks else 1
-    # Shared by the workers. Two may begin a piece at the same instant; then both write the same bytes.
+    # Shared by the workers. Two may begin a piece at the same instant: the same result is written twice.
     begun = multiprocessing.RawArray("b", len(pieces))
 
     def walk(worker):
@@ -694,7 +702,7 @@ def lm_folder(name):
     """
     if name == "llama2-7b":
         return "meta-llama/Llama-2-7b-hf"
-    if name not in PACKAGED and not name.endswith(".gguf"):
+    if name not in PACKAGED and (Path(name).is_dir() or not name.endswith(".gguf")):
         return name
     target = Path("data", Path(name).name)
     if target.is_file():  # the GGUF file itself lies in data/
@@ -707,12 +715,15 @@ def lm_folder(name):
     path = Path(name)
     if not path.is_file():
         raise UserError("there is no such file", name, "check --lm")
-    converted_from = None
-    with contextlib.suppress(UserError):  # it is missing, or damaged
-        converted_from = load(target, "gguf.json").get("source")
-    if converted_from != gguf_mark(path):
+    if converted_from(target) != gguf_mark(path):
         convert_gguf(path, target)
     return str(target)
+
+
+def converted_from(folder):
+    """gguf_mark() of the file from which this folder was made, or None."""
+    with contextlib.suppress(UserError):  # gguf.json is missing, or damaged
+        return load(folder, "gguf.json").get("source")
 
 
 def convert_package(name, target):
@@ -769,6 +780,9 @@ def convert_gguf(path, target):
         plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
+    finish(target)
+    if converted_from(target) == gguf_mark(path):
+        return  # another command has converted it meanwhile
     if (target / "gguf.json").exists():
         shutil.rmtree(target)  # of an earlier file of this name
     with together(target) as aside:

@@ -1,7 +1,9 @@
 """common.py: fingerprints, files, exit codes, seeds, opening an LLM, AUC within a user, embeddings."""
 
+import importlib.util
 import json
 import os
+import sys
 from pathlib import Path
 import numpy as np
 import pytest
@@ -93,6 +95,40 @@ def test_the_truth_of_a_stage_killed_between_two_moves_is_found(prepared, tmp_pa
     (run / common.READY).mkdir()
     (run / "truth.npy").rename(run / common.READY / "truth.npy")
     assert np.array_equal(common.load_truth(run), truth) and not (run / common.READY).exists()
+
+
+def test_the_truth_of_a_demo_that_other_data_replaced_is_none(prepared, tmp_path):
+    run = copy_run(prepared, tmp_path / "run")
+    facts = common.load(run, "dataset.json")
+    common.save_json(run / "dataset.json", facts | {"truth_fingerprint": None})  # then it was killed
+    assert common.load_truth(run) is None
+
+
+@pytest.mark.parametrize("error, raised", [
+    (OSError(5, "Input/output error"), common.UserError), (MemoryError(), MemoryError),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError)])
+def test_a_piece_that_could_not_be_read_for_another_reason_stays(error, raised, tmp_path, monkeypatch):
+    work = tmp_path / "blocks-0123456789ab"
+    work.mkdir()
+    common.save_torch(work / "000001.pt", {"z": 1})
+
+    def fails(_):
+        raise error
+
+    monkeypatch.setitem(common.READERS, ".pt", fails)
+    with pytest.raises(raised):
+        common.load(work, "000001.pt")
+    assert (work / "000001.pt").exists()
+
+
+def test_an_empty_rank_is_none(monkeypatch):
+    """Some schedulers leave the variable empty."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")
+    again = importlib.util.module_from_spec(importlib.util.spec_from_file_location("again", common.__file__))
+    monkeypatch.setitem(sys.modules, "again", again)  # dataclasses look it up
+    again.__spec__.loader.exec_module(again)
+    assert (again.PROCESS, again.PROCESSES) == (0, 1)
 
 
 def test_a_file_is_replaced_by_a_rename_and_nothing_half_written_stays(tmp_path):

@@ -445,7 +445,9 @@ def test_any_csv_ends_in_valid_artifacts_or_one_line(rows, raw_bytes, tmp_path):
     ("by\n    \n    Intuit", ["Software", "Accounting"], ("intuit", ["accounting"])),
     ("By Invitation", ["Games", "Games for PC"], ("by invitation", ["games for pc"])),
     ("Intuit", ["Games", "PC Games", "</span></span></span>"], ("intuit", ["pc games"])),
-    (None, "Bars, , Pizza, Food, Wine", ("", ["bars", "pizza", "food"]))])
+    (None, "Bars, , Pizza, Food, Wine", ("", ["bars", "pizza", "food"])),
+    ("Visit Amazon's Jimmy Page Page", ["Books"], ("jimmy page", ["books"])),
+    ("Jimmy Page", ["Books"], ("jimmy page", ["books"]))])
 def test_brand_and_category_of_a_product(brand, categories, wanted):
     """Some lines of 2018 have "by" and a new line before the brand, some markup at the path's end."""
     found = prepare.parse_product(json.dumps({"asin": "I1", "brand": brand, "category": categories}).encode())
@@ -471,7 +473,28 @@ def test_any_product_record_is_described_or_counted_as_bad(records, tmp_path):
     assert all(len(found["background"]) <= 1 for found in attributes.values())  # none without a price
 
 
+@pytest.mark.parametrize("title, wanted", [
+    ("var aPageStart = (new Date()).getTime();\nvar ue_t0=ue_t0||+new Date();", ""),
+    ("<!DOCTYPE html><html><head>", ""), ("A Date with Time", "A Date with Time")])
+def test_the_source_of_a_web_page_is_no_title(title, wanted):
+    """Some products of Amazon's files of 2018 have it."""
+    assert prepare.parse_product(json.dumps({"asin": "I1", "title": title}).encode())["title"] == wanted
+
+
 # ---------------------------------------------------------------- downloads
+
+def test_what_another_command_has_fetched_meanwhile_is_taken(server, tmp_path, monkeypatch):
+    original = prepare.zipfile.ZipFile
+
+    def slow(*args):
+        (tmp_path / "data" / "ml-1m").mkdir(parents=True)
+        (tmp_path / "data" / "ml-1m" / "ratings.dat").write_text("of the other")
+        return original(*args)
+
+    monkeypatch.setattr(prepare.zipfile, "ZipFile", slow)
+    folder = prepare.download("ml-1m", "ratings.dat")
+    assert (folder / "ratings.dat").read_text() == "of the other"
+
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):

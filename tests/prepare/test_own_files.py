@@ -140,6 +140,44 @@ def test_a_text_of_several_lines_may_hold_commas(make):
     assert "skipped" not in text and dataset.items[0]["title"] == "Hello 1, world, again"
 
 
+def test_a_text_of_several_lines_may_stand_in_the_first_column(make):
+    rows = [(f'"Hello\nworld {number}"', number, "kind") for number in range(1, ITEMS + 1)]
+    text, dataset = make(csv_text(ratings()), csv_text(rows, "title,item_id,kinds"), "--hobby-col", "kinds")
+    assert "skipped" not in text
+    assert [item["title"] for item in dataset.items] == [f"Hello world {n}" for n in range(1, ITEMS + 1)]
+
+
+def test_a_cell_of_too_many_lines_is_named_as_such(make):
+    rows = [(number, f"Thing {number}") for number in range(1, ITEMS + 1)]
+    long = '"' + "a line\n" * (prepare.MAX_BREAKS + 1) + '"'
+    with pytest.raises(common.UserError, match=f"a quoted cell goes on for {prepare.MAX_BREAKS} lines"):
+        make(csv_text(ratings()), csv_text([(99, long), *rows], "item_id,title"))
+
+
+def test_an_item_that_its_rows_describe_differently_is_a_warning(make):
+    """Such a value is of the interaction, and would reach the words from rows of the test, too."""
+    header = "user_id,item_id,rating,mood"
+    for odd, warning in (("bright", False), ("dark", True)):
+        rows = [(*row, odd if row[:2] == ("1", "2") else "bright") for row in ratings()]
+        text, _ = make(csv_text(rows, header), None, "--hobby-col", "mood")
+        assert ("WARNING: 1 of 10 items are described differently in their rows of r.csv" in text) == warning
+    items = [(number, "Thing", kind) for number in range(1, ITEMS + 1) for kind in "ab"]
+    text, dataset = make(csv_text(ratings()), csv_text(items, "item_id,title,kinds"), "--hobby-col", "kinds")
+    assert hobbies(dataset) == [["a", "b"]] * ITEMS and "described differently" not in text
+
+
+def test_too_little_memory_is_no_bad_record(tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(prepare.good(["a record"], fails, tmp_path / "r.csv"))
+    (tmp_path / "reviews.json").write_text("[]")
+    monkeypatch.setattr(json, "loads", fails)
+    with pytest.raises(MemoryError):
+        prepare.records(tmp_path / "reviews.json")
+
+
 def test_a_replacement_character_that_a_file_holds_is_utf_8(make):
     """Scraped texts have it; it says nothing of the file's encoding."""
     rows = [(number, f"caf\xe9 \ufffd {number}") for number in range(1, ITEMS + 1)]
@@ -174,7 +212,8 @@ def test_a_stray_quote_in_a_table_of_two_columns_swallows_no_lines(make):
 
 @pytest.mark.parametrize("raw, words", [
     ("NULL", "one is missing"), ("nan", "one is missing"), ("\\N", "one is missing"),
-    ("7.6561E+16", "a spreadsheet rounded it")])
+    ("7.6561E+16", "a spreadsheet rounded it"), ("N/A", "one is missing"), ("(null)", "one is missing"),
+    ("1E+12", "a spreadsheet rounded it")])
 def test_what_is_no_id_is_none(raw, words):
     with pytest.raises(ValueError, match=words):
         prepare.raw_id(raw)
