@@ -11,10 +11,11 @@ numbered by k; the number of the one nearest to theta^m is the user's code c_m, 
 sg: a value through which no gradient flows; y: whether the user liked item i; Rec^s: a surrogate recommender;
 E_obs: its other fields, here the user's id; l_llm: stage 02's loss, at theta; alpha, beta: weights.
 
-Theta and v are held by r coordinates in the profile's space, 02's Space: theta = origin + (shrink z) basis. A
-user's are called z; a code vector has r of its own, and those of all codes are a codebook. The directions in
-`basis` are orthogonal and of one length (but under 02's --space words), so the code nearest to z is the one
-nearest to theta before it is shrunk. DEVIATION(k): row k of README's differences.
+Theta and v are held by r coordinates in the profile's space, 02's Space: theta = origin + (shrink z) basis.
+The coordinates of a user are called z; a code vector has r coordinates, too, and all code vectors of a
+profile are its codebook. The directions in `basis` are orthogonal and of one length (but under 02's --space
+words), so the code nearest to z is the one nearest to theta before it is shrunk. DEVIATION(k): row k of
+README's differences.
 
 --quantizer vq: codebooks start from k-means, begun at the profile's words (stage 01: values of items, as
 music) that most items have, and a surrogate DCN is warmed up on these codes, DEVIATION(6); then Algorithm 1:
@@ -204,8 +205,9 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
             z_batch = z[batch].requires_grad_()  # Shape: (B, M, r)
             rows = [user_rows[user] for user in batch]
             loss, parts = vec_loss(z_batch, rows, vq_layers, surrogate, args.beta)
-            # Eq. (7): z gets the gradients of l_llm and of alpha l_vec. Codebooks and surrogate get the
-            # latter alone; there alpha, if not 0, changes nothing: Adam divides a gradient by its size.
+            # Eq. (7): z gets the gradients of l_llm and of alpha l_vec, and alpha weighs the two. Codebooks
+            # and surrogate get that of alpha l_vec alone, for l_llm does not depend on them; as Adam divides
+            # a gradient by its size, alpha changes nothing for them, if it is not 0.
             (args.alpha * loss).backward()
             if add_llm_gradient:
                 parts["llm"] = add_llm_gradient(z_batch, batch)
@@ -291,10 +293,13 @@ class JointVQ(KMeans):
         user_rows = rows_by_user(problem.dataset.rows(TRAIN), len(z))
         print(f"parameters: trainable z {z.numel():,d}, codebooks {count_parameters(vq_layers):,d}, "
               f"surrogate {count_parameters(surrogate):,d}; LLM frozen")
+        # Note: only these users train the surrogate. The others have z = 0 and mostly no liked row: they
+        # would teach it that the code nearest to 0 means dislike.
+        users = np.flatnonzero(problem.inferred)
         if args.epochs:
             quantized = [layer(z[:, m])[0].detach() for m, layer in enumerate(vq_layers)]
-            warm_up(surrogate, np.concatenate(user_rows), torch.stack(quantized, dim=1), args.warm_up, rng)
-        users = np.flatnonzero(problem.inferred)
+            rows = np.concatenate([user_rows[user] for user in users])
+            warm_up(surrogate, rows, torch.stack(quantized, dim=1), args.warm_up, rng)
         log = train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng)
         # Note: the trained z is not saved, only the codes that it gives. A user who comes later
         # (--keep-codebooks) was not trained here: stage 02's z tells this user's code.
@@ -404,9 +409,10 @@ class SoftCodeEM(KMeans):
     c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_k tells how common code k of profile m is,
     y is here the text of the user's titles, as in Eq. (4), and not Eq. (5)'s label. Codebooks start as
     --start says; the users' z tell nothing after that. The E-step asks for the responsibilities p(c | y) of
-    all users. The M-step sets the weights pi in closed form and moves the code vectors by Adam on -log P(y |
-    c), one c for each user drawn from the responsibilities: one pass, where their weighted mean would take C.
-    The likeliest round is kept. A user's codes are the likeliest ones, pi included.
+    all users. The M-step sets the weights pi in closed form and moves the code vectors by Adam. An exact one
+    would weigh -log P(y | c) of all combinations by p(c | y), C passes through the LLM; instead one c is
+    drawn from p(c | y) for each user: one pass, and right on average. The likeliest round is kept. A user's
+    codes are the likeliest ones, pi included.
     """
 
     assigns = "likelihood"

@@ -53,7 +53,7 @@ import common
 from common import (
     COLD, DCN, TEST, TRAIN, VALIDATION, Field, FieldEmbedding, Parser, UserError, announce, at_least, auc,
     check_same, count_parameters, do_all, fingerprint, gauc, guarded, linear, load, load_dataset, load_truth,
-    logloss, mlp, pick_device, save_json, save_npy, save_torch, seeded)
+    logloss, mlp, pick_device, save_json, save_npy, save_torch, seeded, together)
 
 
 # -------- data
@@ -98,9 +98,9 @@ def build_features(dataset, observed, codes, sizes, z=None):
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # K_m is the unknown code, of unseen users and of those without a history. The latter train it, so it
-        # is one of size + 1 ordinary ids. (The id size + 1, which stands for unknown in a Field, never
-        # occurs.)
+        # K_m is the unknown code, of unseen users and of those without a history. The rows of the latter
+        # train it like any other code, so the field has K_m + 1 ids. (The id by which a Field means unknown
+        # is not used here.)
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
@@ -285,7 +285,9 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
-    seeded(args.seed, repetition, 5)  # of torch: first weights, dropout, the order of rows
+    # Of torch: first weights, dropout, the order of rows. Note: rows whose models have tables of one size, as
+    # userip and its controls, share these draws; none has a smaller table and so draws others.
+    seeded(args.seed, repetition, 5)
     model = MODELS[model_name](fields).to(device)
     facts, state = train(model, data[TRAIN], data[VALIDATION], unknown_user, args)
     # Under "seed" a row has its repetition's number; the repetition was drawn from it and --seed.
@@ -306,6 +308,8 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
 
 
 # -------- here the method ends; variants: more models
+#
+# Note: the papers of FFM, AFN and AutoInt have no first-order term; it is added here, as to the others.
 
 class PairRecommender(Recommender):
     """A Recommender that knows the P = F (F - 1) / 2 pairs of fields i < j."""
@@ -609,7 +613,7 @@ def read_bank(run, name, dataset):
     facts = load(run, card, ("codes", "dataset_fingerprint"))
     again = None
     if name != "userip":  # what made it is known to its card alone
-        maker = facts.get("made_by", "what made it")
+        maker = str(facts.get("made_by") or "what made it")
         again = f"make it again, by {maker}"
         if maker.startswith("tools/"):
             again = f"run: python {maker} --run {run}"
@@ -650,10 +654,15 @@ def read_inputs(args):
                             f"rename feature_bank_{name}.npy and .json")
     names = dict.fromkeys(bank_name(name) for name in args.ids if name != "none")
     banks = {name: read_bank(run, name, dataset) for name in names}
-    if "userip" in names and (run / "profiles.json").exists():
-        check_theta(run)
+    if "userip" in names:
+        load(run, "quantize.json", ("quantizer",))  # which the table will name
+        if (run / "profiles.json").exists():
+            check_theta(run)
     z = None
-    if args.profile_input == "embedding" and "userip" in names:
+    if args.profile_input == "embedding":
+        if "userip" not in names:
+            raise UserError("embedding is theta in the place of userip's codes, and no row has these",
+                            "--profile-input", "add userip to --ids")
         z = np.array(load(run, "profiles.npy"))
         expected = load(run, "quantize.json", ("profiles_fingerprint",))["profiles_fingerprint"]
         check_same(run, "quantize.json", "profiles.npy", fingerprint(z), expected)
@@ -775,10 +784,12 @@ def save(args, dataset, inputs, files):
                 name = f"{model}-{ids_name}-{repetition}{ending}.npy"
                 save_npy(args.run / "predictions" / name, result[split].numpy())
         if repetition == 0 and ids_name == kept:
-            save_torch(args.run / f"ctr_{model}.pt", result["state"])
-            save_json(args.run / f"ctr_{model}.json", {
-                "model": model, "ids": ids_name, "fields": args.fields, "profile_input": args.profile_input,
-                "seed": args.seed, "fingerprints": inputs.fingerprints(dataset)})
+            with together(args.run) as aside:  # weights and the settings to which they belong
+                save_torch(aside / f"ctr_{model}.pt", result["state"])
+                save_json(aside / f"ctr_{model}.json", {
+                    "model": model, "ids": ids_name, "fields": args.fields,
+                    "profile_input": args.profile_input, "seed": args.seed,
+                    "fingerprints": inputs.fingerprints(dataset)})
         is_real_bank = ids_name != "none" and bank_name(ids_name) == ids_name
         if is_real_bank and row["best_epoch"] <= 2:
             print(f"WARNING: {model} with {ids_name} ids, repetition {repetition}, was best in epoch "
@@ -823,7 +834,8 @@ def main():
     announce("04 train CTR", args, "stage 01's files and the banks")
     # A finished row is a file in a folder that is named after all on which rows depend: data, banks, flags,
     # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
-    # These flags say which rows there are, and change none (ids of other banks are in another folder, too).
+    # These flags choose which rows are trained and do not change what is in a row, so they are not part of
+    # the name. (The banks that --ids needs are.)
     varied = ("run", "models", "ids", "seeds")
     settings = {key: str(value) for key, value in vars(args).items() if key not in varied}
     sources = [path.read_text("utf-8") for path in files_of_code()]

@@ -168,7 +168,9 @@ BAD_BANKS = [  # what is done to the run and the codes of feature_bank_mine, wor
     (lambda run, codes: write_bank(run, "mine", codes, [4, "3"]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3.5]), "feature_bank_mine.json"),
     (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0",
-                                   made_by="tools/controls.py mine"), "run: python tools/controls.py mine")]
+                                   made_by="tools/controls.py mine"), "run: python tools/controls.py mine"),
+    (lambda run, codes: write_bank(run, "mine", codes, [4, 3], dataset_fingerprint="0", made_by=None),
+     "make it again, by what made it")]
 
 
 @pytest.mark.parametrize("case", range(len(BAD_BANKS)))
@@ -194,6 +196,17 @@ def test_a_bank_with_the_name_of_a_control_is_refused(inferred, tmp_path, capsys
     assert "a bank may not be called random-x" in text and "rename feature_bank_random-x.npy" in text
     write_bank(run, "userip", codes, [2])
     assert "a bank may not be called userip" in refused(capsys, "--run", run, "--ids", "none,userip")
+
+
+def test_what_the_table_needs_is_asked_for_before_anything_is_trained(inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    text = refused(capsys, "--run", run, "--profile-input", "embedding", "--ids", "none,planted")
+    assert "--profile-input" in text and "add userip to --ids" in text
+    facts = json.loads((run / "quantize.json").read_text())
+    del facts["quantizer"]
+    (run / "quantize.json").write_text(json.dumps(facts))
+    assert "quantize.json lacks quantizer" in refused(capsys, "--run", run, "--ids", "none,userip")
+    assert not list(run.glob("rows-*"))
 
 
 def test_user_dropout_trains_the_unknown_user_s_row(world):

@@ -428,6 +428,17 @@ def test_users_without_a_history_do_not_move(sparse):
     assert (~has_z).sum() >= 2 and gap[~has_z].max() < 1e-5 and gap[has_z].min() > 1e-4
 
 
+def test_rows_of_users_without_a_history_train_no_surrogate(sparse):
+    problem = problem_of(sparse)
+    rows = np.array(problem.dataset.interactions)
+    is_absent = ~problem.inferred[rows[:, 0]]
+    assert (is_absent & (rows[:, 3] == common.TRAIN)).any()
+    rows[is_absent, 2] ^= 1
+    other = dataclasses.replace(problem, dataset=dataclasses.replace(problem.dataset, interactions=rows))
+    one, two = (fit("vq", found, warm_up=2) for found in (problem, other))
+    assert one.log == two.log and np.array_equal(one.z, two.z)
+
+
 def test_kept_codebooks_leave_old_users_their_codes(sparse, tmp_path):
     """Also a code that would not be found again; who is not in the file gets the nearest."""
     run = copy_run(sparse, tmp_path / "run")
