@@ -247,7 +247,9 @@ class Explainer:
         sample = rng.permutation(known[self.has_history[known]])[:SAMPLE]
         own = np.array([self.nll(user, theta[user]) for user in sample])
         what = "nats per token of the histories that theta was fitted to"
-        found[what] = {"users": len(sample), "under own theta": float(own.mean())}
+        found[what] = {"users": len(sample)}
+        if len(sample):  # after 02 --users on another split there may be nobody
+            found[what] |= {"under own theta": float(own.mean())}
         if len(sample) > 1:
             pairs = zip(sample, np.roll(sample, 1))
             other = np.array([self.nll(user, theta[stranger]) for user, stranger in pairs])
@@ -314,7 +316,7 @@ def main():
         for name, values in explainer.statistics(common.seeded(args.seed, 8)).items():
             texts = []
             for key, value in values.items():
-                texts.append(f"{key} {value}" if isinstance(value, int) else f"{key} {value:.3f}")
+                texts.append(f"{key} {value}" if isinstance(value, int) else f"{key} {value:.4f}")
             print(f"{name}: " + ", ".join(texts))
         for m, profile in enumerate(explainer.problem.dataset.profiles):
             texts = [f"{value} {read:.2f} ({towards:.2f})"

@@ -134,7 +134,8 @@ def main():
                   + ", ".join(f"{key} {lost[key]:.4f}" for key in lost))
     common.save_tiny(args.run / "lm-both", model, tokenizer, {
         "sensitivity": found["lm-both"]["a wrong word"], "both": found})
-    print(f"next: python 02_infer_profiles.py --run {args.run} --lm {args.run / 'lm-both'}")
+    history = " --history rated" if rated else ""
+    print(f"next: python 02_infer_profiles.py --run {args.run} --lm {args.run / 'lm-both'}{history}")
 
 
 if __name__ == "__main__":

@@ -920,14 +920,14 @@ def main():
         raise common.UserError(f"the {len(rows)} rows have one label alone", "--rows", "take more")
     print(f"to be answered: {len(task.users):,d} next items in two wordings and once from left to right, "
           f"{len(rows):,d} verdicts in two wordings (fewer by --test-users and --rows)")
-    vectors = next_item.title_vectors(likelihood, texts.begin, texts.titles)
     results = {"next_item": {}, "rating": {}}
+    if split == common.TEST:  # first of all, for what is wrong with 04's files is to be said before the work
+        results["rating"] |= dcn_figures(args.run, dataset, rows, at)
+    vectors = next_item.title_vectors(likelihood, texts.begin, texts.titles)
     rivals = next_item.rival_scores(dataset, task, vectors, args.seed)
     rivals["the LLM untrained, left to right"] = left_to_right(likelihood, texts, task, args)
     for name, scores in rivals.items():
         results["next_item"][name] = task.figures(scores, args.seed)
-    if split == common.TEST:
-        results["rating"] |= dcn_figures(args.run, dataset, rows, at)
     lm = common.lm_fingerprint(likelihood.model, texts.tokenizer)  # whatever the name of its folder
     sources = [Path(module).read_text("utf-8") for module in (__file__, common.__file__, infer.__file__)]
     key = common.fingerprint({**settings_of(args), "lm": lm}, dataset.fingerprint(), sources)

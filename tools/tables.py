@@ -30,6 +30,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -298,6 +299,7 @@ def repeat(study, name, seed, data_dir, threads=1):
         flags = f"{settings['recsysllm']} --seed {seed}"
         call("tools/recsysllm.py", run, flags, run / "log.txt", threads)
     begun.replace(run / "code.json")
+    os.utime(run / "code.json")  # its time is when the repetition was done, not begun
 
 
 def run_stages(study, name, seed, data_dir, threads):
@@ -395,6 +397,17 @@ def run_study(study, seeds, jobs, data_dir, again):
     alone = [name for name in others if not STUDIES[study][name]["after"]]
     after = [name for name in others if STUDIES[study][name]["after"]]
     threads = max(1, os.cpu_count() // jobs)
+    stopped = threading.Event()  # after a failure or Ctrl-C: what has not begun is not to begin
+
+    def attempt(place, name, seed):
+        if stopped.is_set():
+            return
+        try:
+            repeat(place, name, seed, data_dir, threads)
+        except BaseException:
+            stopped.set()
+            raise
+
     with ThreadPoolExecutor(jobs) as pool:
         # Each wave takes artifacts from those before it; of one theta, from the first repetition.
         waves = ((origin, list(STUDIES[origin])[:1]), (study, [first]), (study, alone), (study, after))
@@ -404,9 +417,13 @@ def run_study(study, seeds, jobs, data_dir, again):
                 for name in names:
                     for seed in repetitions_of(place, name, seeds):
                         if (seed == 0) == is_first:
-                            wave.append(pool.submit(repeat, place, name, seed, data_dir, threads))
-                for repetition in wave:
-                    repetition.result()
+                            wave.append(pool.submit(attempt, place, name, seed))
+                try:
+                    for repetition in wave:
+                        repetition.result()
+                except BaseException:
+                    stopped.set()
+                    raise
 
 
 # ---------------------------------------------------------------- figures
@@ -466,24 +483,20 @@ def holm(p_values):
 
 
 def improvements(entries):
-    """Eq. (10) and (11) against the model that is best without ids: {model: {ids: {auc, logloss}}}.
+    """Eq. (10) against the model that is best without ids: {model: {ids: share by which AUC - .5 is larger}}.
 
-    entries: {(model, ids): {test_auc, test_logloss}} of means. None where no baseline beats chance.
+    entries: {(model, ids): mean AUC}. None where no baseline beats chance.
     """
-    baselines = {model: entry for (model, ids), entry in entries.items() if ids == "none"}
-    best = max(baselines, key=lambda model: baselines[model]["test_auc"], default=None)
-    if best is None or baselines[best]["test_auc"] <= 0.5:
+    baselines = {model: auc for (model, ids), auc in entries.items() if ids == "none"}
+    best = max(baselines, key=baselines.get, default=None)
+    if best is None or baselines[best] <= 0.5:
         return None
-    auc = baselines[best]["test_auc"]
-    logloss = baselines[best]["test_logloss"]
     relative = {}
-    for pair, entry in entries.items():
+    for pair, auc in entries.items():
         model, ids = pair
         if ids not in ("none", "planted"):
-            relative.setdefault(model, {})[ids] = {
-                "auc": (entry["test_auc"] - 0.5) / (auc - 0.5) - 1,
-                "logloss": (logloss - entry["test_logloss"]) / entry["test_logloss"]}
-    return {"baseline": best, "test_auc": auc, "relative": relative}
+            relative.setdefault(model, {})[ids] = (auc - 0.5) / (baselines[best] - 0.5) - 1
+    return {"baseline": best, "test_auc": baselines[best], "relative": relative}
 
 
 def is_recsysllm(study):
@@ -775,7 +788,7 @@ def differences_of(cells, references, metric):
 
 def p_value(values):
     """Of the paired t-test, whether the mean is 0; None where it says nothing."""
-    if len(values) < 2 or np.std(values) == 0:
+    if len(values) < 2 or np.ptp(values) < 1e-12:  # equal, but for rounding
         return None
     return float(scipy.stats.ttest_1samp(values, 0).pvalue)
 
@@ -839,13 +852,12 @@ def notes(data, cells):
     for cell, by_seed in cells.items():
         name, model, ids = cell
         if name == first:
-            means[model, ids] = {key: np.mean([row[key] for row in by_seed.values()])
-                                 for key in ("test_auc", "test_logloss")}
+            means[model, ids] = np.mean([row["test_auc"] for row in by_seed.values()])
     many = len({model for model, _ in means}) > 1
     best = improvements(means) if many else None
     if best:
-        gains = ", ".join(f"{model} {value['userip']['auc']:+.2%} (random {value['random']['auc']:+.2%})"
-                          for model, value in best["relative"].items())
+        gains = ", ".join(f"{model} {gain['userip']:+.2%} (random {gain['random']:+.2%})"
+                          for model, gain in best["relative"].items())
         found.append(f"Eq. (10) against the best baseline, {best['baseline']} at {best['test_auc']:.4f}: "
                      + gains)
     found += shares_of_lift(cells)
