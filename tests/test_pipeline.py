@@ -19,7 +19,7 @@ def test_the_four_scripts_in_sequence_with_the_tiny_lm(tmp_path, capsys):
     printed = [ok(fork_stage("01_prepare_data.py", "--run", run, "--subsample-users", 100)),
                ok(run_stage("02_infer_profiles.py", "--run", run, "--tiny-sentences", 400, "--steps", 3,
                             "--task-steps", 4)),
-               ok(fork_stage("03_quantize.py", "--run", run, "--epochs", 1)),
+               ok(fork_stage("03_quantize.py", "--run", run, "--epochs", 1, "--warm-up", 1)),
                ok(fork_stage("04_train_ctr.py", "--run", run, "--seeds", 1, "--epochs", 2))]
     for number, process in enumerate(printed[:3], 2):
         assert f"next: python 0{number}" in process.stdout
@@ -92,12 +92,12 @@ def test_poisoned_validation_test_and_cold_rows_change_nothing_up_to_the_bank(tm
     assert facts[0]["heldout_nll"] != facts[1]["heldout_nll"]  # the poison was there to be seen
 
 
-@pytest.mark.parametrize("flags", [("--quantizer", "em", "--epochs", 1), ("--quantizer", "words")])
-def test_poison_changes_no_code_that_the_likelihood_gives(flags, prepared, lm_folders, tmp_path):
+def test_poison_changes_no_code_that_the_likelihood_gives(prepared, lm_folders, tmp_path):
+    """Of EM; test_controls.py has the words."""
     poisoned(prepared, tmp_path / "poisoned")
     for run in (copy_run(prepared, tmp_path / "clean"), tmp_path / "poisoned"):
         call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1)
-        call_stage(quantize, "--run", run, *flags)
+        call_stage(quantize, "--run", run, "--quantizer", "em", "--epochs", 1, "--codes", "2,2")
     assert_bytes_equal(tmp_path / "clean" / "feature_bank.npy", tmp_path / "poisoned" / "feature_bank.npy")
 
 
@@ -225,7 +225,7 @@ def test_sentences_and_seed_change_the_tiny_lm(prepared, tmp_path):
 def long_prompt(run):
     """The profiles' names fill the LLM's window, so that no title fits behind them."""
     dataset, facts = common.load_dataset(run), common.load(run, "dataset.json")
-    dataset.profiles[0]["prompt"] = "a hobby " * 400
+    dataset.profiles[0]["prompt"] = "a hobby " * 150
     common.save_json(run / "dataset.json",
                      facts | {"profiles": dataset.profiles, "fingerprint": dataset.fingerprint()})
 
@@ -448,7 +448,7 @@ def test_bad_input_is_one_line_exit_2_and_changes_no_artifact(case, inferred, lm
 
 
 def test_errors_of_a_real_process_have_no_traceback(tmp_path):
-    process = run_stage("03_quantize.py", "--run", tmp_path / "nothing")
+    process = fork_stage("03_quantize.py", "--run", tmp_path / "nothing")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: dataset.json is missing (")
 

@@ -114,7 +114,8 @@ def test_a_part_can_be_swapped_as_it_says(part, flags, code, inferred, lm_folder
     run = copy_run(inferred, tmp_path / "run")
     (tmp_path / "mine.py").write_text(code.replace("runs/demo/lm-tiny", str(lm_folders["gpt2"])))
     lm = [] if "--lm" in flags else ["--lm", lm_folders["gpt2"]]
-    small = {"prompt": [*lm, "--steps", 3], "mask": [*lm, "--steps", 3], "LLM": ["--steps", 3],
+    as_it_was = ["--steps", 3, "--task-steps", 1]  # as `inferred`: so that the swap alone makes a difference
+    small = {"prompt": [*lm, *as_it_was], "mask": [*lm, *as_it_was], "LLM": as_it_was,
              "quantizer": [], "recommender": ["--seeds", 1, "--epochs", 2], "data set": []}
     (tmp_path / "plays").mkdir()
     plays = "".join(f"{user}\t{artist}\t{3 * user % 17 * artist + 1}\n"

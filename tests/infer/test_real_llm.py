@@ -100,6 +100,19 @@ def test_a_gguf_file_that_lies_in_data_is_converted_beside_it(tmp_path, monkeypa
     assert common.load(folder, "gguf.json")["file"] == "small.gguf"
 
 
+@needs_gguf
+def test_what_another_command_has_converted_meanwhile_is_left_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_gguf(tmp_path / "small.gguf")
+    folder = Path(common.lm_folder("small.gguf"))
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    common.convert_gguf(tmp_path / "small.gguf", folder)  # it had begun before the other one ended
+    assert "wrote" not in capsys.readouterr().out
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert common.lm_folder("data/small.gguf") == "data/small.gguf"  # the folder itself
+
+
 def install_gemma(folder, monkeypatch, assemble):
     """A package of Gemma's name in the folder, which has no whole file: its assemble(path) writes one."""
     name = common.PACKAGED["gemma3-270m"][0]
@@ -209,9 +222,9 @@ def test_smollm2_infers_from_titles_that_it_has_never_seen(smollm2, tmp_path, mo
 
 def test_smollm2_goes_on_after_a_kill_in_the_same_bits(smollm2, tmp_path, monkeypatch):
     monkeypatch.chdir(smollm2)
-    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 1, "--max-history", 3, "--block-size", 2]
+    flags = ["--lm", "smollm2", "--task-steps", 1, "--steps", 1, "--max-history", 1, "--block-size", 2]
     run, broken = tmp_path / "run", tmp_path / "broken"
-    call_stage(prepare, "--run", run, "--subsample-users", 6, "--min-interactions", 1)
+    call_stage(prepare, "--run", run, "--subsample-users", 4, "--min-interactions", 1)
     copy_run(run, broken)
     call_stage(infer, "--run", run, *flags)
     killed = killed_at(infer, "infer_block", stage(infer, broken, *flags), 2)

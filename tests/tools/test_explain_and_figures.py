@@ -243,6 +243,9 @@ def test_nobody_is_compared_with_themselves(inferred):
     statistics = explainer.statistics(np.random.default_rng(0))
     figures = statistics["nats per token of the histories that theta was fitted to"]
     assert set(figures) == {"users", "under own theta"}
+    explainer.has_history[:] = False
+    statistics = explainer.statistics(np.random.default_rng(0))
+    assert statistics["nats per token of the histories that theta was fitted to"] == {"users": 0}
 
 
 def test_the_sweep_is_drawn_from_the_kept_study(tmp_path, monkeypatch):

@@ -106,18 +106,6 @@ def test_holm_against_its_definition():
         assert corrected == pytest.approx(max(min(1, (9 - j) * ranked[j]) for j in range(place + 1)))
 
 
-def test_relative_improvements_are_eq_10_and_11_against_the_best_baseline():
-    def entry(auc, loss):
-        return {"test_auc": auc, "test_logloss": loss}
-    found = tables.improvements({("lr", "none"): entry(0.6, 0.65), ("lr", "userip"): entry(0.62, 0.6),
-                                 ("dcn", "none"): entry(0.7, 0.5), ("dcn", "userip"): entry(0.75, 0.4)})
-    assert found["baseline"] == "dcn"
-    expected = {"auc": 0.25 / 0.2 - 1, "logloss": 0.1 / 0.4}
-    assert found["relative"]["dcn"]["userip"] == pytest.approx(expected)
-    assert found["relative"]["lr"]["userip"]["auc"] == pytest.approx(0.12 / 0.2 - 1)
-    assert tables.improvements({("dcn", "none"): entry(0.5, 0.7)}) is None and tables.improvements({}) is None
-
-
 # ---------------------------------------------------------------- tables
 
 HEALTH = {"perplexity": [3.5, 2.5], "nmi": None, "heldout_nll": None}
@@ -343,6 +331,7 @@ def studies(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "KEPT", tmp_path / "docs" / "results")
     monkeypatch.setattr(tables, "PAGE", tmp_path / "docs" / "RESULTS.md")
     monkeypatch.setattr(tables, "call", pretender)
+    monkeypatch.setattr(tables, "BOOTSTRAP", 8)
     (tmp_path / "docs").mkdir()
     (tmp_path / "tools").mkdir()
     for name in tables.CODE:
@@ -585,7 +574,15 @@ def test_other_files_of_the_data_are_other_settings(tmp_path, monkeypatch):
 
 def test_a_table_says_when_and_by_how_many_codes_its_runs_were_made(studies, monkeypatch, capsys):
     module, _ = studies
+    run_stages = module.run_stages
+
+    def slow(study, name, seed, *more):
+        run_stages(study, name, seed, *more)
+        os.utime(module.folder(study, name, seed) / "begun.json", (0, 0))
+
+    monkeypatch.setattr(module, "run_stages", slow)
     command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    assert "1970" not in capsys.readouterr().out  # the day is that on which it was done, not begun
     begun = module.code_fingerprint()
     noon = 86400 * 3 + 43200  # of the fourth of January 1970
     os.utime(module.folder("small", "default", 0) / "code.json", (0, noon))
@@ -640,6 +637,7 @@ def test_a_stage_that_fails_ends_the_study_and_the_same_command_goes_on(studies,
     with pytest.raises(common.UserError, match="03_quantize.py failed"):
         command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
     assert not module.KEPT.exists()
+    assert not module.folder("small", "no prior", 0).exists()  # what has not begun does not begin
     monkeypatch.setattr(module, "call", fine)
     del calls[:]
     command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
