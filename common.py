@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import hashlib
 import importlib
 import importlib.util
@@ -416,7 +417,8 @@ def load(run, name, keys=()):
         if is_out_of_memory(error):
             raise
         wrong = f"cannot be read: {error}"
-        is_broken = not isinstance(error, OSError)  # what the system refuses to read may be whole
+        # What the system refuses to read may be whole. (EINVAL: torch seeks in vain in a file that was cut.)
+        is_broken = not isinstance(error, OSError) or error.errno == errno.EINVAL
     if wrong:
         if is_broken and path.suffix == ".pt" and UNFINISHED.fullmatch(path.parent.name):
             path.unlink()  # a piece is made again
