@@ -260,13 +260,21 @@ def marks_in(run):
     return found
 
 
+def codes_in(run):
+    """Fingerprints of the code by which a run folder, and what it has from others, was made or begun."""
+    found = set()
+    for mark in marks_in(run).values():
+        found |= {mark["code"], *mark.get("sources", ())}  # an earlier version wrote no sources
+    return found
+
+
 def when_made(runs):
     """{"date": the days on which these run folders were done, "code": fingerprints of their code}, texts."""
     days = set()
     fingerprints = set()
     for run in runs:
         days.add(datetime.date.fromtimestamp((run / "code.json").stat().st_mtime).isoformat())
-        fingerprints.add(marks_in(run)["code.json"]["code"][:12])
+        fingerprints |= {code[:12] for code in codes_in(run)}
     span = min(days) if len(days) == 1 else f"{min(days)} to {max(days)}"
     return {"date": span, "code": ", ".join(sorted(fingerprints))}
 
@@ -275,7 +283,8 @@ def repeat(study, name, seed, data_dir, threads=1):
     """One repetition of one variant, unless its results are there; threads: of a process.
 
     code.json stands for a repetition that is done, begun.json for one that was killed: the code with which it
-    was begun, and its settings. Where today's settings are others, it is made anew.
+    was begun, its settings and, when it is done, the code of the runs from which it has artifacts (sources).
+    Where today's settings are others, it is made anew.
     """
     run = folder(study, name, seed)
     begun = run / "begun.json"
@@ -291,19 +300,25 @@ def repeat(study, name, seed, data_dir, threads=1):
         common.save_json(begun, mark)
     settings = STUDIES[study][name]
     if settings["after"]:
+        shared = folder(study, settings["after"], seed)
         not_shared = shutil.ignore_patterns("recsysllm.*", "epochs-*", "code.json", "begun.json", "log.txt")
-        shutil.copytree(folder(study, settings["after"], seed), run, dirs_exist_ok=True, ignore=not_shared)
+        shutil.copytree(shared, run, dirs_exist_ok=True, ignore=not_shared)
+        sources = codes_in(shared)
     else:
-        run_stages(study, name, seed, data_dir, threads)
+        sources = run_stages(study, name, seed, data_dir, threads)
     if settings["recsysllm"]:
         flags = f"{settings['recsysllm']} --seed {seed}"
         call("tools/recsysllm.py", run, flags, run / "log.txt", threads)
-    begun.replace(run / "code.json")
-    os.utime(run / "code.json")  # its time is when the repetition was done, not begun
+    common.save_json(run / "code.json", common.load(run, "begun.json") | {"sources": sorted(sources)})
+    begun.unlink()
 
 
 def run_stages(study, name, seed, data_dir, threads):
-    """Stages 01 to 04 of a repetition, and what stands between them."""
+    """Stages 01 to 04 of a repetition, and what stands between them.
+
+    Returns the fingerprints of the code of the runs from which it took artifacts.
+    """
+    sources = set()
     run = folder(study, name, seed)
     log = run / "log.txt"
     settings = STUDIES[study][name]
@@ -319,6 +334,7 @@ def run_stages(study, name, seed, data_dir, threads):
     for number in (1, 2) if has_bank else (1,):
         if flags[number - 1] is not None:
             continue
+        sources |= codes_in(base)
         for file in MADE_BY[number]:
             if (base / file).is_dir():
                 shutil.copytree(base / file, run / file, dirs_exist_ok=True)
@@ -333,9 +349,11 @@ def run_stages(study, name, seed, data_dir, threads):
         change_profiles(run, settings["names"], settings["words"])
     if flags[1] is not None:
         if settings["lm_both"]:
+            sources |= codes_in(first_run)
             call("tools/lm_both.py", first_run, f"--seed {seed}", log, threads)
         if "--lm" not in flags[1] and (base / "lm-tiny").exists():  # the same LM if its text is the same
             shutil.copytree(base / "lm-tiny", run / "lm-tiny", dirs_exist_ok=True)
+            sources |= codes_in(base)
         words = flags[1].format(base=shlex.quote(str(base)), first=shlex.quote(str(first_run)))
         call("02_infer_profiles.py", run, f"{words} --seed {seed}", log, threads)
     if has_bank:
@@ -346,11 +364,13 @@ def run_stages(study, name, seed, data_dir, threads):
             controls.remove(control)
             for path in folder(study, name, 0).glob(f"feature_bank_{control}.*"):
                 shutil.copy(path, run / path.name)
+            sources |= codes_in(folder(study, name, 0))
     if controls:
         call("tools/controls.py", run, f"{' '.join(controls)} --seed {seed}", log, threads)
     for method in settings["baselines"].split():
         call("tools/baselines.py", run, f"{method} --seed {seed}", log, threads)
     call("04_train_ctr.py", run, f"{flags[3]} --seed {seed} --seeds {RECOMMENDERS}", log, threads)
+    return sources
 
 
 def change_profiles(run, names, keeps_words):
@@ -378,7 +398,7 @@ def look_for_old_runs(study, again):
     for place in dict.fromkeys((study, FROM.get(study, study))):  # what it takes from another study, too
         old = 0
         for run in (ROOT / "runs" / "studies" / place).glob("*/*"):
-            old += any(mark["code"] != code for mark in marks_in(run).values())
+            old += bool(codes_in(run) - {code})
         if old:
             print(f"WARNING: {old} runs of {place} are older than the code; {place} --again makes them "
                   "anew", file=sys.stderr)

@@ -409,7 +409,7 @@ def test_a_repetition_is_of_the_code_with_which_it_was_begun(studies, monkeypatc
     assert later["code"] == module.code_fingerprint()
     monkeypatch.setitem(module.FROM, "folds", "small")
     module.look_for_old_runs("folds", again=True)  # what it takes from another study is told, and stays
-    assert "1 runs of small are older" in capsys.readouterr().err
+    assert "3 runs of small are older" in capsys.readouterr().err  # two have something from the first
     assert module.folder("small", "default", 0).exists()
 
 
@@ -577,8 +577,9 @@ def test_a_table_says_when_and_by_how_many_codes_its_runs_were_made(studies, mon
     run_stages = module.run_stages
 
     def slow(study, name, seed, *more):
-        run_stages(study, name, seed, *more)
+        sources = run_stages(study, name, seed, *more)
         os.utime(module.folder(study, name, seed) / "begun.json", (0, 0))
+        return sources
 
     monkeypatch.setattr(module, "run_stages", slow)
     command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
@@ -597,6 +598,24 @@ def test_a_table_says_when_and_by_how_many_codes_its_runs_were_made(studies, mon
     common.save_json(module.folder("small", "default", 0) / "profiles.json", {**changed, "dtype": "bf16"})
     command(module, monkeypatch, "small", "--seeds", "2", "--jobs", "1")
     assert "of 1 sets of versions and of the number formats None, bf16;" in capsys.readouterr().err
+
+
+def test_a_table_says_by_which_code_that_was_made_which_its_runs_took_from_others(
+        studies, monkeypatch, capsys):
+    module, _ = studies
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    before = module.code_fingerprint()
+    shutil.rmtree(module.folder("small", "K means", 0))
+    (module.ROOT / module.CODE[0]).write_text("edited")
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")
+    mark = json.loads((module.folder("small", "K means", 0) / "code.json").read_text())
+    assert mark["code"] == module.code_fingerprint() and mark["sources"] == [before]
+    for name in ("default", "no prior"):
+        shutil.rmtree(module.folder("small", name, 0))
+    capsys.readouterr()
+    command(module, monkeypatch, "small", "--seeds", "1", "--jobs", "1")  # K means still has older artifacts
+    printed, said = capsys.readouterr()
+    assert "with 2 versions of the code" in printed and "1 runs of small are older than the code" in said
 
 
 def test_settings_are_those_of_the_variant_whose_stages_are_shared_too(monkeypatch):
