@@ -973,6 +973,12 @@ MUTANTS["03_quantize.py"] = [
      "test_a_code_is_named_after_the_word_towards_which_it_lies_from_the_users_mean")]
 
 MUTANTS["04_train_ctr.py"] = [
+    ("a card's maker is text", 'str(facts.get("made_by") or "what made it")',
+     'facts.get("made_by", "what made it")', "test_a_bad_bank_is_one_line_and_changes_nothing[15]"),
+    ("theta stands in the place of codes that no row has", 'if "userip" not in names:', "if False:",
+     "test_what_the_table_needs_is_asked_for_before_anything_is_trained"),
+    ("the quantizer's name is missed after the work", 'load(run, "quantize.json", ("quantizer",))  # which',
+     "pass  # which", "test_what_the_table_needs_is_asked_for_before_anything_is_trained"),
     ("rows of another command are taken away", 'for own in [path, *work.glob(f".{path.name}.*")]:',
      "for own in work.iterdir():", "test_a_command_for_fewer_rows_leaves_the_finished_ones_of_another"),
     ("a model in a file of yours may change unnoticed", "for model in MODELS.values():\n        with",
@@ -1775,6 +1781,7 @@ for added_to, mutants in {
          "test_what_is_wrong_is_said_in_one_line"),
     ],
     "tools/explain.py": [
+        ("a mean over nobody", "if len(sample):", "if True:", "test_nobody_is_compared_with_themselves"),
         ("who has no title is in the mean", "rng.permutation(known[self.has_history[known]])",
          "rng.permutation(known)",
          "test_who_has_a_theta_and_no_title_is_in_no_likelihood"),
