@@ -654,7 +654,8 @@ NUMBER = r"\d+[.,]\d{1,2}|\d{1,3}(,\d{3})+(\.\d+)?|\d{1,3}(\.\d{3})+(,\d+)?"
 MISSING = {"", "-", "--", "?", "n/a", "na", "nan", "none", "null", "nil", "unknown", "undefined", "\\n",
            "not available", "(no genres listed)", "#n/a", "#ref!", "#value!", "#name?", "(null)", "<na>",
            "nat"}  # what exports write where there is no value; "\\n" is MySQL's \N in small letters
-NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined", "n/a", "(null)"}  # there is no id
+NO_ID = {"nan", "null", "none", "nil", "\\n", "#n/a", "<na>", "undefined", "n/a",
+         "(null)"}  # where there is no id
 # Markup by its names, for 'x<y then 2>z' is none.
 TAGS = (r"</?(?:a|b|i|u|p|br|em|strong|span|div|font|ul|ol|li|h[1-6]|img|table|tr|td|script|style)\b"
         r"[^<>]{0,200}>")

@@ -782,7 +782,6 @@ def convert_gguf(path, target):
         plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
-    finish(target)
     if converted_from(target) == gguf_mark(path):
         return  # another command has converted it meanwhile
     if (target / "gguf.json").exists():
