@@ -1278,6 +1278,9 @@ def main():
         announce("02 infer profiles", args, "stage 01's files")
         is_learned = args.task_steps and not args.users
         trained = f" and, for all, the task prompt ({likelihood.task.numel():,d})" if is_learned else ""
+        if args.history == "liked" and any("likes" in profile for profile in dataset.profiles):
+            print("WARNING: liked titles alone tell little of a critic; --history rated reads all that were "
+                  "rated, with + or - behind each")
         print(f"parameters: LLM {count_parameters(likelihood.model):,d} frozen; learned are theta of each "
               f"user ({likelihood.n_profiles} x {likelihood.width}){trained}")
     infer(dataset, likelihood, tokenizer, lm, histories, args)

@@ -431,6 +431,9 @@ MUTANTS["01_prepare_data.py"] = [
      "test_words_by_flag_take_the_place_of_the_values")]
 
 MUTANTS["02_infer_profiles.py"] = [
+    ("nobody says that a critic needs rated titles",
+     'if args.history == "liked" and any("likes" in profile for profile in dataset.profiles):', "if False:",
+     "test_the_critic_is_a_third_profile_of_people_not_of_items"),
     ("a code may be called unknown", '(*ENGLISH_STOP_WORDS, "unknown")', "ENGLISH_STOP_WORDS",
      "test_without_words_the_llm_s_own_are_taken_and_function_words_do_not_win"),
     ("the LLM's own words weigh as the items' do", "if len(counts) < 2:  # as in", "if not counts:  # as in",

@@ -145,7 +145,7 @@ def test_ids_of_ones_own_enter_as_it_says(inferred, tmp_path):
     flags = re.search(r"`python 04_train_ctr\.py (--ids [^`]*random-mine[^`]*)`", TEXT)[1].split()
     ok(fork_stage("04_train_ctr.py", "--run", run, *flags, "--seeds", 1, "--epochs", 1))
     rows = json.loads((run / "results.json").read_text())["rows"]
-    assert [row["ids"] for row in rows] == ["none", "random-mine", "mine", "userip"]
+    assert [row["ids"] for row in rows] == ["none", "random", "userip", "random-mine", "mine"]
 
 
 def test_the_bank_joins_to_a_table_of_ones_own_as_it_says(inferred, tmp_path):

@@ -233,7 +233,7 @@ def test_one_profile_runs_through_all_stages(tmp_path):
     assert len(json.loads((run / "quantize.json").read_text())["codes"]) == 1
 
 
-def test_the_critic_is_a_third_profile_of_people_not_of_items(tmp_path, lm_folders):
+def test_the_critic_is_a_third_profile_of_people_not_of_items(tmp_path, lm_folders, capsys):
     """Invented people like the share of titles that their word says; the bank gets a code, items no field."""
     flags = own_csv(tmp_path / "raw")
     facts, items = run_01(tmp_path / "run", *flags, "--critic")
@@ -246,8 +246,12 @@ def test_the_critic_is_a_third_profile_of_people_not_of_items(tmp_path, lm_folde
     for word, share in facts["profiles"][2]["likes"].items():
         marks = [text[-2] == "+" for told, texts in sentences if told == {2: word} for text in texts]
         assert len(marks) > 200 and np.mean(marks) == pytest.approx(share, abs=0.06)
-    call_stage(infer, "--run", tmp_path / "run", "--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1,
-               "--history", "rated")
+    for history in ("liked", "rated"):
+        capsys.readouterr()
+        call_stage(infer, "--run", tmp_path / "run", "--lm", lm_folders["gpt2"], "--steps", 1,
+                   "--task-steps", 1, "--history", history)
+        is_warned = "WARNING: liked titles alone tell little of a critic" in capsys.readouterr().out
+        assert is_warned == (history == "liked")
     call_stage(quantize, "--run", tmp_path / "run", "--epochs", 1, "--warm-up", 1, "--codes", "2,2,3")
     assert np.load(tmp_path / "run" / "feature_bank.npy").shape == (len(dataset.users), 3)
     call_stage(ctr, "--run", tmp_path / "run", "--fields", "attributes", "--seeds", 1, "--epochs", 1,
