@@ -145,7 +145,7 @@ def history_texts(dataset, splits, args):
     liked_text = [f" {item['title']}{plus};" for item in dataset.items]
     disliked_text = [f" {item['title']}{minus};" for item in dataset.items]
     texts = [[] for _ in dataset.users]
-    for user, item, label in dataset.rows(splits).tolist():
+    for user, item, label in dataset.rows(splits):
         if label:
             texts[user].append(liked_text[item])
         elif args.history != "liked":
@@ -465,7 +465,8 @@ def nll_per_token(likelihood, space, variants, histories, block_size=None):
     nlls = {}  # of each variant the nats of each user, in the order of the blocks
     tokens = []  # of these users
     budget = token_budget_of(likelihood)
-    for block in make_blocks(histories, block_size, budget, likelihood.prompt_length):
+    blocks = make_blocks(histories, block_size, budget, likelihood.prompt_length)
+    for block in progress(blocks, "evaluating", "block"):
         ids, lengths = pad(histories, block, likelihood.device)
         tokens.extend(lengths.tolist())
         for name, z in variants(block).items():
@@ -534,16 +535,22 @@ LEAST_TOKENS_GPU = 2048
 
 
 def tokenize_histories(tokenizer, texts, room):
-    """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens."""
+    """Per user an int32 array of token ids: the newest titles that fit whole into `room` tokens.
+
+    A title that would not fit even alone is left out.
+    """
     distinct = sorted(set(chain(*texts)))
     ids_of = dict(zip(distinct, pieces_of(tokenizer, distinct)))
     histories = []
     for lines in texts:
         kept = []
         for text in reversed(lines):  # the newest title first
-            if len(kept) + len(ids_of[text]) > room:
+            ids = ids_of[text]
+            if len(ids) > room:
+                continue
+            if len(kept) + len(ids) > room:
                 break
-            kept = ids_of[text] + kept
+            kept = ids + kept
         histories.append(np.array(kept, np.int32))
     return histories
 
@@ -863,6 +870,13 @@ def find_flaw(likelihood):
     return None
 
 
+def check_ids(texts, model, name):
+    """UserError where lists of token ids have one that the model does not have."""
+    if max(np.max(ids, initial=0) for ids in texts) >= len(model.get_input_embeddings().weight):
+        raise UserError("the tokenizer writes tokens that the model does not have", name,
+                        "take the model's own tokenizer")
+
+
 def open_model(dataset, args, device, length):
     """(likelihood, tokenizer, {fingerprint, sensitivity} of the LLM); fills in args.lm and args.dtype.
 
@@ -897,7 +911,9 @@ def open_model(dataset, args, device, length):
     if PROCESS == 0 and not Path(name).is_dir():
         print(f"loading {name}: unless cached, a download (gpt2 0.5 GB, llama2-7b 13.5 GB)")
     model, tokenizer = load_language_model(name, DTYPES[args.dtype], device)
-    likelihood = ProfileLikelihood(model, prompt_segments(tokenizer, dataset), args.mask)
+    segments = prompt_segments(tokenizer, dataset)
+    check_ids((segment.ids for segment in segments), model, args.lm)
+    likelihood = ProfileLikelihood(model, segments, args.mask)
     # Outside the try below, which would blame the LLM for a bug in build_visibility or build_positions.
     likelihood.layout(4)
     try:
@@ -1034,7 +1050,10 @@ def rows_that_stay(run, dataset, settings, path):
         user = index.get(owners["users"][row])
         if user is not None:
             rows[user] = row
-    return facts, old, rows, {index[raw] for raw in served} - rows.keys()
+    missing = {index[raw] for raw in served} - rows.keys()
+    if len(missing) < len(served) and PROCESS == 0:
+        print(f"{len(served) - len(missing):,d} users of {path} have a theta, which stays as it is")
+    return facts, old, rows, missing
 
 
 def say_who_is_missing(run, strangers, path):
@@ -1097,6 +1116,8 @@ def settings_of(dataset, likelihood, lm, args):
         # The words may change with new users; --users keeps the space of the first run.
         profiles.append({key: value for key, value in profile.items() if key != "words"})
     settings = {key: getattr(args, key) for key in RECORDED}
+    if args.lm != "tiny":
+        settings["tiny_sentences"] = None  # which then changes nothing
     settings["method"] = METHOD
     settings["profiles"] = profiles
     settings["prompt_fingerprint"] = prompt_fingerprint(likelihood)
@@ -1124,12 +1145,16 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     old_rows = {}
     if args.users:
         before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
+        if not missing and before["dataset_fingerprint"] == settings["dataset_fingerprint"]:
+            return  # the files are as they would be again
         unread = {dataset.users[user] for user in missing if not len(histories[user])}
         warn_of(unread, args.users, f"they have no title to read (--history {args.history})")
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]
     # GPUs of unlike memory would cut unlike blocks.
     blocks, n_first = of_first_process(plan_blocks(likelihood, histories, args))
-    work = args.run / f"blocks-{fingerprint(settings, blocks, n_first, list(old_rows))[:12]}"
+    first_space = before.get("space_fingerprint")  # in which new users are inferred
+    key = fingerprint(settings, blocks, n_first, list(old_rows), first_space)
+    work = args.run / f"blocks-{key[:12]}"
     # With --users the file says who is new. Unfinished work means that somebody has asked for it anew.
     may_be_done = not (args.users or args.fresh or work.exists())
     if may_be_done and is_done(args.run, settings, histories):
@@ -1222,6 +1247,9 @@ def report(facts):
     if kept["users"]:
         print(f"of {kept['users']} users, under what is kept of theta: own {kept['own']:.4f}, population "
               f"{kept['population']:.4f}")
+    if facts["users_without_profile"]:
+        print(f"{facts['users_without_profile']:,d} users have no profile: no title of theirs could be read "
+              f"(--history {facts['history']}), or --users did not name them")
     for what, values in ((f"validation NLL per token{whose}", facts["heldout_nll"]),
                          ("tiny LM, nats a token that a wrong word costs", facts["lm_sensitivity"])):
         if values:
@@ -1245,15 +1273,20 @@ def tidy_up(args):
 
 
 def check_tokens(likelihood, tokenizer, dataset, histories, args):
-    """UserError where titles, of validation rows too, or words have tokens that the model does not have."""
+    """UserError where titles, of validation rows too, or words have tokens that the model does not have.
+
+    Or where a word has none at all.
+    """
     unseen = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     words = []
     for profile in dataset.profiles:
-        words += [f" {word}" for word in profile.get("words", ())]
-    written = chain(histories, unseen, pieces_of(tokenizer, words))
-    if max(np.max(ids, initial=0) for ids in written) >= len(likelihood.word_table.weight):
-        raise UserError("the tokenizer writes tokens that the model does not have", args.lm,
-                        "take the model's own tokenizer")
+        words += profile.get("words", ())
+    pieces = pieces_of(tokenizer, [f" {word}" for word in words])
+    silent = [word for word, ids in zip(words, pieces) if not ids]
+    if silent:
+        raise UserError(f"the tokenizer has no token for {len(silent)} words, among them '{silent[0]}'",
+                        args.lm, "change --lm, or run 01 with --hobby-words or --background-words")
+    check_ids(chain(histories, unseen, pieces), likelihood.model, args.lm)
 
 
 def main():

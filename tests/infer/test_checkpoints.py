@@ -86,9 +86,9 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_one_line(folder):
         opened(path)
 
 
-@pytest.mark.parametrize("token", ["Guitar", "music", "Zorp"])
+@pytest.mark.parametrize("token", ["Guitar", "music", "Zorp", "bought"])
 def test_a_text_of_a_token_that_the_model_lacks_is_one_line(token, folder, prepared, tmp_path, monkeypatch):
-    """A few tokens more than the model has are no harm, unless a title or a word is written in them."""
+    """A few tokens more than the model has are no harm, unless a title, word or prompt is written in them."""
     path = folder(tokenizer=False)
     words = make_tokenizer(bos=True)
     words.add_tokens([token])
@@ -102,6 +102,15 @@ def test_a_text_of_a_token_that_the_model_lacks_is_one_line(token, folder, prepa
     monkeypatch.setattr(infer, "solve", None)  # before anybody is inferred
     with pytest.raises(common.UserError, match="the tokenizer writes tokens that the model does not have"):
         call_stage(infer, "--run", copy_run(prepared, tmp_path / "run"), "--lm", path)
+
+
+def test_a_word_without_a_token_is_one_line(prepared, lm_folders, tmp_path, monkeypatch):
+    """Some tokenizers write nothing for letters that they do not know."""
+    pieces_of = infer.pieces_of
+    monkeypatch.setattr(infer, "pieces_of", lambda tokenizer, texts: [
+        [] if text == " music" else ids for text, ids in zip(texts, pieces_of(tokenizer, texts))])
+    with pytest.raises(common.UserError, match="no token for 1 words, among them 'music'"):
+        call_stage(infer, "--run", copy_run(prepared, tmp_path / "run"), "--lm", lm_folders["gpt2"])
 
 
 def merging(*pairs):

@@ -803,14 +803,21 @@ def test_warnings_stand_in_what_stage_02_prints(prepared, lm_folders, tmp_path, 
 
 def test_a_history_that_just_fits_is_whole_and_nothing_older_than_a_dropped_title_stays():
     tokenizer = make_lm("gpt2")[1]
-    titles = [" Rod;", " Gold Guitar Premium Violin;", " Pan;"]
+    titles = [" Rod;", " Gold Guitar Premium Violin;", " Gold Guitar Classic Pan;"]
     lengths = [len(tokenizer.encode(title)) for title in titles]
     assert tokenizer.decode(infer.tokenize_histories(tokenizer, [titles], sum(lengths))[0]) == "".join(titles)
-    (cut,) = infer.tokenize_histories(
-        tokenizer, [titles], lengths[2] + lengths[0]
-    )  # room for the oldest, not for the middle
-    assert lengths[1] > lengths[0] and tokenizer.decode(cut) == " Pan;"
+    room = lengths[2] + lengths[0]  # beside the newest for the oldest, not for the middle
+    (cut,) = infer.tokenize_histories(tokenizer, [titles], room)
+    assert lengths[0] < lengths[1] <= room and tokenizer.decode(cut) == titles[2]
     assert [len(ids) for ids in infer.tokenize_histories(tokenizer, [[]], 9)] == [0]
+
+
+def test_a_title_that_fits_nowhere_is_left_out_alone():
+    tokenizer = make_lm("gpt2")[1]
+    titles = [" Rod;", " Pan;", " Gold Guitar Premium Violin;"]  # the newest is the long one
+    room = len(tokenizer.encode(titles[2])) - 1
+    (kept,) = infer.tokenize_histories(tokenizer, [titles], room)
+    assert tokenizer.decode(kept) == " Rod; Pan;"
 
 
 def test_no_block_is_larger_than_its_budget_and_the_longest_come_first():

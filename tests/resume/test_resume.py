@@ -1101,6 +1101,30 @@ def test_codebooks_of_another_stage_03_are_not_kept(inferred, tmp_path):
         call_stage(quantize, "--run", run, "--keep-codebooks")
 
 
+def test_new_users_that_a_kill_left_half_inferred_begin_anew_where_the_first_run_is_another(
+        run, lm_folders, monkeypatch):
+    """Its space is another, which the flags do not tell: words are no part of them."""
+    flags = ["--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 1]
+    for words in (["--hobby-words", "cat,dog"], []):
+        call_stage(prepare, "--run", run, "--subsample-users", 60, "--min-interactions", 1, *words)
+        call_stage(infer, "--run", run, *flags)
+        first = common.load(run, "profiles.json")
+        old_users = common.load(run, "users.json")
+        call_stage(prepare, "--run", run, "--subsample-users", 80, "--min-interactions", 1)
+        (run / "new.txt").write_text("\n".join(sorted(set(common.load(run, "users.json")) - set(old_users))))
+        more = ["--users", run / "new.txt", "--block-size", 4]
+        call_02(monkeypatch, run, *flags, *more, **({"number": 2} if words else {}))
+    assert common.load(run, "profiles.json")["space_fingerprint"] == first["space_fingerprint"]
+    quantize.read_problem(run)
+
+
+def test_how_many_sentences_a_tiny_lm_reads_is_nothing_to_another_llm(
+        inferred, as_inferred, tmp_path, capsys):
+    run = copy_run(inferred, tmp_path / "run")
+    call_stage(infer, "--run", run, *as_inferred, "--tiny-sentences", 96)
+    assert "nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("moved", [1, 4])
 def test_new_users_killed_between_the_renames_the_same_command_goes_on(moved, run, lm_folders, tmp_path):
     flags = ["--lm", lm_folders["gpt2"], "--steps", 2, "--task-steps", 1]
@@ -1162,11 +1186,19 @@ def test_where_nobody_of_the_first_run_is_left_some_new_users_are_not_all(run, l
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_a_file_of_users_without_anybody_new_changes_no_row(inferred, as_inferred, tmp_path):
+def test_a_file_of_users_without_anybody_new_changes_no_row(inferred, as_inferred, tmp_path, capsys):
     run, flags = copy_run(inferred, tmp_path / "run"), as_inferred
     content = (run / "profiles.npy").read_bytes()
     owners, facts = (json.loads((run / f"profiles{name}.json").read_text()) for name in ("_users", ""))
     (run / "new.txt").write_text(owners["users"][owners["inferred"][0]] + "\n")
+    call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
+    assert "1 users of" in (printed := capsys.readouterr().out) and "have a theta" in printed
+    assert json.loads((run / "profiles.json").read_text()) == facts  # what was measured of them stays
+    dataset = common.load_dataset(run)
+    dataset.items[0]["title"] += " of another edition"
+    common.save_json(run / "items.json", dataset.items)
+    common.save_json(run / "dataset.json",
+                     common.load(run, "dataset.json") | {"fingerprint": dataset.fingerprint()})
     call_stage(infer, "--run", run, *flags, "--users", run / "new.txt")
     assert (run / "profiles.npy").read_bytes() == content
     again = json.loads((run / "profiles.json").read_text())
