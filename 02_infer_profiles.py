@@ -526,6 +526,7 @@ def parse_arguments():
 METHOD = 4  # goes up when the same flags give another theta: a finished run of before is then inferred anew
 DIRECTION_USERS = 256  # users whose theta gives the directions that are kept of everybody's
 ENOUGH = 10  # users of whom a standard error says something
+HELDOUT_USERS = 2048  # of more users so many, drawn at random, tell how theta does on titles not seen
 KEPT_USERS = 128  # users on whose own histories it is tried whether what is kept of theta still holds
 LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share below its longest
 CACHE_BYTES = 2_400_000  # of a CPU's cache: a block's hidden states in one layer shall fit into them
@@ -1169,9 +1170,11 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     z, known, sums = gather(work, blocks, n_first, old_z, old_rows, solved, len(histories), before)
     validation = tokenize_histories(tokenizer, history_texts(dataset, VALIDATION, args), likelihood.room)
     users = sorted(chain(*blocks))
-    heldout, errors = heldout_nll(likelihood, space, z, validation, users, dataset.profiles,
+    drawn = seeded(args.seed, 15).permutation(np.array(users, int))
+    judged = sorted(drawn[:HELDOUT_USERS])
+    heldout, errors = heldout_nll(likelihood, space, z, validation, judged, dataset.profiles,
                                   seeded(args.seed, 3), args.block_size)
-    some = seeded(args.seed, 15).permutation(np.array(users, int))[:KEPT_USERS]
+    some = drawn[:KEPT_USERS]
     kept, kept_error = nll_per_token(
         likelihood, space, lambda block: {"own": z[block], "population": np.zeros_like(z[block])},
         only(histories, some), args.block_size)
@@ -1180,7 +1183,8 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     owners = {"users": dataset.users, "inferred": known}
     facts = settings | {
         "rows_kept": len(old_rows),
-        "rows_new": len(users),  # of these users are heldout_nll and train_nll_kept
+        "rows_new": len(users),
+        "heldout_users": len(judged),  # of the new ones
         "lm_sensitivity": lm["sensitivity"],
         "users_without_profile": len(z) - len(known),
         "heldout_nll": heldout or None,
@@ -1244,6 +1248,8 @@ def report(facts):
     print(f"\ntrain NLL per token {steps[0]:.4f} -> {steps[-1]:.4f} in the descent; "
           f"{facts['tokens_per_second']:,d} tokens x steps/s in each process")
     whose = f" of the {facts['rows_new']:,d} new users" if facts["rows_kept"] else ""
+    if facts["heldout_users"] < facts["rows_new"]:
+        whose = f" of {facts['heldout_users']:,d} of {facts['rows_new']:,d} users"
     if kept["users"]:
         print(f"of {kept['users']} users, under what is kept of theta: own {kept['own']:.4f}, population "
               f"{kept['population']:.4f}")

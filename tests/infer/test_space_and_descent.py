@@ -812,6 +812,23 @@ def test_a_history_that_just_fits_is_whole_and_nothing_older_than_a_dropped_titl
     assert [len(ids) for ids in infer.tokenize_histories(tokenizer, [[]], 9)] == [0]
 
 
+def test_of_many_users_some_are_drawn_to_be_judged(prepared, lm_folders, tmp_path, monkeypatch, capsys):
+    judged = []
+    heldout_nll = infer.heldout_nll
+    monkeypatch.setattr(infer, "heldout_nll", lambda *args: judged.append(args[4]) or heldout_nll(*args))
+    found = []
+    for most in (10**9, 10**8, 12):
+        monkeypatch.setattr(infer, "HELDOUT_USERS", most)
+        run = copy_run(prepared, tmp_path / str(most))
+        call_stage(infer, "--run", run, "--lm", lm_folders["gpt2"], "--steps", 1, "--task-steps", 0)
+        found.append(common.load(run, "profiles.json"))
+    everybody = common.load(run, "profiles_users.json")["inferred"]
+    assert judged[0] == everybody and len(judged[2]) == 12 and set(judged[2]) < set(everybody)
+    assert np.diff(judged[2]).max() > 1  # not the first ones
+    assert found[0]["heldout_nll"] == found[1]["heldout_nll"] != found[2]["heldout_nll"]
+    assert f"validation NLL per token of 12 of {len(everybody)} users: own" in capsys.readouterr().out
+
+
 def test_a_title_that_fits_nowhere_is_left_out_alone():
     tokenizer = make_lm("gpt2")[1]
     titles = [" Rod;", " Pan;", " Gold Guitar Premium Violin;"]  # the newest is the long one
