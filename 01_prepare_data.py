@@ -633,7 +633,7 @@ def read_items(source, rows, names, separator, ratings_file=None):
     if differing:
         print(f"WARNING: {len(differing):,d} of {len(texts_of):,d} items are described differently in their "
               f"rows of {ratings_file.name}. What all rows say is taken together, those of validation and "
-              "test too; if it depends on the user, give a file of items as --items-file")
+              "test too; where a column is of the user and not of the item, give --items-file")
     joined = sorted(value for value in distinct if re.search(r"[,;|/>]", value))
     if 5 * len(joined) > len(distinct):
         print(f"WARNING: {len(joined):,d} of {len(distinct):,d} values look like several in one, as "
@@ -1124,7 +1124,7 @@ def parse_review(line):
 
 
 BYLINE = re.compile(r"\s*by\s*\n")  # before some brands of Amazon's files of 2018: "by" and a new line
-AUTHOR_PAGE = re.compile(r"\s*Visit Amazon's (.+) Page\s*")  # around others
+AUTHOR_PAGE = re.compile(r"\s*Visit Amazon's (.+) Page\s*")  # what they have in place of an author's name
 SOURCE_CODE = re.compile(r"getTime\(\)|<!doctype", re.I)  # some titles there are the source of a web page
 
 

@@ -145,7 +145,7 @@ def history_texts(dataset, splits, args):
     liked_text = [f" {item['title']}{plus};" for item in dataset.items]
     disliked_text = [f" {item['title']}{minus};" for item in dataset.items]
     texts = [[] for _ in dataset.users]
-    for user, item, label in dataset.rows(splits):
+    for user, item, label in dataset.rows(splits):  # not .tolist(): a list for each row is large
         if label:
             texts[user].append(liked_text[item])
         elif args.history != "liked":
@@ -1147,7 +1147,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     if args.users:
         before, old_z, old_rows, missing = rows_that_stay(args.run, dataset, settings, args.users)
         if not missing and before["dataset_fingerprint"] == settings["dataset_fingerprint"]:
-            return  # the files are as they would be again
+            return  # nobody is new, and no user's place has changed
         unread = {dataset.users[user] for user in missing if not len(histories[user])}
         warn_of(unread, args.users, f"they have no title to read (--history {args.history})")
         histories = [ids if user in missing else ids[:0] for user, ids in enumerate(histories)]

@@ -36,11 +36,11 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "assignments" and not config.option.markexpr else None
 
 
-def run_stage(script, *args, env=None, cwd=ROOT, timeout=300):
+def run_stage(script, *args, cwd=ROOT, timeout=300):
     """Run a script as a user would, in a new interpreter; returns the finished process."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True,
                           text=True, cwd=cwd, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def fork_stage(script, *args, cwd=ROOT):

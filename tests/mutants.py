@@ -466,6 +466,8 @@ MUTANTS["02_infer_profiles.py"] = [
      "check_ids(chain(histories, unseen),", "test_a_text_of_a_token_that_the_model_lacks_is_one_line"),
     ("prompts are not looked at", "check_ids((segment.ids for segment in segments), model, args.lm)", "pass",
      "test_a_text_of_a_token_that_the_model_lacks_is_one_line[bought]"),
+    ("nobody says how many have no profile", 'if facts["users_without_profile"]:', "if False:",
+     "test_users_without_a_history_hold_0_the_population"),
     ("a word may have no token", "if silent:", "if False:", "test_a_word_without_a_token_is_one_line"),
     ("what was measured of users is lost where nobody is new",
      'if not missing and before["dataset_fingerprint"] == settings["dataset_fingerprint"]:', "if False:",

@@ -447,7 +447,7 @@ def test_bad_input_is_one_line_exit_2_and_changes_no_artifact(case, inferred, lm
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-def test_errors_of_a_real_process_have_no_traceback(tmp_path):
+def test_errors_of_a_script_have_no_traceback(tmp_path):
     process = fork_stage("03_quantize.py", "--run", tmp_path / "nothing")
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: dataset.json is missing (")

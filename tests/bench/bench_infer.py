@@ -497,7 +497,7 @@ def demo_world():
     return prepare.build(prepare.load_demo(args), args)[0]
 
 
-def linear(sizes, steps):
+def linear(sizes, flags):
     """Stage 02 as a process on worlds of growing size, one tiny LM: ms a user in the solver, peak memory."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -506,8 +506,8 @@ def linear(sizes, steps):
         for size in sizes:
             run = Path(folder) / str(size)
             write_world(run, size)
-            script, flags = ROOT / "02_infer_profiles.py", ["--run", run, "--lm", lm, *steps]
-            subprocess.run([sys.executable, script, *flags], check=True, capture_output=True)
+            command = [sys.executable, ROOT / "02_infer_profiles.py", "--run", run, "--lm", lm, *flags]
+            subprocess.run(command, check=True, capture_output=True)
             facts = json.loads((run / "profiles.json").read_text())
             found[size] = 1e3 * facts["seconds"] / size, facts["peak_memory_mb"]
             note(f"{size} users: {found[size][0]:.3f} ms a user, peak {found[size][1]} MB")
@@ -634,8 +634,10 @@ def main():
     if args.memory_of:
         figures = memory_of(args.memory_of, shape, device)
     elif args.linear:
-        quick = (60,), ("--steps", "1", "--task-steps", "1")
-        figures = linear(*(quick if args.quick else ((1000, 4000, 16000), ("--steps", "5"))))
+        if args.quick:
+            figures = linear((60,), ("--steps", "1", "--task-steps", "1"))
+        else:
+            figures = linear((1000, 4000, 16000), ("--steps", "5"))
     elif args.million:
         figures = million(2000 if args.quick else 10**6)
     elif args.smollm2:

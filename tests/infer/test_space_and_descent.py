@@ -579,7 +579,7 @@ def test_the_graph_of_an_fp16_llm_is_freed_by_backward(world):
 
 # ---------------------------------------------------------------- the artifacts
 
-def test_users_without_a_history_hold_0_the_population(sparse):
+def test_users_without_a_history_hold_0_the_population(sparse, capsys):
     run, _ = sparse
     dataset, z, facts = (
         common.load_dataset(run),
@@ -592,6 +592,9 @@ def test_users_without_a_history_hold_0_the_population(sparse):
     assert common.load(run, "profiles_users.json")["inferred"] == known
     assert z.dtype == np.float32 and z.shape == (len(dataset.users), 2, 8)
     assert (z[unknown] == 0).all() and z[known].any(axis=(1, 2)).all()
+    for count in (len(unknown), 0):
+        infer.report(facts | {"users_without_profile": count})
+        assert (f"{len(unknown)} users have no profile" in capsys.readouterr().out) == (count > 0)
 
 
 def test_each_row_is_the_z_of_its_own_user(sparse):
