@@ -105,6 +105,7 @@ class Source:
     profiles: tuple
     task_prompt: str
     truth: dict | None = None  # demo: raw user id -> the user's hobby and background, as indices
+    name: str = ""  # of the data set, if it is not --dataset
 
 
 DEMO_HOBBIES = dict(
@@ -181,9 +182,8 @@ def load_demo(args):
 def thin_out(source, args):
     """Indices of the rows kept.
 
-    --max-per-user and --subsample-users choose at random. Then users and items with too few rows are dropped,
-    again and again, for without a dropped user an item may have too few. So fewer users may stay than
-    --subsample-users says.
+    --max-per-user and --subsample-users choose at random, the latter among users who have enough rows for
+    --min-interactions. Fewer may stay, for among the chosen ones alone an item may have too few.
     """
     users = source.users
     items = source.items
@@ -195,12 +195,22 @@ def thin_out(source, args):
         first_row = np.searchsorted(users[order], users[order])  # where the user's rows begin
         place = np.arange(len(order)) - first_row  # within the user's rows
         kept = np.sort(order[place < args.max_per_user])
+    kept = with_enough_rows(kept, users, items, args.min_interactions)
     if args.subsample_users:
         shuffled = np.random.default_rng((args.seed, 3)).permutation(len(source.user_ids))
-        kept = kept[np.isin(users[kept], shuffled[:args.subsample_users])]
+        chosen = shuffled[np.isin(shuffled, users[kept])][:args.subsample_users]
+        kept = kept[np.isin(users[kept], chosen)]
+    return with_enough_rows(kept, users, items, args.min_interactions)
+
+
+def with_enough_rows(kept, users, items, least):
+    """Of these rows those whose user and whose item have at least `least` of them.
+
+    They are dropped again and again, for without a dropped user an item may have too few.
+    """
     while True:
-        enough = np.bincount(users[kept])[users[kept]] >= args.min_interactions
-        enough &= np.bincount(items[kept])[items[kept]] >= args.min_interactions
+        enough = np.bincount(users[kept])[users[kept]] >= least
+        enough &= np.bincount(items[kept])[items[kept]] >= least
         if enough.all():
             return kept
         kept = kept[enough]
@@ -262,7 +272,8 @@ def build(source, args):
     truth = None
     if source.truth is not None:
         truth = np.array([source.truth[raw] for raw in user_ids], np.int16)
-    return Dataset(interactions, user_ids, described, profiles, source.task_prompt, args.dataset), truth
+    name = source.name or args.dataset
+    return Dataset(interactions, user_ids, described, profiles, source.task_prompt, name), truth
 
 
 def describe_items(source, raw_ids):
@@ -317,8 +328,10 @@ def say_what_is_left(source, kept, args):
         flags.append(f"--subsample-users {args.subsample_users}")
     rows = f"kept {len(kept):,d} of {len(source.users):,d} rows"
     if len(kept) < 10:
-        raise UserError(f"{rows}, {', '.join(counts)}: too few to learn from", ", ".join(flags),
-                        "lower --min-interactions or give more data")
+        todo = "lower --min-interactions or give more data"
+        if args.subsample_users:
+            todo = "raise --subsample-users or lower --min-interactions"
+        raise UserError(f"{rows}, {', '.join(counts)}: too few to learn from", ", ".join(flags), todo)
     if len(kept) < len(source.users):
         print(f"{rows}, {', '.join(counts)} ({', '.join(flags)})")
 
@@ -575,6 +588,8 @@ def load_movielens(args):
         movies = read_cells(folder / "movies.dat", "::", 3)
         rows = read_cells(folder / needed, "::", 4, film_rating)
     source = collect(rows, (GENRE, ERA), WATCHED)
+    if (folder / "ratings.csv").exists():  # a later release, such as ml-25m
+        source.name = f"ml-{folder.resolve().name.removeprefix('ml-')}"
     for raw, title, genres in movies:
         title, year = clean_title(clean_text(title))
         source.titles[raw] = title
@@ -701,7 +716,8 @@ def good(found, parse, path):
             raise
         except Exception as error:
             bad += 1
-            example = example or f"record {count}: {error!r:.150}"
+            why = str(error) if isinstance(error, csv.Error) else repr(error)
+            example = example or f"record {count}: {why:.150}"
     if bad > MAX_BAD * count:
         raise UserError(f"{bad:,d} of {count:,d} records cannot be read, the first is {example}", path,
                         "mend these lines, or name the right --dataset or columns")
@@ -843,7 +859,7 @@ def read_table(path, columns, parse=lambda *cells: cells):
     missing = [column for column in columns if column not in names]
     if missing:
         what = f"{path.name} has no column {', '.join(missing)}; it has {', '.join(names)[:200] or 'none'}"
-        todo = "with --dataset csv name the columns by the --...-col flags"
+        todo = "with --dataset csv name the columns by the --...-col flags (of --items-file: --item-id-col)"
         if any(re.fullmatch(r"-?\d+(\.\d+)?", name) for name in names):
             todo = "its first line looks like data: put a header line with the columns' names above it"
         elif missing == ["rating"]:
@@ -917,7 +933,7 @@ def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
     if text.lower() in MISSING or re.fullmatch(NUMBER, text):
-        parts = [text]  # one value: a slash would split n/a, a comma 1,5 and 1,234
+        parts = [re.sub(r"^(\d+)\.0$", r"\1", text)]  # one value: a slash would split n/a, a comma 1,5
     elif is_list(text):
         parts = listed_values(text)
     else:
@@ -985,8 +1001,11 @@ ARTICLES = "The|A|An|Il|La|Le|Les|L'|Das|Der|Die|El|Los|Las|Un|Une|Det|Den"
 
 
 def clean_title(text):
-    """('The Matrix', 1999) from 'Matrix, The (1999)'; without a year (title, None)."""
-    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})\))?\s*", text).groups()
+    """('The Matrix', 1999) from 'Matrix, The (1999)'; without a year (title, None).
+
+    Series have the years from and to, or an open end: (1975-1979), (2007-); the first counts.
+    """
+    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-\u2013](?:\d{4})?\s*)?\)+)?\s*", text).groups()
     title = re.sub(rf"^(.+?), ({ARTICLES})(?= \(|$)", r"\2 \1", title)
     return " ".join(title.split()), int(year) if year else None
 
@@ -1042,12 +1061,16 @@ def load_release(args):
     """Amazon (2014, 2018, 2023), Yelp's academic files, or the NETE / PEPLER release."""
     folder = args.data_dir or Path("data", args.dataset)
     what, reviews_pattern, products_pattern = RELEASES[args.dataset]
-    names = [path for path in folder.glob("*") if path.is_file()]
+    names = sorted(path for path in folder.glob("*") if path.is_file() and not path.name.startswith("."))
     reviews = [path for path in names if re.fullmatch(reviews_pattern, path.name)]
     products = [path for path in names if re.fullmatch(products_pattern, path.name)]
     if len(reviews) != 1 or len(products) != 1:
+        several = [path.name for files in (reviews, products) if len(files) > 1 for path in files]
+        todo = f"fetch {what}, or change --data-dir"
+        if several:
+            todo = f"leave one of each ({', '.join(several)})"
         raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
-                        folder, f"fetch {what}, or change --data-dir")
+                        folder, todo)
     profiles = (BRAND, PRICE)
     task_prompt = BOUGHT
     if args.dataset == "yelp":
@@ -1108,8 +1131,8 @@ def parse_record(line):
 
 
 def first(record, *keys):
-    """The first of these entries that is not empty, else ''."""
-    return next((record[key] for key in keys if record.get(key)), "")
+    """The first of these entries that is neither empty nor NaN, which alone is not itself; else ''."""
+    return next((record[key] for key in keys if record.get(key) and record[key] == record[key]), "")
 
 
 def parse_review(line):
@@ -1125,6 +1148,13 @@ def parse_review(line):
 
 BYLINE = re.compile(r"\s*by\s*\n")  # before some brands of Amazon's files of 2018: "by" and a new line
 AUTHOR_PAGE = re.compile(r"\s*Visit Amazon's (.+) Page\s*")  # what they have in place of an author's name
+# What stands behind a name in the files of 2023, which took it from a page: "(Author)", "Format: Audio CD"
+CREDIT = re.compile(r"""\s*(\((Actor|Artist|Author|Composer|Conductor|Contributor|Creator|Director|Editor|
+    Illustrator|Narrator|Orchestra|Performer|Photographer|Producer|Translator|Writer)\b
+    |\b(Format|Rated):).*""", re.S | re.X)
+# A comma between two of Yelp's categories, and none in Books, Mags, Music & Video or Beer, Wine & Spirits
+BETWEEN_CATEGORIES = re.compile(
+    r",(?!\s*(?:Mags|Music & Video|Wine & Spirits|Vintage & Consignment|Trusts|& Probates)\b)")
 SOURCE_CODE = re.compile(r"getTime\(\)|<!doctype", re.I)  # some titles there are the source of a web page
 
 
@@ -1135,14 +1165,14 @@ def parse_product(line):
     # names into one text, separated by commas. At most three are kept.
     found = first(record, "categories", "category") or [""]
     path = found[0] if isinstance(found[0], list) else found
-    names = path.split(",") if isinstance(path, str) else path
+    names = BETWEEN_CATEGORIES.split(path) if isinstance(path, str) else path
     cleaned = [clean_text(name).lower() for name in names]
     categories = [name for name in cleaned if name not in MISSING]  # a leaf may be markup alone
     details = record.get("attributes")  # of Yelp, with a price range from 1 to 4
     price_range = details.get("RestaurantsPriceRange2") if isinstance(details, dict) else None
     brand = BYLINE.sub("", str(first(record, "brand", "store")), count=1)
     on_a_page = AUTHOR_PAGE.fullmatch(brand)
-    brand = clean_text(on_a_page[1] if on_a_page else brand).lower()
+    brand = clean_text(CREDIT.sub("", on_a_page[1] if on_a_page else brand)).lower()
     title = str(first(record, "title", "name"))
     return {
         "id": raw_id(first(record, "parent_asin", "asin", "business_id", "item", "id")),
@@ -1162,6 +1192,16 @@ def price_of(value):
     if re.fullmatch(r"\d+,\d{1,2}", number):  # a decimal comma
         return float(number.replace(",", "."))
     return float(number.replace(",", ""))
+
+
+def level_of(price, low, high):
+    """Is a price cheap, ordinary or luxurious? low, high: the bounds of the thirds; both are one price where
+    most products cost the same, and that price is ordinary."""
+    if price > high:
+        return "luxurious"
+    if price > low or price == high:
+        return "ordinary"
+    return "cheap"
 
 
 def describe_products(facts):
@@ -1186,8 +1226,7 @@ def describe_products(facts):
     for raw, fact in facts.items():
         level = fact["level"]  # Yelp's own word; there are no prices
         if fact["price"] is not None:
-            above = fact["price"] > bounds[tuple(fact["categories"][-1:])]  # of each of the two bounds
-            level = ("cheap", "ordinary", "luxurious")[above.sum()]
+            level = level_of(fact["price"], *bounds[tuple(fact["categories"][-1:])])
         titles[raw] = fact["title"]
         attributes[raw] = {"hobby": [fact["brand"]] if fact["brand"] else fact["categories"],
                            "background": [level] if level else []}

@@ -6,10 +6,10 @@ A user's prompt is an ordered list of segments (Eq. 3), followed by y, the title
     This user's hobby is <theta^1>. This user ... <theta^2>. Products that this user bought: Gold Guitar; ...
 
 theta^m, one vector for each user and profile, stands in the place of a word and minimises
-l_llm = -log P_LLM(y | x, theta)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its own name
-only; the task and y see all before them. In short (solve() and infer_block() do this with files):
+l_llm = -log P_LLM(y | x, theta, D_task)  (Eq. 2, 4), behind a mask (Fig. 4) under which a profile sees its
+own name only; the task and y see all before them. In short (solve() and infer_block() do this with files):
 
-    wide = fit_space()                     theta begins at the mean of words that could name it, as music
+    wide = fit_space()                     theta begins at the mean of words that could name it (music, ...)
     wide.task = fit_task(wide)             what all users share, the text's format, is learned as soft tokens
     wide_z = descend(wide)                 each user's theta by gradient descent, in all its d coordinates
     space = squeeze(wide, 256 of wide_z)   the r directions in which users differ most, and the mean user
@@ -48,7 +48,8 @@ from common import (
     PROCESS, READY, SEEN, TRAIN, UNFINISHED, VALIDATION, Parser, UserError, announce, at_least, check_same,
     count_parameters, do_all, fingerprint, finish, guarded, has_fast_bf16, is_out_of_memory, is_small,
     lm_fingerprint, lm_folder, load, load_dataset, load_language_model, of_first_process, once,
-    peak_memory_mb, pick_device, pieces_of, progress, save_json, save_npy, seeded, train_tiny, wait_for_all)
+    overflows_in_fp16, peak_memory_mb, pick_device, pieces_of, progress, save_json, save_npy, seeded,
+    train_tiny, wait_for_all)
 
 # -------- settings
 
@@ -58,13 +59,14 @@ TASK_RATE = 0.3  # Adam's first step size for the task prompt, in standard devia
 TASK_CHECK = 8  # steps between two looks at the judges
 NOISE_AT = 8  # the principal direction (the first is 0) along which users are taken to vary by chance alone
 LOGIT_CHUNK = 4096  # tokens of y whose logits, one for each token of the vocabulary, are held at once
+LOGITS = 2**27  # how many logits these are, at most: with Gemma's vocabulary those of 512 tokens of y
 
 
 # -------- data: the prompt and the histories
 
 @dataclass
 class Segment:
-    """A run of tokens. kind: begin, name (x^m), theta, task or history; profile: m, where it is of one."""
+    """A run of tokens. kind: begin, name (x^m: 01's "prompt"), theta, task, history; profile: m or None."""
 
     kind: str
     ids: list  # of a theta: [0], which holds its place
@@ -78,7 +80,8 @@ def prompt_segments(tokenizer, dataset):
     if first == tokenizer.bos_token_id:
         segments.append(Segment("begin", [first]))  # Note: all may see it: it is the same for everybody
     sentences = [profile["prompt"] for profile in dataset.profiles]
-    for m, ids in enumerate(pieces_of(tokenizer, sentences)):  # without such added tokens
+    beginning = tokenizer.encode(sentences[0], add_special_tokens=False)  # some put a space before a text
+    for m, ids in enumerate([beginning] + pieces_of(tokenizer, sentences[1:])):
         segments.append(Segment("name", ids, m))
         segments.append(Segment("theta", [0], m))
     segments.append(Segment("task", pieces_of(tokenizer, [dataset.task_prompt])[0]))
@@ -87,10 +90,7 @@ def prompt_segments(tokenizer, dataset):
 
 def segment_of_each_token(segments):
     """The segment to which each token of the prompt belongs: a list as long as the prompt."""
-    found = []
-    for segment in segments:
-        found.extend(segment for _ in segment.ids)
-    return found
+    return [segment for segment in segments for _ in segment.ids]
 
 
 def build_positions(segments, mask):
@@ -99,8 +99,8 @@ def build_positions(segments, mask):
         tokens      x^1 x^1 theta^1 x^2 theta^2 task task y
         positions    0   1     2     0     1     5    6   7
 
-    Note: profiles are then exchangeable (Fig. 4: "independent of each other"); the task and y keep their
-    places in the whole prompt. DEVIATION(3).
+    Note: so the order of the profiles changes nothing (the mask makes them independent, as Fig. 4 has them);
+    the task and y keep their places in the whole prompt. DEVIATION(3).
     """
     profiles = [segment.profile for segment in segment_of_each_token(segments)]
     positions = list(range(len(profiles)))
@@ -114,7 +114,7 @@ def build_positions(segments, mask):
 
 
 def build_visibility(segments, mask):
-    """bool (S, S): may row i attend to column j? Fig. 4.
+    """bool (S, S): may row i attend to column j? Fig. 4, which has rows and columns the other way round.
 
     Paper: "can only attend to their respective profile names and interactions". DEVIATION(2): attention is
     causal and the interactions come later, so theta cannot see them; they see theta. And x^m is cut off from
@@ -156,7 +156,7 @@ def history_texts(dataset, splits, args):
 # -------- model: the likelihood
 
 class ProfileLikelihood:
-    """Eq. (4): -log P_LLM(y | x^1, theta^1, ..., x^M, theta^M, D_task) of each user, summed over y's tokens.
+    """Eq. (4) with the D_task of Eq. (3): -log P_LLM(y | x^1, theta^1, ..., D_task), summed over y's tokens.
 
     segments: the prompt without y; it alone gives embeddings, mask and positions.
     task: float32 (T, d), the embeddings of D_task: at first of its text, then those that fit_task learns.
@@ -166,10 +166,10 @@ class ProfileLikelihood:
         self.model = model
         self.segments = segments
         self.mask = mask
-        self.chunk = chunk
         self.body = model.base_model
         self.head = model.get_output_embeddings()
         self.word_table = model.get_input_embeddings()
+        self.chunk = max(1, min(chunk, LOGITS // len(self.head.weight)))
         self.dtype = self.word_table.weight.dtype
         self.device = self.word_table.weight.device
         self.width = self.word_table.weight.shape[1]
@@ -192,7 +192,7 @@ class ProfileLikelihood:
     def embeddings(self, theta, history_ids, task=None):
         """theta (B, M, d) fp32, history_ids (B, H), task (T, d) -> (B, S, d) in the LLM's dtype."""
         parts = []
-        task = self.task if task is None else task
+        task = self.task if task is None else task  # given where ScaledGradient differentiates by it
         for segment in self.segments:
             if segment.kind == "theta":
                 part = theta[:, segment.profile, None]  # Shape: (B, 1, d)
@@ -302,12 +302,12 @@ def fit_space(likelihood, tokenizer, profiles):
 def squeeze(space, wide_z, rank):
     """The Space of the `rank` directions in which these users vary most, with their mean at the origin.
 
-    wide_z (n, M, d): these users in `space`, that of the descent. Note: d coordinates also fit what a few
-    titles ask for by chance. We assume that along the direction at NOISE_AT (if more are kept, along the
-    first that is dropped) users vary by chance alone, and by chance as much along every other. Of the
-    variance v of a direction only v - noise is then about users, and the LLM is shown 1 - noise / v of z (the
-    form of probabilistic PCA, Tipping and Bishop 1999): titles not seen become likelier. z itself, by which
-    users are compared and get their codes, stays as long as it is. DEVIATION(4).
+    wide_z (n, M, d): these users in `space`, that of the descent. By Space.project() all users get a z in the
+    new one. Note: d coordinates also fit what a few titles ask for by chance. We assume that along the
+    direction at NOISE_AT (if more are kept, along the first that is dropped) users vary by chance alone, and
+    by chance as much along every other. Of a variance only variance - noise is then a difference of users,
+    and the LLM is shown 1 - noise / variance of z (the form of probabilistic PCA, Tipping and Bishop 1999):
+    titles not seen become likelier. z itself, by which users get their codes, is not shrunk. DEVIATION(4).
     """
     mean = wide_z.mean(0)  # Shape: (M, d)
     # Of (M, n, d): singular values (M, min(n, d)), directions (M, min(n, d), d)
@@ -315,8 +315,8 @@ def squeeze(space, wide_z, rank):
     variance = singular ** 2  # n times the variance; the ratio below is free of n
     kept = max(1, min(rank, len(wide_z) - 1))  # n users differ in at most n - 1 directions
     basis = directions[:, :kept] @ space.basis  # Shape: (M, r, d)
-    dropped = variance[:, max(kept, NOISE_AT):]
-    noise = dropped[:, :1] if dropped.shape[1] else 0  # Shape: (M, 1); too few users have no such direction
+    by_chance = variance[:, max(kept, NOISE_AT):]  # empty where there are too few users
+    noise = by_chance[:, :1] if by_chance.shape[1] else 0  # Shape: (M, 1)
     shrink = 1 - noise / variance[:, :kept].clamp(min=1e-30)  # Shape: (M, r)
     return replace(space, origin=space.theta(mean[None])[0], basis=basis, shrink=shrink)
 
@@ -342,21 +342,21 @@ def fit_task(likelihood, space, histories, args):
     rng = np.random.default_rng(args.seed)
     users = rng.permutation([user for user, ids in enumerate(histories) if len(ids)])
     judges, fitted = np.split(users, [min(TASK_JUDGES, len(users) // 5)])
-    # At most as many gradients of a user as the descent takes: 300 users x 3 steps allow 37 x TASK_USERS.
+    # No more gradients in all than the descent will take: 300 users x 3 steps are 37 steps of TASK_USERS.
     steps = min(args.task_steps, len(users) * args.steps // TASK_USERS)
     task = likelihood.task.clone().requires_grad_()
     optimizer = torch.optim.Adam([task], lr=TASK_RATE * likelihood.task.std().item())
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, max(1, steps))
     best_task = likelihood.task
-    best_nll = float("inf")
+    best_judged = float("inf")
     for step in progress(range(steps + 1), "learning the task prompt", "step"):
         likelihood.task = task.detach()
         if step % TASK_CHECK == 0 or step == steps:
             with torch.no_grad():
-                nll = sum(part.item() for part in shared_nll(likelihood, space, histories, judges, args))
-            if nll < best_nll:
+                judged = sum(nll.item() for nll in shared_nll(likelihood, space, histories, judges, args))
+            if judged < best_judged:
                 best_task = task.detach().clone()
-                best_nll = nll
+                best_judged = judged
         if step < steps:
             chosen = rng.choice(fitted, min(TASK_USERS, len(fitted)), replace=False)
             likelihood.task = task  # the likelihood now depends on what Adam moves
@@ -373,12 +373,12 @@ def fit_task(likelihood, space, histories, args):
 def descend(likelihood, space, ids, lengths, args):
     """Minimise Eq. (4) and the prior over z, users' coordinates in `space`. DEVIATION(4), DEVIATION(14).
 
-    ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), the NLL at the start and after each step
-    (steps + 1, B)). Each user has a step size for each profile, else the profile on which the history
-    depends most would hold the others back. In the first step the coordinate with a profile's largest
-    gradient moves by --lr, the most that any may in a step; a later step goes to where the curvature along
-    the last move puts the minimum (Barzilai and Borwein 1988). Where a step would raise a user's loss, the
-    user stays, keeps the gradient, and tries half the step sizes next.
+    ids (B, H), lengths (B,). Returns (z fp32 (B, M, r), r = d but for --space words; the NLL at the start and
+    after each step (steps + 1, B)). A step is size * gradient. Each user has a size for each profile, else
+    the profile on which the history depends most would hold the others back. At first the coordinate with a
+    profile's largest gradient moves by --lr, the most that any may in a step; then size = 1 / curvature =
+    |move|^2 / <move, change of the gradient> (Barzilai and Borwein 1988). Where a step would raise a user's
+    loss, the user stays, keeps the gradient, and tries half the sizes next.
     """
     def evaluate(z, wants_gradient):
         """(NLL (B,), loss (B,), the loss's gradient (B, M, r) or 0) at z (B, M, r)."""
@@ -396,14 +396,14 @@ def descend(likelihood, space, ids, lengths, args):
         nll, loss = (values.detach().masked_fill(overflowed, torch.nan) for values in (nll, loss))
         return nll, loss, gradient
 
-    def longest_step(gradient):
-        """The largest sizes (B, M): no coordinate moves by over --lr, nor past a prior's own minimum."""
+    def largest_size(gradient):
+        """Bounds (B, M): no coordinate moves by over --lr, nor past a prior's minimum, z = 0 (1 / prior)."""
         by_lr = args.lr / gradient.abs().amax(2).clamp(min=1e-30)
         return by_lr.clamp(max=1 / args.prior) if args.prior else by_lr
 
     z = space.origin.new_zeros(len(ids), *space.basis.shape[:2])  # at space.origin, the words' mean
     nll, loss, gradient = evaluate(z, True)
-    step_size = longest_step(gradient)
+    step_size = largest_size(gradient)
     nlls = [nll]
     for step in range(1, args.steps + 1):
         trial = z - step_size[:, :, None] * gradient
@@ -415,7 +415,7 @@ def descend(likelihood, space, ids, lengths, args):
             curvature = (move * change).sum(2) / (move ** 2).sum(2).clamp(min=1e-30)  # Shape: (B, M)
             # A curvature that is not positive says nothing of how far the minimum is.
             by_curvature = torch.where(curvature > 0, 1 / curvature, torch.inf)
-            next_size = by_curvature.minimum(longest_step(trial_gradient))
+            next_size = by_curvature.minimum(largest_size(trial_gradient))
             step_size = torch.where(improved[:, None], next_size, step_size / 2)
             gradient = torch.where(improved[:, None, None], trial_gradient, gradient)
         z = torch.where(improved[:, None, None], trial, z)
@@ -460,7 +460,7 @@ def nll_per_token(likelihood, space, variants, histories, block_size=None):
 
     variants: a function of a block of users that returns {"own" and other names: z (B, M, r)}. The error is
     that of the difference to own, over users; fewer than ENOUGH of them tell none. block_size: most users of
-    a block.
+    a block. Users of whom an NLL is not finite are left out, with a WARNING.
     """
     nlls = {}  # of each variant the nats of each user, in the order of the blocks
     tokens = []  # of these users
@@ -471,9 +471,14 @@ def nll_per_token(likelihood, space, variants, histories, block_size=None):
         tokens.extend(lengths.tolist())
         for name, z in variants(block).items():
             theta = space.theta(torch.tensor(z, device=likelihood.device))
-            nll = likelihood(theta, ids, lengths)
-            check_finite(nll, f"the likelihood of some titles ({name})", likelihood.dtype)
-            nlls.setdefault(name, []).extend(nll.tolist())
+            nlls.setdefault(name, []).extend(likelihood(theta, ids, lengths).tolist())
+    finite = np.isfinite(list(nlls.values())).all(0)  # Shape: (users,)
+    if not finite.all():
+        bad = f"{(~finite).sum():,d} of {len(finite):,d} users"
+        print(f"WARNING: the likelihood of the titles of {bad} is not finite in {likelihood.dtype}: the "
+              "figures leave these users out; with --dtype bf16 or fp32 they count")
+        tokens = np.array(tokens)[finite].tolist()
+        nlls = {name: np.array(of_users)[finite] for name, of_users in nlls.items()} if tokens else {}
     means = {name: sum(of_users) / sum(tokens) for name, of_users in nlls.items()}
     errors = {}
     others = [name for name in nlls if name != "own"] if len(tokens) >= ENOUGH else []
@@ -498,7 +503,8 @@ def parse_arguments():
         help="tiny (trained here), smollm2, gemma3-270m, gpt2, llama2-7b (paper), a hub name, a folder or a "
         ".gguf file; auto: tiny on the demo, llama2-7b on a GPU of 20 GiB, else gpt2")
     add("--dtype", choices=("auto", *DTYPES), default="auto",
-        help="auto: fp16 on a GPU, bf16 on a CPU that has it, fp32 for the tiny LM and elsewhere")
+        help="auto: fp16 on a GPU (bf16 for Gemma 3), bf16 on a CPU that has it, fp32 for the tiny LM and "
+        "elsewhere")
     add("--steps", type=at_least(1), default=3, help="gradient steps of a user")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.5,
         help="most that a coordinate of theta moves in a step, in the words' spread (with --space words: in "
@@ -532,7 +538,7 @@ LENGTH_SPREAD = 0.09  # the shortest prompt of a block is at most this share bel
 CACHE_BYTES = 2_400_000  # of a CPU's cache: a block's hidden states in one layer shall fit into them
 ACTIVATIONS = 40  # numbers that a layer keeps for each token until the gradient, in units of the LLM's width
 LEAST_TOKENS_CPU = 768  # of a block, however wide the LLM is
-LEAST_TOKENS_GPU = 2048
+LEAST_TOKENS_GPU = 512
 
 
 def tokenize_histories(tokenizer, texts, room):
@@ -878,19 +884,22 @@ def check_ids(texts, model, name):
                         "take the model's own tokenizer")
 
 
-def open_model(dataset, args, device, length):
+def open_model(dataset, args, device, length, room=20):
     """(likelihood, tokenizer, {fingerprint, sensitivity} of the LLM); fills in args.lm and args.dtype.
 
     length: how many titles a history has at most, for which the tiny LM is trained; None: it is there
-    already. sensitivity: of the tiny LM, see common.sensitivity.
+    already. room: GiB of a GPU with which --lm auto takes Llama-2-7B in 16 bits. sensitivity: of the tiny LM,
+    see common.sensitivity.
     """
     on_gpu = device.type == "cuda"
     if args.lm == "auto":
-        roomy = on_gpu and torch.cuda.get_device_properties(device).total_memory >= 20 * 2**30
+        needed = room * 2**30 * (2 if args.dtype == "fp32" else 1)
+        roomy = on_gpu and torch.cuda.get_device_properties(device).total_memory >= needed
         if dataset.name == "demo":
             args.lm = "tiny"
         else:
             args.lm = "llama2-7b" if roomy else "gpt2"
+        args.lm = of_first_process(args.lm)  # for GPUs may be unlike
         if PROCESS == 0:
             print(f"--lm auto chose {args.lm}")
     tiny = args.lm == "tiny"
@@ -904,9 +913,10 @@ def open_model(dataset, args, device, length):
     if args.dtype == "auto":
         args.dtype = "fp32"
         if not tiny and on_gpu:
-            args.dtype = "fp16"
+            args.dtype = "bf16" if overflows_in_fp16(name) else "fp16"
         elif not is_small(name) and has_fast_bf16():
             args.dtype = "bf16"
+        args.dtype = of_first_process(args.dtype)
         if PROCESS == 0:
             print(f"--dtype auto chose {args.dtype}")
     if PROCESS == 0 and not Path(name).is_dir():
@@ -952,7 +962,7 @@ def likeliest_words(likelihood, tokenizer, m):
         elif segment.kind == "name" and segment.profile == m:
             name = segment.ids
     after_name = next_word(name)
-    after_bare = next_word(pieces_of(tokenizer, [BARE_PROMPT])[0])
+    after_bare = next_word(tokenizer.encode(BARE_PROMPT, add_special_tokens=False))
     likeliest = after_name.topk(min(LIKELIEST, len(after_name))).indices
     ratio = after_name[likeliest] / after_bare[likeliest].clamp(min=1e-12)
     words = []
@@ -1190,7 +1200,7 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
         "heldout_nll": heldout or None,
         "heldout_error": errors or None,
         "train_nll": {"before": steps[0], "after": steps[-1]},
-        "train_nll_kept": {**kept, "error": kept_error.get("population"), "users": len(some)},
+        "train_nll_kept": {**kept, "error": kept_error.get("population"), "users": len(some) if kept else 0},
         "train_nll_steps": steps,
         "train_tokens": sums["tokens"],
         "tokens_per_second": round(worked / max(sums["seconds"], 1e-9)),

@@ -17,10 +17,11 @@ profile are its codebook. The directions in `basis` are orthogonal and of one le
 words), so the code nearest to z is the one nearest to theta before it is shrunk. DEVIATION(k): row k of
 README's differences.
 
---quantizer vq: codebooks start from k-means, begun at the profile's words (stage 01: values of items, as
-music) that most items have, and a surrogate DCN is warmed up on these codes, DEVIATION(6); then Algorithm 1:
-minibatches of users update z, codebooks and surrogate. kmeans: that start alone. em, words: the LLM itself
-judges which code suits a user (variants). A code is named after the word of the direction most like its own.
+--quantizer vq: codebooks start from k-means, begun at the profile's words (stage 01: values of items, such
+as music) that most items have, and a surrogate DCN is warmed up on these codes, DEVIATION(6); then Algorithm
+1: minibatches of users update z and codebooks, and the surrogate learns along. kmeans: that start alone. em,
+words: the LLM itself judges which code suits a user (variants). A code is named after the word of the
+direction most like its own.
 
 Sizes: U users, M profiles, r coordinates, K_m codes of profile m; B users of a minibatch, n rows (user, item,
 label), n_u of one user.
@@ -120,7 +121,7 @@ class Surrogate(nn.Module):
 
 
 def first_codebooks(z, sizes, start, seed, word_z=None):
-    """M codebooks (K_m, r) with which training starts, of which the paper says nothing: DEVIATION(6).
+    """M codebooks (K_m, r) with which training starts; the paper does not say where: DEVIATION(6).
 
     z: numpy (users, M, r); word_z: M tensors (n_words, r), the words' own z, the word of the most items
     first. Start "words": k-means over z that begins at the first K_m words, by k-means++ where there are too
@@ -187,8 +188,9 @@ def warm_up(surrogate, rows, quantized, epochs, rng):
 
 
 def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, args, rng):
-    """Algorithm 1: minibatches of users update the z of these users, the codebooks and the surrogate.
+    """Algorithm 1: minibatches of users update the z of these users and the codebooks. DEVIATION(15).
 
+    The surrogate learns along; of how it is trained the paper says nothing.
     z: float (U, M, r), moved in place; user_rows: U arrays (n_u, 3); users: who has a history;
     add_llm_gradient: a function of (z_batch, batch) that adds the gradient of l_llm to z_batch.grad and
     returns l_llm, see Problem.open_llm_loss; or None. Returns the log, a dict for each epoch.
@@ -233,14 +235,11 @@ def train_jointly(z, vq_layers, surrogate, user_rows, users, add_llm_gradient, a
 
 # -------- quantizers: fit learns, assign applies
 
-class KMeans:
-    """The codebooks with which vq and em begin, and no more: no recommender, no LLM.
-
-    It is also what all quantizers have in common: fit() learns codebooks, assign() applies them.
-    """
+class Quantizer:
+    """What all quantizers have in common: fit() learns codebooks, assign() applies them."""
 
     assigns = "nearest"  # the --assign that it goes with: "nearest" to z, or by the LLM's "likelihood"
-    books = None  # the codebooks: M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
+    codebooks = None  # M tensors (K_m, r) in the coordinates of profiles.npy, on the CPU
     # Of EM and words: M tensors (K_m,), added to a code's log-likelihood. A quantizer of your own may keep
     # here what its assign() needs, for codebooks.pt holds it.
     log_weights = None
@@ -251,7 +250,7 @@ class KMeans:
         self.args = args
         self.device = device
 
-    def first_books(self):
+    def starting_codebooks(self):
         """The codebooks with which learning begins."""
         z = self.problem.z[self.problem.inferred]
         space = self.problem.space
@@ -259,9 +258,8 @@ class KMeans:
         return first_codebooks(z, self.sizes, self.args.start, self.args.seed, word_z)
 
     def fit(self):
-        """Learn self.books. Returns (codes (U, M), log: a dict an epoch)."""
-        self.books = self.first_books()
-        return self.assign(), []
+        """Learn self.codebooks. Returns (codes (U, M), log: a dict an epoch)."""
+        raise NotImplementedError
 
     def assign(self):
         """Codes (U, M) of all users; nothing is learned. Of users without a z they mean nothing."""
@@ -269,14 +267,22 @@ class KMeans:
 
     def nearest_codes(self):
         """Codes (U, M) by Eq. (6)."""
-        return assign_all(torch.tensor(self.problem.z), self.books)
+        return assign_all(torch.tensor(self.problem.z), self.codebooks)
 
 
-class JointVQ(KMeans):
+class KMeans(Quantizer):
+    """The codebooks with which vq and em begin, and no more: no recommender, no LLM."""
+
+    def fit(self):
+        self.codebooks = self.starting_codebooks()
+        return self.assign(), []
+
+
+class JointVQ(Quantizer):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
     def fit(self):
-        """As KMeans.fit. problem.z becomes the trained z: these users get their codes by it."""
+        """As Quantizer.fit. problem.z becomes the trained z: these users get their codes by it."""
         args = self.args
         problem = self.problem
         device = self.device
@@ -287,7 +293,7 @@ class JointVQ(KMeans):
         if args.llm_loss and args.epochs:
             add_llm_gradient = problem.open_llm_loss(device)
         rng = seeded(args.seed, 6)  # seeds torch too; 6 keeps these draws apart from other ones of --seed
-        vq_layers = nn.ModuleList(map(VectorQuantizer, self.first_books())).to(device)
+        vq_layers = nn.ModuleList(map(VectorQuantizer, self.starting_codebooks())).to(device)
         n_users, n_profiles, rank = z.shape
         surrogate = Surrogate(n_users, len(problem.dataset.items), n_profiles, rank).to(device)
         user_rows = rows_by_user(problem.dataset.rows(TRAIN), len(z))
@@ -304,11 +310,11 @@ class JointVQ(KMeans):
         # Note: the trained z is not saved, only the codes that it gives. A user who comes later
         # (--keep-codebooks) was not trained here: stage 02's z tells this user's code.
         problem.z = z.cpu().numpy()
-        self.books = [layer.codebook.detach().cpu() for layer in vq_layers]
+        self.codebooks = [layer.codebook.detach().cpu() for layer in vq_layers]
         return self.assign(), log
 
 
-# -------- here the method ends; data: what a quantizer may look at
+# -------- here the method ends (l_llm of Eq. (7) is open_llm_loss below); data: what a quantizer may look at
 
 @dataclass
 class Problem:
@@ -403,7 +409,7 @@ def epoch_report(epoch, figures, codes, codebooks):
 COMBINATIONS = 100  # of codes that em and words try for each user, at most
 
 
-class SoftCodeEM(KMeans):
+class SoftCodeEM(Quantizer):
     """EM for  p(y) = sum_c (prod_m pi^m_{c_m}) P_LLM(y | v^1_{c_1}, ..., v^M_{c_M}),  a mixture.
 
     c runs over the C = K_1 x ... x K_M combinations of codes, pi^m_k tells how common code k of profile m is,
@@ -432,7 +438,7 @@ class SoftCodeEM(KMeans):
 
     def theta(self, codes):
         """codes (B, M) -> their soft tokens (B, M, d) on the LLM's device."""
-        z = torch.stack([book[codes[:, m]] for m, book in enumerate(self.books)], dim=1)
+        z = torch.stack([codebook[codes[:, m]] for m, codebook in enumerate(self.codebooks)], dim=1)
         return self.space.theta(z.to(self.device))
 
     @torch.no_grad()
@@ -475,9 +481,9 @@ class SoftCodeEM(KMeans):
         args = self.args
         self.open()
         seeded(args.seed, 7)
-        self.books = [book.requires_grad_() for book in self.first_books()]
+        self.codebooks = [codebook.requires_grad_() for codebook in self.starting_codebooks()]
         self.log_weights = [torch.full((size,), -math.log(size)) for size in self.sizes]
-        optimizer = torch.optim.Adam(self.books, lr=args.lr)
+        optimizer = torch.optim.Adam(self.codebooks, lr=args.lr)
         log = []
         rounds = []
         codes = self.nearest_codes()
@@ -487,8 +493,8 @@ class SoftCodeEM(KMeans):
             changed = int((codes != before).any(1).sum())
             log.append({"epoch": number, "log_likelihood": log_likelihood, "users_changed": changed})
             print(f"round {number}: log-likelihood a user {log_likelihood:.4f}, users changed {changed}")
-            books = [book.detach().clone() for book in self.books]
-            rounds.append((log_likelihood, codes, books, self.log_weights))
+            codebooks = [codebook.detach().clone() for codebook in self.codebooks]
+            rounds.append((log_likelihood, codes, codebooks, self.log_weights))
             if number == args.epochs:
                 break
             # The M-step: pi in closed form, smoothed by one user a code; then a gradient step for each block.
@@ -500,7 +506,7 @@ class SoftCodeEM(KMeans):
                 nll = self.likelihood(self.theta(drawn[users]), *padded)
                 nll.mean().backward()
                 optimizer.step()
-        _, codes, self.books, self.log_weights = max(rounds, key=lambda found: found[0])
+        _, codes, self.codebooks, self.log_weights = max(rounds, key=lambda found: found[0])
         return codes, log
 
     def assign(self):
@@ -516,7 +522,7 @@ class Words(SoftCodeEM):
     c = argmax_c [log P_LLM(y | the words of c) + sum_m w^m_{c_m}].  An LLM may like a word whatever the
     history is, and would give it to everybody: w^m_k is minus the mean of log P under word k, over all users
     and the other profiles' words. log_weights holds w, where EM has log pi: so the log's "log_likelihood" is
-    of these corrected scores, and no likelihood. The word itself is asked; books holds its coordinates.
+    of these corrected scores, and no likelihood. The word itself is asked; codebooks holds its coordinates.
     """
 
     def theta(self, codes):
@@ -532,7 +538,7 @@ class Words(SoftCodeEM):
             if size > count:
                 raise UserError(f"{size} codes are more than the {count} words of profile {m + 1}", "--codes",
                                 "choose fewer, or another --quantizer")
-        self.books = [self.problem.space.word_z(m)[:size] for m, size in enumerate(self.sizes)]
+        self.codebooks = [self.problem.space.word_z(m)[:size] for m, size in enumerate(self.sizes)]
         asked = [self.log_likelihood(users) for users in progress(self.blocks, "asking", "block")]
         mean = torch.cat(asked).mean(0)  # of each combination. Shape: (C,)
         self.log_weights = []
@@ -561,7 +567,7 @@ def parse_arguments():
     add("--assign", choices=("nearest", "likelihood"),
         help="vq, kmeans: nearest to z, Eq. 6; em, words: likelihood")
     add("--epochs", type=at_least(0), default=3, help="vq: joint epochs; em: rounds")
-    add("--batch-users", type=at_least(1), default=128, help="vq: users a minibatch (paper: 128)")
+    add("--batch-users", type=at_least(1), default=128, help="vq: users a minibatch (paper: 128 rows)")
     add("--lr", type=at_least(1e-12, float, 1e6), default=0.02,
         help="vq, em: step of z, code vectors (paper: .001)")
     add("--start", choices=("words", "kmeans", "random"), default="words",
@@ -613,17 +619,17 @@ def bank_of(codes, inferred, sizes):
     return np.where(inferred[:, None], codes, sizes).astype(np.int16)
 
 
-def name_codes(books, word_z, word_texts, centre):
+def name_codes(codebooks, word_z, word_texts, centre):
     """M lists of K_m names: the word whose direction is most that of the code, seen from the users' mean.
 
-    books, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean, from
-    which a code's direction is seen. A word's direction is its z, seen from the origin, where stage 02 put
-    the mean of the users who told the directions (under --rank 0 and --space words the words' mean). A second
-    code of the same word is called "word 2".
+    codebooks, word_z: M tensors (K_m, r), (n_words, r); word_texts: M lists; centre (M, r): the users' mean,
+    from which a code's direction is seen. A word's direction is its z, seen from the origin, where stage 02
+    put the mean of the users who told the directions (under --rank 0 and --space words the words' mean). A
+    second code of the same word is called "word 2".
     """
     code_names = []
-    for book, vectors, texts, mean in zip(books, word_z, word_texts, centre):
-        cosine = F.normalize(book - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, n_words)
+    for codebook, vectors, texts, mean in zip(codebooks, word_z, word_texts, centre):
+        cosine = F.normalize(codebook - mean, dim=1) @ F.normalize(vectors, dim=1).T  # Shape: (K_m, n_words)
         names = []
         for index in cosine.argmax(1).tolist():
             name = texts[index]
@@ -720,7 +726,7 @@ def save(run, problem, bank, quantizer, code_names, facts):
     users = problem.dataset.users
     with together(run) as aside:
         save_torch(aside / "codebooks.pt", {
-            "codebooks": quantizer.books, "log_weights": quantizer.log_weights, "words": code_names,
+            "codebooks": quantizer.codebooks, "log_weights": quantizer.log_weights, "words": code_names,
             "profiles": profile_names, "users": users, "bank": torch.from_numpy(bank), "facts": facts,
             "made_with": meaning_of_z(problem.facts)})
         save_npy(aside / "feature_bank.npy", bank)
@@ -734,12 +740,12 @@ def save(run, problem, bank, quantizer, code_names, facts):
                 writer.writerow([user, *labels])
         save_json(aside / "quantize.json", facts | {
             "fingerprint": fingerprint(bank),
-            "codebooks_fingerprint": fingerprint_of(quantizer.books)})
+            "codebooks_fingerprint": fingerprint_of(quantizer.codebooks)})
 
 
-def fingerprint_of(books):
+def fingerprint_of(codebooks):
     """What tells these codebooks from others."""
-    return fingerprint(*map(np.asarray, books))
+    return fingerprint(*map(np.asarray, codebooks))
 
 
 def saved_quantizer(problem, args, device):
@@ -749,21 +755,21 @@ def saved_quantizer(problem, args, device):
     if saved["made_with"] != meaning_of_z(problem.facts):
         raise UserError("codebooks.pt was made with another LLM or other flags of stage 02", args.run,
                         "run 03 without --keep-codebooks")
-    books = saved["codebooks"]
+    codebooks = saved["codebooks"]
     facts = saved["facts"]
     name = facts["quantizer"]
     if name not in QUANTIZERS:
         raise UserError(f"codebooks.pt is of --quantizer {name}, which there is no more", args.run,
                         "run 03 without --keep-codebooks")
-    if len(books) != problem.z.shape[1]:
-        raise UserError(f"codebooks.pt has {len(books)} codebooks, not one for each profile", args.run,
+    if len(codebooks) != problem.z.shape[1]:
+        raise UserError(f"codebooks.pt has {len(codebooks)} codebooks, not one for each profile", args.run,
                         "run 03 without --keep-codebooks")
     known = load(args.run, "quantize.json", ("codebooks_fingerprint",))["codebooks_fingerprint"]
-    check_same(args.run, "codebooks.pt", "quantize.json", fingerprint_of(books), known,
+    check_same(args.run, "codebooks.pt", "quantize.json", fingerprint_of(codebooks), known,
                "run 03 without --keep-codebooks")
     as_then = argparse.Namespace(**{**vars(args), **facts})
-    quantizer = QUANTIZERS[name](problem, [len(book) for book in books], as_then, device)
-    quantizer.books = books
+    quantizer = QUANTIZERS[name](problem, [len(codebook) for codebook in codebooks], as_then, device)
+    quantizer.codebooks = codebooks
     quantizer.log_weights = saved["log_weights"]
     return quantizer, saved["words"], facts, dict(zip(saved["users"], saved["bank"].tolist()))
 
@@ -777,11 +783,14 @@ def main():
     dataset = problem.dataset
     inferred = problem.inferred
     reads = "stage 01's files, profiles.npy .json, profiles_users.json, space.pt"
+    if truth is not None:
+        reads += ", truth.npy to evaluate"
     if args.keep_codebooks:
         shown = argparse.Namespace(run=args.run, keep_codebooks=True)
         announce("03 quantize", shown, f"{reads}, codebooks.pt")
         quantizer, code_names, facts, then = saved_quantizer(problem, args, device)
         sizes = quantizer.sizes
+        print(f"codebooks.pt: --quantizer {facts['quantizer']} --codes {','.join(map(str, sizes))}")
         codes = quantizer.assign()
         unknown = sizes  # K_m is the unknown code of profile m
         for user, raw in enumerate(dataset.users):
@@ -791,10 +800,12 @@ def main():
     else:
         sizes = parse_codes(args.codes, dataset.profiles)
         shown = argparse.Namespace(**{**vars(args), "codes": ",".join(map(str, sizes))})
+        if args.quantizer in ("em", "words") or (args.quantizer == "vq" and args.llm_loss):
+            reads += ", the LLM of stage 02"
         announce("03 quantize", shown, reads)
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
-        if not torch.cat(list(quantizer.books)).isfinite().all():
+        if not torch.cat(list(quantizer.codebooks)).isfinite().all():
             raise UserError("a code vector is not finite", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}
         facts["loss"] = log
@@ -803,7 +814,7 @@ def main():
         if isinstance(quantizer, Words):  # code k is the k-th word
             code_names = [texts[:size] for size, texts in zip(sizes, problem.space.words)]
         else:
-            code_names = name_codes(quantizer.books, word_z, problem.space.words, centre)
+            code_names = name_codes(quantizer.codebooks, word_z, problem.space.words, centre)
     report = health(codes[inferred], sizes, dataset.profiles)
     for profile, names in zip(report, code_names):
         profile["words"] = names

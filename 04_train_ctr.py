@@ -58,9 +58,10 @@ from common import (
 
 # -------- data
 #
-# A model sees a pair of a user and an item as one row of numbers, ids (n, columns): the user's, a code for
-# each profile, the item's, its attributes. A Field(name, size, columns=1), see common.py, describes one of
-# these: its ids are 0 to size - 1, and `size` means unknown or no value. ids_name: one of --ids, a bank's.
+# A model sees a pair of a user and an item as one row of numbers, ids (n, columns): the user's id, a code for
+# each profile, the item's id, the numbers of its attributes. A Field(name, size, columns=1), see common.py,
+# describes one of these: its ids are 0 to size - 1, and `size` means unknown or no value. ids_name is
+# something else: one of --ids, the name of a bank of codes.
 
 def attribute_table(dataset, name):
     """(int64 (I + 1, width), size): the numbers of an attribute's values for each item.
@@ -98,9 +99,9 @@ def build_features(dataset, observed, codes, sizes, z=None):
             field = Field(f"profile_{m}", len(user_numbers), vectors=vectors[:, m])
             user_tables.append((field, user_numbers))
     elif codes is not None:
-        # K_m is the unknown code, of unseen users and of those without a history. The rows of the latter
-        # train it like any other code, so the field has K_m + 1 ids. (The id by which a Field means unknown
-        # is not used here.)
+        # Codes are 0 to K_m - 1; K_m is the unknown code, of unseen users and of those without a history. The
+        # rows of the latter train it like any other code, so the field's size is K_m + 1. The id K_m + 1, by
+        # which this Field itself would mean unknown, never occurs.
         table = np.vstack([codes, sizes]).astype(np.int64)
         for m, size in enumerate(sizes):
             user_tables.append((Field(f"profile_{m}", size + 1), table[:, m:m + 1]))
@@ -285,12 +286,13 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
     hidden = {VALIDATION: unknown_user, COLD: unknown_user} if has_cold else {}
     data = {split: rows_of(dataset, split, lookup, device, hidden.get(split))
             for split in (TRAIN, VALIDATION, TEST, COLD)}
-    # Of torch: first weights, dropout, the order of rows. Note: rows whose models have tables of one size, as
-    # userip and its controls, share these draws; none has a smaller table and so draws others.
+    # Of torch: first weights, dropout, the order of rows. Note: userip and its controls, random and shuffled,
+    # share these draws, for their embedding tables have one size. The bank `none` has a smaller table and so
+    # gets other draws.
     seeded(args.seed, repetition, 5)
     model = MODELS[model_name](fields).to(device)
     facts, state = train(model, data[TRAIN], data[VALIDATION], unknown_user, args)
-    # Under "seed" a row has its repetition's number; the repetition was drawn from it and --seed.
+    # The key "seed" holds the number of the repetition, whose draws come from it and --seed.
     row = {"model": model_name, "ids": ids_name, "fields": args.fields, "seed": repetition, **facts}
     evaluated = {"test": TEST}  # looked at once, at the best validation epoch
     if has_cold:
@@ -309,7 +311,8 @@ def run_one(dataset, model_name, ids_name, repetition, inputs, args, device):
 
 # -------- here the method ends; variants: more models
 #
-# Note: the papers of FFM, AFN and AutoInt have no first-order term; it is added here, as to the others.
+# Note: the papers of FFM, AFN and AutoInt have no first-order term; it is added here, as to the others. And
+# AFN's paper has no bias inside exp, AutoInt's no division by the root of a head's width.
 
 class PairRecommender(Recommender):
     """A Recommender that knows the P = F (F - 1) / 2 pairs of fields i < j."""
@@ -741,7 +744,7 @@ def summarize(rows):
 
 
 def show(summary, base_logloss):
-    """The table in text."""
+    """The table in text. base_logloss: of the test rows, where all get the share of likes in training."""
     def formatted(entry, key):
         if key not in entry:
             return ""
@@ -760,7 +763,8 @@ def show(summary, base_logloss):
         for ids_name, entry in by_ids.items():
             values = "".join(f"{formatted(entry, key):18s}" for key in columns)
             print(f"{model:11s}{ids_name:16s}{values}")
-    constant = {"test_auc": " 0.5000", "test_gauc": " 0.5000", "test_logloss": f"{base_logloss:7.4f}"}
+    constant = dict.fromkeys(("test_auc", "test_gauc", "cold_auc", "cold_gauc"), " 0.5000")
+    constant["test_logloss"] = f"{base_logloss:7.4f}"
     line = f"{'constant':11s}{'base rate':16s}" + "".join(f"{constant.get(key, ''):18s}" for key in columns)
     print(line.rstrip())
 
@@ -798,17 +802,21 @@ def save(args, dataset, inputs, files):
     quantizer = None  # the --quantizer of 03 that made userip
     if "userip" in args.ids:
         quantizer = load(args.run, "quantize.json", ("quantizer",))["quantizer"]
-    labels = dataset.rows(TEST)[:, 2]
     summary = summarize(rows)
-    base_logloss = logloss(labels, np.full(len(labels), dataset.rows(TRAIN)[:, 2].mean()))
+    share = dataset.rows(TRAIN)[:, 2].mean()  # of likes
+    base_logloss = {}  # of each split that has rows
+    for split in (TEST, COLD):
+        labels = dataset.rows(split)[:, 2]
+        base_logloss[split] = logloss(labels, np.full(len(labels), share)) if len(labels) else None
     save_json(args.run / "results.json", {
-        "rows": rows, "summary": summary, "base_rate_logloss": base_logloss, "fields": args.fields,
+        "rows": rows, "summary": summary, "base_rate_logloss": base_logloss[TEST],
+        "cold_base_rate_logloss": base_logloss[COLD], "fields": args.fields,
         "user_dropout": args.user_dropout, "profile_input": args.profile_input,
         "quantizer": quantizer, "fingerprints": inputs.fingerprints(dataset),
         "command": "python " + " ".join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                      "numpy": np.__version__, "scikit-learn": sklearn.__version__}})
-    return summary, base_logloss
+    return summary, base_logloss[TEST]
 
 
 # -------- main
@@ -831,7 +839,8 @@ def main():
         args.user_dropout = 0.0  # there is no user id to hide
     elif args.user_dropout is None:
         args.user_dropout = default_user_dropout(dataset)
-    announce("04 train CTR", args, "stage 01's files and the banks")
+    vectors = ", profiles.npy" if args.profile_input == "embedding" else ""
+    announce("04 train CTR", args, f"stage 01's files, the banks and their cards{vectors}")
     # A finished row is a file in a folder that is named after all on which rows depend: data, banks, flags,
     # code. So a killed run goes on, and an edited model (DCN stands in common.py) begins anew.
     # These flags choose which rows are trained and do not change what is in a row, so they are not part of
@@ -857,7 +866,7 @@ def main():
         work.rmdir()
     for other in sorted(set(args.run.glob("rows-*")) - {work}):
         print(f"unfinished: {other} is of other flags, banks or code; delete it if nobody goes on with it")
-    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt predictions/ to "
+    print(f"\n{args.seeds} seeds, fields {args.fields}; wrote results.json ctr_*.pt .json predictions/ to "
           f"{args.run}")
     if (args.run / "feature_bank.csv").exists():
         print(f"next: python tools/explain.py --run {args.run} --all")

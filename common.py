@@ -1,9 +1,9 @@
 """What the stages share: the DCN recommender, which is part of the method, and helpers, which are not.
 
 What stands where; each part begins with a line of dashes:
-    fields and the DCN recommender   the Deep & Cross Network predicts from ids, as of a user and an item,
-                                     whether the user likes the item. Two stages use it: Rec^s of Eq. (5) in
-                                     stage 03, Rec of Eq. (8) in 04. Read it when you come to stage 03.
+    fields and the DCN recommender   the Deep & Cross Network predicts from ids, such as a user's and an
+                                     item's, whether the user likes the item. Two stages use it: Rec^s of Eq.
+                                     (5) in stage 03, Rec of Eq. (8) in 04. Read it before stage 03.
     errors and the command line      one line for bad input
     artifacts; long work             files that are whole or absent; work that a kill only interrupts
     seeds, devices, metrics          AUC, AUC within a user, logloss
@@ -47,7 +47,7 @@ from tqdm import tqdm
 # other rows are COLD.
 TRAIN, VALIDATION, TEST, SUPPORT, COLD = range(5)
 SPLITS = ("train", "validation", "test", "support", "cold")
-SEEN = (TRAIN, SUPPORT)  # what inferring profiles, and the controls that it is compared with, may look at
+SEEN = (TRAIN, SUPPORT)  # profiles, and the controls beside them, are made from these; recommenders see TRAIN
 # Where torchrun starts several processes for stage 02, one on each GPU: which of them this is, and how many.
 PROCESS = int(os.getenv("RANK") or 0)
 PROCESSES = int(os.getenv("WORLD_SIZE") or 1)
@@ -59,7 +59,7 @@ SMALL = 20_000_000  # parameters of an LLM; below, neither a second thread nor h
 
 @dataclass
 class Field:
-    """A feature of a CTR (click-through rate) model, as the user, or an item's genres.
+    """A feature of a CTR (click-through rate) model, such as the user, or an item's genres.
 
     columns: how many ids of this field a row has, for an item may have several genres; the mean of their
     embeddings is taken. Ids are 0 to size - 1. Where columns is 1, the id `size` has a row like any other: it
@@ -225,10 +225,13 @@ def guarded(main, when_full="take fewer users"):
 
 
 def is_out_of_memory(error):
-    """Was there too little memory? PyTorch on a CPU raises a RuntimeError then, the system an OSError."""
+    """Was there too little memory? PyTorch raises a RuntimeError then, if not one of its own; the system an
+    OSError."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, (RuntimeError, OSError)) and "allocate memory" in str(error)
+    # On a CPU; on a full GPU CUDA itself; and its library of matrix products.
+    messages = ("allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, (RuntimeError, OSError)) and any(text in str(error) for text in messages)
 
 
 def fail(message, status=2):
@@ -682,6 +685,15 @@ def is_small(name):
     """Is this folder of an LLM so small that half precision gains nothing?"""
     files = [path for path in Path(name).glob("*") if path.suffix in (".safetensors", ".bin")]
     return bool(files) and sum(path.stat().st_size for path in files) < 4 * SMALL  # 4 bytes for each number
+
+
+def overflows_in_fp16(name):
+    """Do this LLM's activations leave the range of fp16? Those of Gemma 3 do (transformers, issue 36822)."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(name).model_type.startswith("gemma3")
+    except (OSError, ValueError):  # load_language_model() says what is wrong
+        return False
 
 
 def has_fast_bf16():

@@ -75,10 +75,14 @@ class World:
             found[block] = pooled.cpu()
         return found
 
-    def logits(self, rows, words=slice(None)):
-        """What the LM expects after each token list: float32 (n, vocabulary), or of these words alone."""
-        states = self.states(rows, "last").to(self.device, self.likelihood.dtype).split(infer.LOGIT_CHUNK)
-        return torch.cat([self.likelihood.head(some)[:, words].float() for some in states])
+    def expected(self, rows, summary):
+        """What the LM expects after each token list: summary(float32 logits (some, vocabulary)), joined.
+
+        All logits of all lists would not fit into a GPU's memory.
+        """
+        states = self.states(rows, "last").to(self.device, self.likelihood.dtype)
+        chunks = states.split(self.likelihood.chunk)
+        return torch.cat([summary(self.likelihood.head(some).float()) for some in chunks])
 
     def report(self, name, unit, count, scores=()):
         """Figures of (kind, rows, scores, probabilities), and the cost since the last report.
@@ -123,12 +127,14 @@ def kar_slot(world, histories):
     profiles.
     """
     words = world.likelihood.vectors()
-    theta = []
-    for name in world.names:
-        logits = world.logits([world.begin + list(ids) + name for ids in histories])
+
+    def mean_word(logits):
         probability, index = logits.softmax(1).topk(SLOT_WORDS)
         probability = probability / probability.sum(1, keepdim=True)
-        theta.append((probability[..., None] * words[index]).sum(1))
+        return (probability[..., None] * words[index]).sum(1)
+
+    theta = [world.expected([world.begin + list(ids) + name for ids in histories], mean_word)
+             for name in world.names]
     return torch.stack(theta, dim=1).cpu().numpy()
 
 
@@ -138,7 +144,7 @@ def kar_text(world, histories, answer):
     rows = [world.begin + list(ids) + world.names[0] if len(ids) else [] for ids in histories]
     asked = [row for row in rows if row]
     for _ in range(answer):
-        for row, token in zip(asked, world.logits(asked).argmax(1).tolist()):
+        for row, token in zip(asked, world.expected(asked, lambda logits: logits.argmax(1)).tolist()):
             row.append(token)  # Note: asked and rows share their lists
     return world.states(rows, "mean").numpy()
 
@@ -151,14 +157,18 @@ def save_theta(world, theta):
     run = world.args.run / "kar"
     changed = {"fingerprint": common.fingerprint(z), "heldout_nll": None, "heldout_error": None,
                "train_nll_kept": None, "space_fingerprint": infer.space_fingerprint(space)}
-    shutil.rmtree(run, ignore_errors=True)
+    aside = world.args.run / "kar-unfinished"
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed run
     later = shutil.ignore_patterns(
-        "kar", "lm-both", "lm-verdicts", "*bank*", "quantize.*", "results.*", "pred*", "*.pt", "profiles.*",
-        "ctr_*", "recsysllm.*", "baselines_*", "figures", "scores.csv", "rows-*", "epochs-*", "blocks-*")
-    shutil.copytree(world.args.run, run, ignore=later)
-    common.save_npy(run / "profiles.npy", z)
-    common.save_torch(run / "space.pt", infer.saved_space(space))
-    common.save_json(run / "profiles.json", world.problem.facts | changed)
+        "kar", "kar-unfinished", "lm-both", "lm-verdicts", "*bank*", "quantize.*", "results.*", "pred*",
+        "*.pt", "profiles.*", "ctr_*", "recsysllm.*", "baselines_*", "figures", "scores.csv", "rows-*",
+        "epochs-*", "blocks-*")
+    shutil.copytree(world.args.run, aside, ignore=later)
+    common.save_npy(aside / "profiles.npy", z)
+    common.save_torch(aside / "space.pt", infer.saved_space(space))
+    common.save_json(aside / "profiles.json", world.problem.facts | changed)
+    shutil.rmtree(run, ignore_errors=True)
+    aside.replace(run)
 
 
 def kar(world):
@@ -307,8 +317,8 @@ def rella_scores(world, rows, how, count, vectors, texts, rng):
                 break
             said = longer
         prompts.append(world.begin + world.task + said + target)
-    logits = world.logits(prompts, [minus[differ], plus[differ]])
-    return logits.diff(dim=1)[:, 0].cpu().numpy()
+    both = world.expected(prompts, lambda logits: logits[:, [minus[differ], plus[differ]]])
+    return both.diff(dim=1)[:, 0].cpu().numpy()
 
 
 @torch.no_grad()

@@ -619,7 +619,7 @@ def open_texts(args, dataset, device):
         lm = str(args.run / "lm-verdicts")
         train_tiny(dataset, args.run / "lm-verdicts", args)
     as_in_02 = SimpleNamespace(run=args.run, lm=lm, dtype=args.dtype, mask="strict")
-    likelihood, tokenizer, _ = infer.open_model(dataset, as_in_02, device, None)
+    likelihood, tokenizer, _ = infer.open_model(dataset, as_in_02, device, None, room=40)
     args.lm = "tiny" if tiny else as_in_02.lm
     args.dtype = as_in_02.dtype
     texts = Texts(tokenizer, dataset, len(likelihood.word_table.weight))

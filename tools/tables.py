@@ -187,7 +187,8 @@ STUDIES = {  # name: {variant: flags}
         "a prior": ablation("--prior 1"), "1 step": ablation("--steps 1"), "6 steps": ablation("--steps 6")},
     "real-ml-100k": {
         "SmolLM2": variant(f"{ML} --cold-users 0.2", "--lm smollm2 --prior 1", "--quantizer kmeans",
-                           "metadata text generosity", f"{COLD} none,random,metadata,text,generosity,userip"),
+                           "metadata text generosity",
+                           f"{COLD} none,random,shuffled,metadata,text,generosity,userip"),
         "SmolLM2, joint VQ": own("--no-llm-loss", f"{COLD} userip"),
         "SmolLM2, theta itself": own("--quantizer kmeans", f"{COLD} userip --profile-input embedding")},
     "demo-baselines": baselines(), "ml-100k-baselines": baselines(tiny="--lm tiny"),

@@ -162,6 +162,7 @@ def test_exit_codes(capsys):
         (torch.OutOfMemoryError("CUDA out of memory"), 2),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 2),
         (OSError(12, "Cannot allocate memory", "x"), 2),
+        (RuntimeError("CUDA error: out of memory"), 2),
     ):
         with pytest.raises(SystemExit) as stop:
             common.guarded(raising(error))

@@ -290,6 +290,9 @@ def test_the_table_of_a_run_with_cold_users(cold_run, cold_world, tmp_path, caps
         for ending, name, split in (("", "test", TEST), ("-cold", "cold", COLD)):
             scores = np.load(run / "predictions" / f"dcn-{row['ids']}-{row['seed']}{ending}.npy")
             assert row[f"{name}_auc"] == pytest.approx(roc_auc_score(dataset.rows(split)[:, 2], scores))
+    likes = dataset.rows(TRAIN)[:, 2].mean()
+    base = -np.log(np.where(dataset.rows(COLD)[:, 2], likes, 1 - likes)).mean()
+    assert results["cold_base_rate_logloss"] == pytest.approx(base)
     entry, rows = results["summary"]["dcn"]["mine"], results["rows"]
     for key in ("cold_auc", "cold_gauc", "cold_logloss"):
         differences = [rows[1][key] - rows[0][key], rows[3][key] - rows[2][key]]
@@ -365,6 +368,7 @@ def test_results_json_and_checkpoint(inferred, tmp_path, capsys):
     test = interactions[interactions[:, 3] == 2, 2]
     expected = -np.mean(test * np.log(rate) + (1 - test) * np.log(1 - rate))
     assert results["base_rate_logloss"] == pytest.approx(expected) and f"{expected:.4f}" in printed
+    assert results["cold_base_rate_logloss"] is None  # there are no cold users
     lines = {tuple(line.split()[:2]): line for line in printed.splitlines()
              if line.startswith(("dcn", "constant"))}
     assert list(lines) == [("dcn", ids) for ids in ctr.IDS] + [("constant", "base")]

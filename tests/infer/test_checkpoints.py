@@ -129,6 +129,19 @@ def test_a_text_that_an_anchor_would_swallow_is_encoded_behind_another():
     assert "".join(tokenizer.convert_ids_to_tokens(other)) == " or"
 
 
+def test_the_prompt_begins_as_its_tokenizer_begins_a_text(prepared):
+    """Llama-2's writes a space before a text, but not before what goes on in the middle of one."""
+    dataset = common.load_dataset(prepared)
+    prompts = [profile["prompt"] for profile in dataset.profiles]
+    letters = sorted(set("\u2581".join([*prompts, dataset.task_prompt, *common.ANCHORS, "any text"])))
+    plain = Tokenizer(models.BPE({text: number for number, text in enumerate(letters)}, []))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
+    texts = ["".join(tokenizer.convert_ids_to_tokens(segment.ids)).replace("\u2581", " ")
+             for segment in infer.prompt_segments(tokenizer, dataset) if segment.kind != "theta"]
+    assert texts == [" " + prompts[0], *prompts[1:], dataset.task_prompt]
+
+
 def test_a_tokenizer_that_merges_a_text_with_everything_is_refused():
     tokenizer = merging(("1", ","), ("a", ","), ("\n", ","), (";", ","))
     with pytest.raises(common.UserError, match="this tokenizer merges ', and'"):

@@ -227,13 +227,41 @@ def test_a_task_prompt_whose_gradient_is_not_finite_is_one_line(world):
         infer.fit_task(likelihood, space, histories, settings(steps=15))
 
 
-def test_titles_not_seen_whose_likelihood_is_not_finite_are_one_line(world):
+@pytest.mark.parametrize("poisoned", ["one a block", "all"])
+def test_users_whose_likelihood_is_not_finite_are_left_out_of_the_evaluation(poisoned, world, capsys):
+    """fp16 may overflow for one user; what was inferred of all is kept all the same."""
     model, tokenizer = make_lm("gpt2")
-    _, space, histories = problem((model, tokenizer), world[0])
+    sound, space, histories = problem((model, tokenizer), world[0])
     likelihood = Poisoned(model, infer.prompt_segments(tokenizer, world[0]))
     z = np.zeros((len(histories), *space.basis.shape[:2]), np.float32)
-    with pytest.raises(common.UserError, match=r"some titles \(own\) is not finite.*run 02 with --dtype"):
-        infer.nll_per_token(likelihood, space, lambda block: {"own": z[block]}, histories)
+    blocks = infer.make_blocks(histories, 2, None, likelihood.prompt_length)
+    left = [block[0] for block in blocks]  # the second of each has no likelihood
+    if poisoned == "all":
+        likelihood.word_table.weight.fill_(float("nan"))
+        left = []
+    found, _ = infer.nll_per_token(likelihood, space, lambda block: {"own": z[block]}, histories, 2)
+    count = sum(map(len, blocks))
+    assert f"WARNING: the likelihood of the titles of {count - len(left)} of {count} users" in \
+        capsys.readouterr().out
+    if left:
+        def variants(block):
+            return {"own": z[block]}
+
+        expected, _ = infer.nll_per_token(sound, space, variants, infer.only(histories, left), 2)
+        assert found["own"] == pytest.approx(expected["own"], abs=1e-5)
+    else:
+        assert found == {}
+
+
+def test_of_a_large_vocabulary_the_logits_of_fewer_tokens_are_held_at_once(world, monkeypatch):
+    model, tokenizer = make_lm("gpt2")
+    plain, space, histories = problem((model, tokenizer), world[0])
+    monkeypatch.setattr(infer, "LOGITS", 3 * len(plain.head.weight) + 1)
+    small = infer.ProfileLikelihood(model, plain.segments)
+    assert small.chunk == 3 and infer.ProfileLikelihood(model, plain.segments, chunk=2).chunk == 2
+    padded = infer.pad(histories, [0, 3, 5], plain.device)
+    theta = space.words_mean.expand(3, -1, -1)
+    assert torch.allclose(small(theta, *padded), plain(theta, *padded))
 
 
 @pytest.mark.parametrize("history", ["liked", "all", "rated"])

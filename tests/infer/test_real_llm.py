@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -185,6 +186,33 @@ def test_bf16_is_chosen_where_a_cpu_has_it_and_the_llm_is_not_small(lm_folders, 
     assert "--dtype auto chose bf16" in capsys.readouterr().out
     monkeypatch.setattr(common, "SMALL", 20_000_000)
     assert chosen(True) == "fp32"
+
+
+@pytest.mark.parametrize("memory, dtype, chosen", [
+    (24, "auto", "llama2-7b fp16"), (16, "auto", "gpt2 fp16"), (24, "fp32", "gpt2 fp32"),
+    (48, "fp32", "llama2-7b fp32"), (24, "bf16", "llama2-7b bf16")])
+def test_on_a_gpu_llama_is_chosen_where_it_fits_in_its_number_format(memory, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=memory * 2**30))
+    monkeypatch.setattr(infer, "load_language_model", lambda name, dtype, device: 1 / 0)  # chosen by then
+    monkeypatch.setattr(infer, "overflows_in_fp16", lambda name: False)
+    args = settings(lm="auto", dtype=dtype, run=None)
+    with pytest.raises(ZeroDivisionError):
+        infer.open_model(SimpleNamespace(name="films"), args, torch.device("cuda"), None)
+    assert f"{args.lm} {args.dtype}" == chosen
+
+
+def test_an_llm_that_leaves_the_range_of_fp16_gets_bf16_on_a_gpu(lm_folders, tmp_path, monkeypatch):
+    kinds = {"gpt2": lm_folders["gpt2"], "gemma3": tmp_path}
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    monkeypatch.setattr(infer, "load_language_model", lambda name, dtype, device: 1 / 0)
+    found = {}
+    for kind, folder in kinds.items():
+        args = settings(lm=str(folder), dtype="auto", run=None)
+        with pytest.raises(ZeroDivisionError):
+            infer.open_model(SimpleNamespace(name="films"), args, torch.device("cuda"), None)
+        found[kind] = args.dtype
+    assert found == {"gpt2": "fp16", "gemma3": "bf16"}
 
 
 @pytest.mark.parametrize("capabilities, fast", [

@@ -188,8 +188,8 @@ def test_movielens_folders(tmp_path):
     facts, items = run_01(tmp_path / "run", *ml_1m(tmp_path / "raw"))
     assert facts["n_interactions"] == 600 and items[0]["title"] == "The Caf\u00e9 0"
     assert items[0]["attributes"] == {"hobby": ["drama", "action"], "background": ["forties"]}
-    facts, items = run_01(tmp_path / "run2", *ml_csv(tmp_path / "raw2"))
-    assert items[0]["title"] == 'A Film "0"'
+    facts, items = run_01(tmp_path / "run2", *ml_csv(tmp_path / "ml-25m"))
+    assert items[0]["title"] == 'A Film "0"' and facts["dataset"] == "ml-25m"
     assert items[5]["attributes"] == {"hobby": ["drama"], "background": ["noughties"]}
     assert facts["positive_rate"] == pytest.approx(np.mean([r - 0.5 > 3 for _, _, r, _ in pairs()]))
 
@@ -331,7 +331,7 @@ CASES = [  # data set, damage, what the output (fine) or the error line must hol
     (amazon, change_lines(GZ, insert(*[b"x"] * 7)), f"error: 7 of 607 records {TOO_MANY}"),
     (amazon, reviews(overall=[6, 0, -1]), "rating 6 is not within 1 to 5"),
     (amazon, reviews(overall=[0, False]), "skipped 2 bad of 602"),
-    (amazon, reviews(overall=[float("nan"), float("inf")]), "rating nan is not within"),
+    (amazon, reviews(overall=[float("nan"), float("inf")]), SKIPPED),
     (amazon, reviews(overall=["5 stars", None, [5]]), SKIPPED),
     (amazon, reviews(reviewerID=[None, "", " "]), SKIPPED),
     (amazon, reviews(reviewerID=["a\nb"], asin=["x" * 500, {"a": 1}]), SKIPPED),
@@ -397,6 +397,7 @@ CASES = [  # data set, damage, what the output (fine) or the error line must hol
     (own_csv, remove("i.csv"), "error: cannot read i.csv"),
     (own_csv, change_lines("r.csv", lambda found: [b"\xef\xbb\xbf" + found[0], *found[1:]]), "600"),
     (own_csv, change_lines("r.csv", insert(b"U1,I00,great,5", b"U1,I00,,5", b"U1,I00,nan,5")), SKIPPED),
+    (amazon, raw("._Games.json", b"{}"), "600"),
 ]
 
 
@@ -451,9 +452,17 @@ def test_any_csv_ends_in_valid_artifacts_or_one_line(rows, raw_bytes, tmp_path):
     ("Intuit", ["Games", "PC Games", "</span></span></span>"], ("intuit", ["pc games"])),
     (None, "Bars, , Pizza, Food, Wine", ("", ["bars", "pizza", "food"])),
     ("Visit Amazon's Jimmy Page Page", ["Books"], ("jimmy page", ["books"])),
-    ("Jimmy Page", ["Books"], ("jimmy page", ["books"]))])
+    ("Jimmy Page", ["Books"], ("jimmy page", ["books"])),
+    ("SWV   Format: Audio CD", ["CDs"], ("swv", ["cds"])),
+    ("Jane Doe (Author)   Format: Kindle Edition", ["Books"], ("jane doe", ["books"])),
+    ("Ann Lee  (Composer),     Bo Li  (Conductor)    Format: Vinyl", ["CDs"], ("ann lee", ["cds"])),
+    ("Format: Audio CD", ["CDs"], ("", ["cds"])), ("Crayola (Toys)", ["Toys"], ("crayola (toys)", ["toys"])),
+    (None, "Restaurants, Beer, Wine & Spirits, Food", ("", ["restaurants", "beer, wine & spirits", "food"])),
+    (None, "Books, Mags, Music & Video, Music Shops", ("", ["books, mags, music & video", "music shops"])),
+    (float("nan"), ["Books"], ("", ["books"]))])
 def test_brand_and_category_of_a_product(brand, categories, wanted):
-    """Some lines of 2018 have "by" and a new line before the brand, some markup at the path's end."""
+    """Some lines of 2018 have "by" and a new line before the brand, some markup at the path's end; those of
+    2023 have what a page adds to a name; some of Yelp's categories have a comma."""
     found = prepare.parse_product(json.dumps({"asin": "I1", "brand": brand, "category": categories}).encode())
     assert (found["brand"], found["categories"]) == wanted
 

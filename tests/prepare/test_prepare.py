@@ -32,7 +32,9 @@ def write_ml_100k(folder, rows, titles):
     ("Cité des enfants perdus, La (City of Lost Children, The) (1995)",
      "La Cité des enfants perdus (City of Lost Children, The)", 1995),
     ("Good, the Bad and the Ugly, The (1966)", "The Good, the Bad and the Ugly", 1966),
-    ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968)])
+    ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968),
+    ("Fawlty Towers (1975-1979)", "Fawlty Towers", 1975), ("Atlanta (2016\u2013 )", "Atlanta", 2016),
+    ("Crime, The (1983))", "The Crime", 1983), ("Room (237)", "Room (237)", None)])
 def test_title_is_turned_round_and_loses_its_year(raw, title, year):
     assert prepare.clean_title(raw) == (title, year)
 

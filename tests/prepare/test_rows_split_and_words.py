@@ -195,6 +195,15 @@ def test_subsampled_users_are_a_random_few():
     assert len(seen) == 30 and max(seen.values()) < 30
 
 
+def test_subsampled_users_are_of_those_who_have_enough_rows():
+    """Most users of a shop have one row: of users drawn from them hardly anyone would be left."""
+    users = np.concatenate([np.repeat(np.arange(30), 4), np.arange(30, 930)])
+    source = source_of(users, np.concatenate([np.tile(np.arange(4), 30), np.zeros(900, int)]))
+    kept = prepare.thin_out(source, prepare_args(subsample_users=20, min_interactions=4))
+    found = set(users[kept].tolist())
+    assert len(found) == 20 and max(found) < 30 and len(kept) == 80
+
+
 def test_both_users_and_items_need_their_interactions_until_none_is_left_below():
     """A chain: each removal makes the next one due, so a single pass is not enough."""
     pairs = [(user, item) for user in range(4) for item in range(4)]          # the core
@@ -280,4 +289,8 @@ def test_price_levels_are_thirds_within_a_category():
         assert [found[raw] for _, raw in ranked] == expected
     assert found["gift"] is None
     equal = price_levels({str(i): ("toys", 5.0) for i in range(12)})
-    assert set(equal.values()) == {"cheap"}  # a price is dear only above what others cost
+    assert set(equal.values()) == {"ordinary"}
+    songs = {f"{price}-{i}": ("songs", price) for price, count in ((0.69, 6), (0.99, 24), (1.29, 10))
+             for i in range(count)}
+    for raw, level in price_levels(songs).items():
+        assert level == {"0.69": "cheap", "0.99": "ordinary", "1.29": "luxurious"}[raw.split("-")[0]]

@@ -47,9 +47,9 @@ def test_by_words_who_has_no_history_now_has_the_code_nearest_to_his_theta(infer
     quantizer = quantize.Words(problem, [4, 3], SimpleNamespace(seed=0), torch.device("cpu"))
     codes = quantizer.fit()[0]
     if assign:
-        problem.z[user] = torch.stack([book[2] for book in quantizer.books]).numpy()
+        problem.z[user] = torch.stack([book[2] for book in quantizer.codebooks]).numpy()
         codes = quantizer.assign()
-    nearest = quantize.assign_all(torch.tensor(problem.z), quantizer.books)
+    nearest = quantize.assign_all(torch.tensor(problem.z), quantizer.codebooks)
     assert codes[user].tolist() == nearest[user].tolist() and (not assign or codes[user].tolist() == [2, 2])
     assert (codes != nearest).any()  # who has a history gets the likeliest
 
@@ -301,11 +301,11 @@ def test_em_e_step_against_enumeration(world):
     quantizer = quantize.SoftCodeEM(problem, [3, 2], None, CPU)
     quantizer.open()
     torch.manual_seed(0)
-    quantizer.books = [torch.randn(3, 3), torch.randn(2, 3)]
+    quantizer.codebooks = [torch.randn(3, 3), torch.randn(2, 3)]
     quantizer.log_weights = [torch.tensor([0.2, 0.5, 0.3]).log(), torch.tensor([0.6, 0.4]).log()]
     evidence, codes, drawn, usage = quantizer.e_step(np.full((4, 2), 1))
     histories = [HISTORIES[user] for user in (0, 2, 3)]
-    expected = brute_force(likelihood, space, histories, quantizer.books, quantizer.log_weights)
+    expected = brute_force(likelihood, space, histories, quantizer.codebooks, quantizer.log_weights)
     totals = [np.logaddexp.reduce(list(joint_.values())) for joint_ in expected]
     assert evidence == pytest.approx(np.mean(totals), abs=1e-3)
     assert [tuple(codes[user]) for user in (0, 2, 3)] == [max(joint_, key=joint_.get) for joint_ in expected]
@@ -346,7 +346,7 @@ def test_random_codes_of_k_means_are_random(inferred):
     args = SimpleNamespace(seed=0, start="random")
     quantizer = quantize.KMeans(problem_of(inferred), [4, 3], args, CPU)
     quantizer.fit()
-    assert all(float(book.abs().max()) <= 1 / len(book) for book in quantizer.books)
+    assert all(float(book.abs().max()) <= 1 / len(book) for book in quantizer.codebooks)
 
 
 def test_names_of_words_stand_in_quantize_json_and_beside_the_bank(inferred, tmp_path, capsys):
@@ -467,7 +467,7 @@ def test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays(inferred, t
     class Fewer(quantize.KMeans):
         def fit(self):
             codes, log = super().fit()
-            self.books[1][2] = float("nan")
+            self.codebooks[1][2] = float("nan")
             return codes, log
 
     run = copy_run(inferred, tmp_path / "run")

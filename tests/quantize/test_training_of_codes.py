@@ -40,7 +40,7 @@ def fit(name, problem, **changes):
     problem = dataclasses.replace(problem, z=problem.z.copy())
     quantizer = quantize.QUANTIZERS[name](problem, [4, 3], args, CPU)
     codes, log = quantizer.fit()
-    return SimpleNamespace(z=problem.z, books=[book.numpy() for book in quantizer.books],
+    return SimpleNamespace(z=problem.z, books=[book.numpy() for book in quantizer.codebooks],
                            log_weights=quantizer.log_weights, codes=codes, log=log)
 
 
@@ -52,7 +52,7 @@ def e_step(likelihood, books, log_weights, histories):
     problem = SimpleNamespace(open_likelihood=lambda device: opened, inferred=known)
     mixture = quantize.SoftCodeEM(problem, list(map(len, books)), None, CPU)
     mixture.open()
-    mixture.books, mixture.log_weights = books, log_weights
+    mixture.codebooks, mixture.log_weights = books, log_weights
     torch.manual_seed(0)
     evidence, _, drawn, usage = mixture.e_step(np.zeros((len(histories), len(books)), dtype=np.int64))
     return evidence, drawn.numpy(), [count.numpy() for count in usage]

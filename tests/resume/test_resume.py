@@ -848,7 +848,8 @@ def test_a_folder_in_a_file_s_place_is_one_line_and_stage_03_goes_on(inferred, t
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
 def test_out_of_memory_is_one_line_that_names_the_flags_to_lower(error, run, lm_folders, monkeypatch, capsys):
     def full(*_):
         raise error
