@@ -36,6 +36,13 @@ def pytest_ignore_collect(collection_path, config):
     return True if collection_path.name == "assignments" and not config.option.markexpr else None
 
 
+def pytest_collection_finish(session):
+    """A mistyped task, -m a10, or a folder without tests would look as if all were well."""
+    if session.config.option.markexpr and not session.items:
+        pytest.exit("no such task; in the project's folder: pytest -m a1 tests/assignments (to a9, b1 to b3)",
+                    returncode=5)
+
+
 def run_stage(script, *args, cwd=ROOT, timeout=300):
     """Run a script as a user would, in a new interpreter; returns the finished process."""
     return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], capture_output=True,

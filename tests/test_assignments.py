@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, fork, fork_stage
 
 TASKS = ("a1", "a2", "a3", "a4", "a5", "a6", "a7", "a8", "a9", "b1", "b2", "b3")
-WRONG = ("a3", "a7", "a8", "a9", "b3")  # have wrong solutions in assignments/wrong.py
+WRONG = ("a3", "a4", "a7", "a8", "a9", "b3")  # have wrong solutions in assignments/wrong.py
 HUNTS = ("b1_wrong_order", "b2_leak", "b3_random_control")
 
 

@@ -1,4 +1,4 @@
-"""Assignment 2: the likelihood of a history, Eq. (4).                              pytest -m a2
+"""Assignment 2: the likelihood of a history, Eq. (4).                          pytest -m a2 tests/assignments
 
 The LLM has read the prompt (P tokens) and a user's history (H tokens). Its last hidden states are (B, P + H,
 d), one row a user. A hidden state times the output layer's weight (V, d) gives the logits of the token that
@@ -25,7 +25,7 @@ read it after you have passed.
 def history_nll(hidden, weight, prompt_length, history_ids, lengths):
     """float (B,): nats of each user's history.
 
-    hidden: float (B, P + H, d); weight: float (V, d); prompt_length: P; history_ids: long (B, H),
-    right-padded; lengths: long (B,).
+    All are torch tensors. hidden: float (B, P + H, d); weight: float (V, d); prompt_length: P; history_ids:
+    long (B, H), right-padded; lengths: long (B,).
     """
     raise NotImplementedError("a2: return one number a user")

@@ -1,4 +1,4 @@
-"""Assignment 3: a quantizer that lets gradients through, Eq. (5).                  pytest -m a3
+"""Assignment 3: a quantizer that lets gradients through, Eq. (5).              pytest -m a3 tests/assignments
 
 A codebook holds K vectors v_k. A soft token theta is replaced by the nearest of them, v_c. Replacing is a
 step function: its derivative is zero almost everywhere, and the recommender behind it would teach theta
@@ -24,5 +24,8 @@ Then look: `cp -r runs/demo runs/try`, `python 03_quantize.py --paper --run runs
 
 
 def quantize(theta, codebook):
-    """(quantized (B, d), codes (B,), codebook term (B,), commitment (B,)). theta (B, d), codebook (K, d)."""
+    """(quantized (B, d), codes (B,), codebook term (B,), commitment (B,)). theta (B, d), codebook (K, d).
+
+    All are torch tensors, the codes of long, the others of float.
+    """
     raise NotImplementedError("a3: find the nearest code, then think about what each .detach() cuts off")

@@ -1,4 +1,4 @@
-"""Assignment 4: the cross network of DCN.                                          pytest -m a4
+"""Assignment 4: the cross network of DCN.                                      pytest -m a4 tests/assignments
 
 Wang et al. (2017), Eq. (3): with x_0 the embeddings of all fields of a row, side by side, layer l computes
 
@@ -12,8 +12,8 @@ is the same for all rows. Find the recursion for that number and that vector and
 product for all layers. The project's own `CrossNetwork` is the plain loop; `FoldedDCN` in
 tests/bench/bench_serving.py is built on the recursion. Either way of writing it passes.
 
-The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, and
-that zero layers are the identity.
+The tests compare with an explicit loop over rows and coordinates, check the degree of the polynomial, that
+zero layers are the identity, and the gradient.
 
 Then, on paper: why can a DCN with weights of zero not leave this point where a second-order term is all that
 matters? (See the note in `FieldEmbedding` on what happens when embeddings start too small.)
@@ -21,5 +21,5 @@ matters? (See the note in `FieldEmbedding` on what happens when embeddings start
 
 
 def cross(x0, weights, biases):
-    """float (B, n) for x0 (B, n), weights (L, n) and biases (L, n)."""
+    """float (B, n) for x0 (B, n), weights (L, n) and biases (L, n) (torch tensors); gradients pass."""
     raise NotImplementedError("a4: apply L cross layers")

@@ -1,4 +1,4 @@
-"""Assignment 5: from soft tokens to a feature bank, Eq. (6), and its health.        pytest -m a5
+"""Assignment 5: from soft tokens to a feature bank, Eq. (6), and its health.   pytest -m a5 tests/assignments
 
 A recommender does not want 4,096 numbers a user but one small id for each profile:
 

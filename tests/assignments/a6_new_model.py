@@ -1,4 +1,4 @@
-"""Assignment 6: a recommender of your own.                                         pytest -m a6
+"""Assignment 6: a recommender of your own.                                     pytest -m a6 tests/assignments
 
 Stage 04 knows a model by one line in `MODELS`: a class that takes the list of fields and maps ids (B,
 columns) to logits (B,). Add the ancestor of half of them, the factorization machine (Rendle 2010):
@@ -25,7 +25,10 @@ none,random,userip`. What does the deep half of DeepFM add?
 """
 
 import importlib
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 ctr = importlib.import_module("04_train_ctr")
 
 

@@ -1,4 +1,4 @@
-"""Assignment 7: bring your own ids.                                                pytest -m a7
+"""Assignment 7: bring your own ids.                                            pytest -m a7 tests/assignments
 
 Stage 04 does not care where an id comes from. Beside feature_bank.npy it takes any bank that lies in the
 run's folder under a name of yours, with a card that says what it is:
@@ -27,7 +27,7 @@ The rules of evidence are the same for everybody, and the tests hold you to them
     whom the recommender will not meet: they must not end up as unknown, for these users are where an id pays;
   * a user without such a row has the unknown code in every column, and a user who likes something among these
     rows has it in none (what you cannot tell of him may have a code of its own);
-  * the same rows give the same codes: seed what is random;
+  * the same rows give the same codes: seed what is random, and two users with the same rows have equal codes;
   * whatever happens to the user, label or item of a validation, test or cold row, no code changes;
   * the card carries the fingerprint of the data set that the codes were made from, so that stage 04 can
     refuse a bank that was made from another.

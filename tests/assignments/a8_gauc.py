@@ -1,4 +1,4 @@
-"""Assignment 8: the AUC within a user.                                             pytest -m a8
+"""Assignment 8: the AUC within a user.                                         pytest -m a8 tests/assignments
 
 AUC is the probability that a row that was liked gets a higher score than one that was not, over all pairs of
 rows. Most of these pairs stand between two users. A recommender never chooses there: it ranks items for one

@@ -1,4 +1,4 @@
-"""Assignment 9: from words to a prior, as in 02 --space words.                        pytest -m a9
+"""Assignment 9: from words to a prior, as in 02 --space words.                 pytest -m a9 tests/assignments
 
 Somebody's hobby is music, or fishing, or something between and beside them. The LLM has a vector for each of
 these words, so a soft token for "hobby" should lie where such words lie: near their mean, and away from it
@@ -25,7 +25,10 @@ twice do?
 
 
 def prior_of_words(vectors, counts, rank):
-    """(origin (d,), basis (r, d), coordinates (n, r)), r = min(rank, n - 1); vectors (n, d), counts (n,)."""
+    """(origin (d,), basis (r, d), coordinates (n, r)), r = min(rank, n - 1); vectors (n, d), counts (n,).
+
+    All are torch tensors of float, or of double where the test's are.
+    """
     raise NotImplementedError("a9: a singular value decomposition of sqrt(p_w) (e_w - origin) has it all")
 
 

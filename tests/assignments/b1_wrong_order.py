@@ -1,4 +1,4 @@
-"""Find the planted bug 1: "it trains, so it is right".                             pytest -m b1
+"""Find the planted bug 1: "it trains, so it is right".                         pytest -m b1 tests/assignments
 
 Below is a small, complete prompt with soft tokens and the strict mask of Fig. 4, written in one go and never
 tested. The loss falls nicely. Run it to see what a careful colleague saw:

@@ -1,4 +1,4 @@
-"""Find the planted bug 2: "the ids win on every data set".                         pytest -m b2
+"""Find the planted bug 2: "the ids win on every data set".                     pytest -m b2 tests/assignments
 
 Below is the whole road from a table of interactions to the AUC of a recommender with profile ids, in small: a
 user's profile is the share of what he liked in each category, k-means makes K codes of it, and the

@@ -1,4 +1,4 @@
-"""Find the planted bug 3: "our ids beat random ids".                               pytest -m b3
+"""Find the planted bug 3: "our ids beat random ids".                           pytest -m b3 tests/assignments
 
 Below is a table in small, as stage 04 makes it: a recommender with each user's two ids, beside three
 controls. `none` has no ids, `random` a uniform random code a user, `shuffled` the real codes on the wrong

@@ -30,8 +30,8 @@ def quantize_one(theta, codebook):
 
 def cross(x0, weights, biases):
     network = common.CrossNetwork(x0.shape[1], len(weights))
-    network.load_state_dict({"weight": weights, "bias": biases})
-    return network(x0)
+    # By their names, so that gradients reach the test's own tensors.
+    return torch.func.functional_call(network, {"weight": weights, "bias": biases}, x0)
 
 
 def feature_bank(theta, books, known):
@@ -105,6 +105,22 @@ def random_codes(codes, sizes, rng):
     return ctr.codes_of("random", {"userip": (codes, sizes)}, rng)[0]
 
 
+# Answers to what the tasks ask on paper, in short.
+# a1: under --mask causal x^2 and theta^2 see x^1 and theta^1. theta^1 then reaches theta^2, also through
+#     x^2: profiles depend on each other and on their order. The grid of one profile stays green, for there
+#     both masks are one, and so would the history's part of the Jacobian test; all else fails.
+# a3: Adam divides a gradient by its size, so a weight before all of a parameter's gradient changes nothing:
+#     the codebook, which the codebook term alone moves, goes .001 a step in each coordinate, whatever alpha
+#     is. Weights count where gradients meet. In z they do: the commitment has alpha beta = 1e-6 beside
+#     l_llm's 1 and is not felt, nor is the recommender with alpha = 1e-3. Codes follow users by .001 a step.
+# a4: the head's gradient is the mean of (residual x_L), the cross weights' that of (residual (h . x_0) x_0),
+#     with h the head's weights. At h = 0, w = 0 the second is 0, and the first is 0 where no first-order
+#     term tells anything: a saddle. Small embeddings make both small by powers of their size.
+# a8: none that orders items for a user: within a user these ids change nothing. Decisions between users do
+#     get better, such as to whom a coupon or a banner is shown at all.
+# a9: rank 1 leaves one direction for four hobbies: a user is a place on a line, and hobbies whose words
+#     project to the same place are one. A word that stands twice has twice the weight (2 root(c), where one
+#     word of count 2 c would have root(2 c)): the mean moves towards it, and other words count less.
 a1 = SimpleNamespace(build_visibility=functools.partial(infer.build_visibility, mask="strict"))
 a2 = SimpleNamespace(history_nll=history_nll)
 a3 = SimpleNamespace(quantize=quantize_one)

@@ -72,7 +72,9 @@ GRIDS = {
 @pytest.mark.parametrize("prompt", GRIDS)
 def test_a1_grid(work, prompt):
     found = work.build_visibility(segments_of(prompt))
-    assert found.dtype == torch.bool
+    size = len(GRIDS[prompt].split())
+    assert isinstance(found, torch.Tensor) and found.shape == (size, size), f"a torch tensor ({size}, {size})"
+    assert found.dtype == torch.bool, "a tensor of bool"
     yours = ["".join(".#"[cell] for cell in row) for row in found.tolist()]
     expected = GRIDS[prompt].split()
     assert yours == expected, f"row by row of {prompt}: yours {yours}, expected {expected}"
@@ -175,6 +177,7 @@ def gradients(output, *inputs):
 @pytest.mark.a3
 def test_a3_values(work):
     quantized, codes, codebook_term, commitment = work.quantize(*vq_case())
+    assert codes.dtype == torch.long, "codes are numbers of code vectors: long"
     assert codes.tolist() == [0, 1, 0]
     assert torch.allclose(quantized, torch.tensor([[1.0, 0.0], [-2.0, 2.0], [1.0, 0.0]]))
     for term in (codebook_term, commitment):
@@ -196,17 +199,21 @@ def test_a3_straight_through_is_the_identity(work):
     theta, codebook = vq_case()
     upstream = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     gradient, untouched = gradients(work.quantize(theta, codebook)[0] * upstream, theta, codebook)
-    assert torch.equal(gradient, upstream) and not untouched.any()
+    assert torch.equal(gradient, upstream), "theta does not get the gradient of quantized as it is"
+    assert not untouched.any(), "a loss on quantized reached the codebook"
 
 
 @pytest.mark.a3
 def test_a3_each_term_moves_its_own(work):
     theta, codebook = vq_case()
     by_theta, by_code = gradients(work.quantize(theta, codebook)[2], theta, codebook)
-    assert not by_theta.any() and torch.allclose(by_code, torch.tensor([[2.0, -1.0], [2.0, 2.0]]))
+    assert not by_theta.any(), "the codebook term moves theta"
+    expected = torch.tensor([[2.0, -1.0], [2.0, 2.0]])
+    assert torch.allclose(by_code, expected), "how the codebook term moves code vectors"
     by_theta, by_code = gradients(work.quantize(theta, codebook)[3], theta, codebook)
-    assert torch.allclose(by_theta, torch.tensor([[-0.2, 0.4], [-2.0, -2.0], [-1.8, 0.6]]))
-    assert not by_code.any()
+    assert not by_code.any(), "the commitment moves the codebook"
+    expected = torch.tensor([[-0.2, 0.4], [-2.0, -2.0], [-1.8, 0.6]])
+    assert torch.allclose(by_theta, expected), "how the commitment moves theta"
 
 
 @pytest.mark.a4
@@ -231,6 +238,18 @@ def test_a4_degree_and_identity(work):
     for layers in (1, 2):
         large = [work.cross(scale * x0, weights[:layers], torch.zeros(layers, 3)) for scale in (1e3, 2e3)]
         assert torch.allclose((large[1] / large[0]).log2(), torch.full((2, 3), layers + 1.0), atol=0.01)
+
+
+@pytest.mark.a4
+def test_a4_lets_gradients_through(work):
+    """Of one layer: d/dx_0 of sum(x_0 (x_0 . w) + x_0)."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.rand(2, 3, generator=generator).requires_grad_()
+    weights = torch.rand(1, 3, generator=generator).requires_grad_()
+    found = gradients(work.cross(x0, weights, torch.zeros(1, 3)), x0, weights)
+    total = x0.sum(1, keepdim=True)
+    assert torch.allclose(found[0], x0 @ weights.T + 1 + total * weights), "the gradient in x_0"
+    assert torch.allclose(found[1], (total * x0).sum(0, keepdim=True)), "the gradient in the weights"
 
 
 def bank_case():
@@ -279,7 +298,10 @@ def test_a6_against_loops(work):
         pairs = itertools.combinations(e[row], 2)
         expected.append(b + sum(w[row][i][0] for i in range(3))
                         + sum(x * y for first, second in pairs for x, y in zip(first, second)))
-    assert model(ids).tolist() == pytest.approx(expected, abs=1e-5)
+    found = model(ids)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    reached = torch.autograd.grad(found.sum(), list(model.parameters()), allow_unused=True)
+    assert all(gradient is not None for gradient in reached), "bias, weights and embeddings all learn"
 
 
 @pytest.mark.a6
@@ -318,10 +340,11 @@ def test_a6_learns_what_no_first_order_term_can(work, monkeypatch):
 
 @pytest.fixture(scope="module")
 def bank_world():
-    """A demo of 120 users, a fifth of them cold; the first user has test rows alone, the second cold rows."""
+    """A demo of 120 users, a fifth of them cold; the first and the last have test rows alone, the second cold
+    rows alone."""
     dataset, _ = small_world(cold_users=0.2)
     interactions = dataset.interactions.copy()
-    for user, split in ((0, common.TEST), (1, common.COLD)):
+    for user, split in ((0, common.TEST), (1, common.COLD), (len(dataset.users) - 1, common.TEST)):
         interactions[interactions[:, 0] == user, 3] = split
     return common.Dataset(interactions, *list(vars(dataset).values())[1:])
 
@@ -348,14 +371,27 @@ def seen(dataset, splits):
 @pytest.mark.a7
 def test_a7_codes_are_small_integers_and_strangers_are_unknown(work, bank_world):
     codes, sizes = work.make_bank(bank_world)
-    assert codes.shape == (len(bank_world.users), len(sizes)) and codes.dtype.kind in "iu"
+    assert codes.shape == (len(bank_world.users), len(sizes)), "a row for each user, a column for each size"
+    assert codes.dtype.kind in "iu", "codes are integers"
     assert len(sizes) >= 1 and all(2 <= size <= 32766 and size == int(size) for size in sizes)
-    assert (codes >= 0).all() and (codes <= sizes).all()
+    assert (codes >= 0).all() and (codes <= sizes).all(), "a code is 0 to K_m - 1, or K_m: unknown"
     strangers = ~seen(bank_world, common.SEEN)
-    assert strangers[:2].all() and (codes[strangers] == sizes).all()
+    assert strangers[[0, 1, -1]].all()
+    assert (codes[strangers] == sizes).all(), "without a training or support row a user has K_m everywhere"
     rows = bank_world.rows(common.SEEN)
     liking = np.unique(rows[rows[:, 2] == 1, 0])
     assert (codes[liking] < sizes).all(), "somebody who likes something is unknown"
+
+
+@pytest.mark.a7
+def test_a7_the_same_rows_give_the_same_codes(work, bank_world):
+    """Whatever the codes say: it is said of the user whose rows it was made from."""
+    half = len(bank_world.users) // 2
+    one = bank_world.interactions[bank_world.interactions[:, 0] < half]
+    twins = one + np.array([half, 0, 0, 0], one.dtype)
+    rest = list(vars(bank_world).values())[1:]
+    codes, _ = work.make_bank(common.Dataset(np.concatenate([one, twins]), *rest))
+    assert np.array_equal(codes[:half], codes[half:2 * half]), "two users with the same rows have other codes"
 
 
 @pytest.mark.a7
@@ -387,9 +423,11 @@ def test_a7_stage_04_takes_the_bank_and_its_card(work, tmp_path_factory):
     assert written == {"feature_bank_mine.npy", "feature_bank_mine.json"}
     card = json.loads((run / "feature_bank_mine.json").read_text())
     bank, (codes, sizes) = np.load(run / "feature_bank_mine.npy"), work.make_bank(dataset)
-    assert bank.dtype == np.int16 and np.array_equal(bank, codes)
+    assert bank.dtype == np.int16, "the file holds int16"
+    assert np.array_equal(bank, codes), "two calls, two banks: seed what is random"
+    assert {"codes", "dataset_fingerprint", "made_by"} <= card.keys(), "the card lacks an entry"
     assert card["codes"] == list(sizes) and card["made_by"]
-    assert card["dataset_fingerprint"] == dataset.fingerprint()
+    assert card["dataset_fingerprint"] == dataset.fingerprint(), "the card is of another data set"
     call_stage(ctr, "--run", run, "--ids", "none,random-mine,mine", "--seeds", 1, "--epochs", 1)
     rows = json.loads((run / "results.json").read_text())["rows"]
     assert [row["ids"] for row in rows] == ["none", "random-mine", "mine"]
@@ -475,6 +513,7 @@ def test_a9_mean_and_covariance_against_loops(work):
     covariance = sum(math.sqrt(count) / total * torch.outer(vector - mean, vector - mean)
                      for count, vector in zip(counts, vectors))
     assert torch.allclose(origin, mean, atol=1e-4), "the origin is the weighted mean, weights the roots"
+    assert origin.shape == (7,), "the origin is one vector"
     assert basis.shape == (4, 7), "five words differ in four directions"
     assert torch.allclose(basis.T @ basis, covariance, atol=1e-4), "basis^T basis is the covariance"
 
@@ -506,9 +545,8 @@ def test_a9_a_word_s_coordinates_put_theta_on_the_word(work):
 @pytest.mark.a9
 @pytest.mark.parametrize("prior", [0.0, 2.0])
 def test_a9_gradient_in_z_against_finite_differences(work, prior):
-    vectors, counts = (part.double() for part in words_case())
-    origin, basis, _ = reference_prior(vectors, counts)
-    z = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(0)
+    origin, basis, z = (torch.randn(*shape, generator=generator).double() for shape in ((7,), (4, 7), (3, 4)))
 
     def loss(z):
         return (origin + z @ basis).sin().sum(1) + prior / 2 * (z ** 2).sum(1)
@@ -519,10 +557,6 @@ def test_a9_gradient_in_z_against_finite_differences(work, prior):
         step[:, at] = 1e-5
         slope = (loss(z + step) - loss(z - step)) / 2e-5
         assert torch.allclose(found[:, at], slope, atol=1e-5), f"direction {at}"
-
-
-def reference_prior(vectors, counts):
-    return importlib.import_module("assignments.reference").a9.prior_of_words(vectors, counts, 16)
 
 
 @pytest.mark.b1

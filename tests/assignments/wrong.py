@@ -5,6 +5,7 @@ import importlib
 from types import SimpleNamespace
 
 import numpy as np
+import torch
 from assignments import b3_random_control, reference
 from sklearn.metrics import roc_auc_score
 
@@ -29,6 +30,31 @@ a3 = {"nearest by one coordinate": functools.partial(quantize_by, lambda apart: 
       "nearest by absolute values": functools.partial(quantize_by, lambda apart: apart.abs().sum(-1)),
       "terms changed over": detached_the_other_way_round}
 a3 = {name: SimpleNamespace(quantize=quantize) for name, quantize in a3.items()}
+
+
+# ---------------------------------------------------------------- a4
+
+def cross_detached(x0, weights, biases):
+    x = x0
+    for w, b in zip(weights, biases):
+        x = x0 * (x.detach() @ w)[:, None] + b + x
+    return x
+
+
+def cross_rebuilt(x0, weights, biases):
+    return torch.tensor(reference.cross(x0, weights, biases).tolist())
+
+
+def cross_from_the_last(x0, weights, biases):
+    x = x0
+    for w, b in zip(weights, biases):
+        x = x * (x @ w)[:, None] + b + x
+    return x
+
+
+a4 = {"x detached": cross_detached, "numbers without a graph": cross_rebuilt,
+      "x_l in the place of x_0": cross_from_the_last}
+a4 = {name: SimpleNamespace(cross=cross) for name, cross in a4.items()}
 
 
 # ---------------------------------------------------------------- a7
@@ -76,6 +102,20 @@ def count_of_rows(splits, dataset):
     return np.stack([codes[:, 0], count], axis=1), [*sizes, 16]
 
 
+def order_in_place_of_rank(dataset):
+    """argsort says who stands at a place, not at which place somebody stands: codes of other users."""
+    rows, users = dataset.rows(common.SEEN), len(dataset.users)
+    seen = np.bincount(rows[:, 0], minlength=users)
+    share = np.bincount(rows[:, 0], rows[:, 2], minlength=users) / np.maximum(seen, 1)
+    return np.where(seen > 0, share.argsort() * 8 // users, 8)[:, None], [8]
+
+
+def users_of_the_rows(dataset):
+    """As many users as the rows know: the last ones may have none."""
+    codes, sizes = share_of_likes(common.SEEN, 8, dataset)
+    return codes[:dataset.rows(common.SEEN)[:, 0].max() + 1], sizes
+
+
 a7 = {"looks at every row": solution(splits=range(5)),
       "counts every row": solution(make=functools.partial(count_of_rows, range(5))),
       "counts test rows": solution(make=functools.partial(count_of_rows, (common.TEST,))),
@@ -83,6 +123,8 @@ a7 = {"looks at every row": solution(splits=range(5)),
       "gives strangers code 0": solution(unknown=0),
       "a share of one is unknown": solution(make=share_of_one),
       "a constant": solution(make=constant),
+      "an order in the place of a rank": solution(make=order_in_place_of_rank),
+      "as many users as the rows know": solution(make=users_of_the_rows),
       "floats": solution(dtype=np.float32),
       "a card of no data set": solution(dataset_fingerprint="mine")}
 
@@ -166,7 +208,13 @@ def prior_forgotten(gradient, basis, z, prior):
     return gradient @ basis.T
 
 
-a9 = {"weights are the counts": {"prior_of_words": weights_without_roots},
+def origin_of_two_dimensions(vectors, counts, rank):
+    origin, basis, coordinates = reference.prior_of_words(vectors, counts, rank)
+    return origin[None], basis, coordinates
+
+
+a9 = {"origin (1, d)": {"prior_of_words": origin_of_two_dimensions},
+      "weights are the counts": {"prior_of_words": weights_without_roots},
       "directions of length 1": {"prior_of_words": directions_of_length_1},
       "words not centred": {"prior_of_words": not_centred},
       "the shortest direction first": {"prior_of_words": the_shortest_first},
