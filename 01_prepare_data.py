@@ -573,6 +573,7 @@ def load_movielens(args):
     """
     needed = "u.data" if args.dataset == "ml-100k" else "ratings.dat"
     folder = args.data_dir or download(args.dataset, needed)
+    later_release = args.dataset == "ml-1m" and (folder / "ratings.csv").exists()  # such as ml-25m
     if args.dataset == "ml-100k":
         genres = [name for name, _ in read_cells(folder / "u.genre", "|", 2)]
         movies = []
@@ -581,14 +582,14 @@ def load_movielens(args):
             own = [genre for genre, flag in zip(genres, flags) if flag == "1"]
             movies.append((row[0], row[1], "|".join(own)))
         rows = read_cells(folder / needed, "\t", 4, film_rating)
-    elif (folder / "ratings.csv").exists():
+    elif later_release:
         movies = read_table(folder / "movies.csv", ["movieId", "title", "genres"])
         rows = read_table(folder / "ratings.csv", ["userId", "movieId", "rating", "timestamp"], film_rating)
     else:
         movies = read_cells(folder / "movies.dat", "::", 3)
         rows = read_cells(folder / needed, "::", 4, film_rating)
     source = collect(rows, (GENRE, ERA), WATCHED)
-    if (folder / "ratings.csv").exists():  # a later release, such as ml-25m
+    if later_release:
         source.name = f"ml-{folder.resolve().name.removeprefix('ml-')}"
     for raw, title, genres in movies:
         title, year = clean_title(clean_text(title))
@@ -933,7 +934,8 @@ def values_of(cell, separator):
     """The values in a cell, each once: between separators, or a list as JSON, Python or numpy writes it."""
     text = str(cell).strip()
     if text.lower() in MISSING or re.fullmatch(NUMBER, text):
-        parts = [re.sub(r"^(\d+)\.0$", r"\1", text)]  # one value: a slash would split n/a, a comma 1,5
+        # One value: a slash would split n/a, a comma 1,5. A year that went through pandas is 1997.0.
+        parts = [re.sub(r"^(\d+)\.0$", r"\1", text)]
     elif is_list(text):
         parts = listed_values(text)
     else:
@@ -1005,7 +1007,7 @@ def clean_title(text):
 
     Series have the years from and to, or an open end: (1975-1979), (2007-); the first counts.
     """
-    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-\u2013](?:\d{4})?\s*)?\)+)?\s*", text).groups()
+    title, year = re.fullmatch(r"(.*?)\s*(?:\((\d{4})(?:[-\u2013](?:\d{4})?\s*)?\))?\s*", text).groups()
     title = re.sub(rf"^(.+?), ({ARTICLES})(?= \(|$)", r"\2 \1", title)
     return " ".join(title.split()), int(year) if year else None
 
@@ -1068,7 +1070,7 @@ def load_release(args):
         several = [path.name for files in (reviews, products) if len(files) > 1 for path in files]
         todo = f"fetch {what}, or change --data-dir"
         if several:
-            todo = f"leave one of each ({', '.join(several)})"
+            todo = f"leave one of {', '.join(several)}" + ("" if reviews and products else f"; {todo}")
         raise UserError(f"{len(reviews)} files of reviews and {len(products)} of products, not one each",
                         folder, todo)
     profiles = (BRAND, PRICE)
@@ -1149,12 +1151,13 @@ def parse_review(line):
 BYLINE = re.compile(r"\s*by\s*\n")  # before some brands of Amazon's files of 2018: "by" and a new line
 AUTHOR_PAGE = re.compile(r"\s*Visit Amazon's (.+) Page\s*")  # what they have in place of an author's name
 # What stands behind a name in the files of 2023, which took it from a page: "(Author)", "Format: Audio CD"
-CREDIT = re.compile(r"""\s*(\((Actor|Artist|Author|Composer|Conductor|Contributor|Creator|Director|Editor|
-    Illustrator|Narrator|Orchestra|Performer|Photographer|Producer|Translator|Writer)\b
-    |\b(Format|Rated):).*""", re.S | re.X)
-# A comma between two of Yelp's categories, and none in Books, Mags, Music & Video or Beer, Wine & Spirits
+CREDIT = re.compile(r"""(?<!\s)(\s*\((Actor|Artist|Author|Composer|Conductor|Contributor|Creator|Director|
+    Editor|Illustrator|Narrator|Orchestra|Performer|Photographer|Producer|Translator|Writer)\b
+    |(\A|\s{2,})(Format|Rated):).*""", re.S | re.X)
+# A comma between two of Yelp's categories, and none within Books, Mags, Music & Video; Beer, Wine & Spirits;
+# Used, Vintage & Consignment; Wills, Trusts, & Probates
 BETWEEN_CATEGORIES = re.compile(
-    r",(?!\s*(?:Mags|Music & Video|Wine & Spirits|Vintage & Consignment|Trusts|& Probates)\b)")
+    r",(?!\s*(?:Mags|Music & Video|Wine & Spirits|Vintage & Consignment|Trusts, & Probates|& Probates)\b)")
 SOURCE_CODE = re.compile(r"getTime\(\)|<!doctype", re.I)  # some titles there are the source of a web page
 
 
@@ -1195,8 +1198,8 @@ def price_of(value):
 
 
 def level_of(price, low, high):
-    """Is a price cheap, ordinary or luxurious? low, high: the bounds of the thirds; both are one price where
-    most products cost the same, and that price is ordinary."""
+    """Is a price cheap, ordinary or luxurious? low, high: the bounds of the middle third; where one price
+    fills it, both are this price, which is ordinary."""
     if price > high:
         return "luxurious"
     if price > low or price == high:

@@ -456,11 +456,11 @@ def heldout_nll(likelihood, space, z, histories, users, profiles, rng, block_siz
 
 @torch.no_grad()
 def nll_per_token(likelihood, space, variants, histories, block_size=None):
-    """({name: nats per token of these histories}, {name: standard error}), {} without any tokens.
+    """({name: nats per token of these histories}, {name: standard error}, how many users were left out).
 
     variants: a function of a block of users that returns {"own" and other names: z (B, M, r)}. The error is
     that of the difference to own, over users; fewer than ENOUGH of them tell none. block_size: most users of
-    a block. Users of whom an NLL is not finite are left out, with a WARNING.
+    a block. Users of whom an NLL is not finite are left out, with a WARNING. Without any tokens: {}.
     """
     nlls = {}  # of each variant the nats of each user, in the order of the blocks
     tokens = []  # of these users
@@ -475,8 +475,9 @@ def nll_per_token(likelihood, space, variants, histories, block_size=None):
     finite = np.isfinite(list(nlls.values())).all(0)  # Shape: (users,)
     if not finite.all():
         bad = f"{(~finite).sum():,d} of {len(finite):,d} users"
+        todo = "; --dtype bf16 or fp32 may tell them" if likelihood.dtype == torch.float16 else ""
         print(f"WARNING: the likelihood of the titles of {bad} is not finite in {likelihood.dtype}: the "
-              "figures leave these users out; with --dtype bf16 or fp32 they count")
+              f"figures leave these users out{todo}")
         tokens = np.array(tokens)[finite].tolist()
         nlls = {name: np.array(of_users)[finite] for name, of_users in nlls.items()} if tokens else {}
     means = {name: sum(of_users) / sum(tokens) for name, of_users in nlls.items()}
@@ -488,7 +489,7 @@ def nll_per_token(likelihood, space, variants, histories, block_size=None):
         difference = np.subtract(nlls[name], nlls["own"])
         rest = difference - (means[name] - means["own"]) * np.array(tokens)
         errors[name] = float(np.linalg.norm(rest) / sum(tokens) * (len(tokens) / (len(tokens) - 1)) ** 0.5)
-    return means, errors
+    return means, errors, int((~finite).sum()) if blocks else 0
 
 
 # -------- running it: the flags
@@ -1182,10 +1183,10 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     users = sorted(chain(*blocks))
     drawn = seeded(args.seed, 15).permutation(np.array(users, int))
     judged = sorted(drawn[:HELDOUT_USERS])
-    heldout, errors = heldout_nll(likelihood, space, z, validation, judged, dataset.profiles,
-                                  seeded(args.seed, 3), args.block_size)
+    heldout, errors, left_out = heldout_nll(likelihood, space, z, validation, judged, dataset.profiles,
+                                            seeded(args.seed, 3), args.block_size)
     some = drawn[:KEPT_USERS]
-    kept, kept_error = nll_per_token(
+    kept, kept_error, not_kept = nll_per_token(
         likelihood, space, lambda block: {"own": z[block], "population": np.zeros_like(z[block])},
         only(histories, some), args.block_size)
     steps = (sums["nll"] / max(1, sums["tokens"])).tolist()
@@ -1194,13 +1195,13 @@ def infer(dataset, likelihood, tokenizer, lm, histories, args):
     facts = settings | {
         "rows_kept": len(old_rows),
         "rows_new": len(users),
-        "heldout_users": len(judged),  # of the new ones
+        "heldout_users": len(judged) - left_out,  # of the new ones
         "lm_sensitivity": lm["sensitivity"],
         "users_without_profile": len(z) - len(known),
         "heldout_nll": heldout or None,
         "heldout_error": errors or None,
         "train_nll": {"before": steps[0], "after": steps[-1]},
-        "train_nll_kept": {**kept, "error": kept_error.get("population"), "users": len(some) if kept else 0},
+        "train_nll_kept": {**kept, "error": kept_error.get("population"), "users": len(some) - not_kept},
         "train_nll_steps": steps,
         "train_tokens": sums["tokens"],
         "tokens_per_second": round(worked / max(sums["seconds"], 1e-9)),

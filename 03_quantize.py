@@ -786,11 +786,12 @@ def main():
     if truth is not None:
         reads += ", truth.npy to evaluate"
     if args.keep_codebooks:
-        shown = argparse.Namespace(run=args.run, keep_codebooks=True)
-        announce("03 quantize", shown, f"{reads}, codebooks.pt")
         quantizer, code_names, facts, then = saved_quantizer(problem, args, device)
         sizes = quantizer.sizes
-        print(f"codebooks.pt: --quantizer {facts['quantizer']} --codes {','.join(map(str, sizes))}")
+        shown = argparse.Namespace(run=args.run, keep_codebooks=True, quantizer=facts["quantizer"],
+                                   codes=",".join(map(str, sizes)))
+        lm = ", the LLM of stage 02" if quantizer.assigns == "likelihood" else ""
+        announce("03 quantize", shown, f"{reads}, codebooks.pt{lm}")
         codes = quantizer.assign()
         unknown = sizes  # K_m is the unknown code of profile m
         for user, raw in enumerate(dataset.users):
@@ -800,11 +801,14 @@ def main():
     else:
         sizes = parse_codes(args.codes, dataset.profiles)
         shown = argparse.Namespace(**{**vars(args), "codes": ",".join(map(str, sizes))})
-        if args.quantizer in ("em", "words") or (args.quantizer == "vq" and args.llm_loss):
+        quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
+        if quantizer.assigns == "likelihood" or (args.quantizer == "vq" and args.llm_loss and args.epochs):
             reads += ", the LLM of stage 02"
         announce("03 quantize", shown, reads)
-        quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
         codes, log = quantizer.fit()
+        if quantizer.codebooks is None:
+            raise UserError("fit() left no codebooks", f"--quantizer {args.quantizer}",
+                            "let it set self.codebooks, M tensors (K_m, r)")
         if not torch.cat(list(quantizer.codebooks)).isfinite().all():
             raise UserError("a code vector is not finite", f"--quantizer {args.quantizer}", "lower --lr")
         facts = {key: value for key, value in vars(args).items() if key not in ("run", "device")}

@@ -488,6 +488,11 @@ MUTANTS["02_infer_profiles.py"] = [
     ("users whose likelihood is not finite are evaluated",
      "    if not finite.all():\n", "    if False:\n",
      "test_users_whose_likelihood_is_not_finite_are_left_out_of_the_evaluation"),
+    ("every process chooses its own LLM", "        args.lm = of_first_process(args.lm)", "        pass",
+     "test_of_several_processes_the_first_one_chooses_the_llm_and_its_number_format"),
+    ("every process chooses its own number format",
+     "        args.dtype = of_first_process(args.dtype)", "        pass",
+     "test_of_several_processes_the_first_one_chooses_the_llm_and_its_number_format"),
     ("the prompt begins like the middle of a sentence",
      "enumerate([beginning] + pieces_of(tokenizer, sentences[1:]))",
      "enumerate(pieces_of(tokenizer, sentences))",
@@ -1479,6 +1484,8 @@ MUTANTS["tools/controls.py"] = [
      "test_what_asking_predicts_is_the_nll_of_validation_titles_on_the_way_to_the_word")]
 
 MUTANTS["tools/recsysllm.py"] = [
+    ("a card that holds Llama-2-7B trains it", "None, room=40)", "None)",
+     "test_on_a_gpu_training_llama_needs_twice_the_room_of_inferring_with_it"),
     ("a short-term stretch has gaps", '"short-term": (0.6, 1)', '"short-term": (0.6, 2)',
      "test_stretches_are_drawn_from_windows_of_their_own_length_in_their_shares_and_in_order"),
     ("a stretch is out of order", "first + np.sort(chosen)", "first + chosen",

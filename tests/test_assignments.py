@@ -28,6 +28,11 @@ def outcomes(text):
     return {task: {outcome for outcome, name in found if name == task} for task in TASKS}
 
 
+def test_a_task_that_there_is_not_is_said():
+    flags = "-m", "a10", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/assignments"
+    assert "no such task" in fork(lambda: pytest.main(list(flags))).stdout
+
+
 def test_the_stubs_are_red(printed):
     for task, found in outcomes(printed["stubs"]).items():
         if task[0] == "a":

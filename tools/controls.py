@@ -176,9 +176,10 @@ def nll_of_words(problem, columns, device):
     for share in SHARES:
         variants[f"{share:g}"] = mean + share * asked
     theta_itself = SimpleNamespace(theta=lambda theta: theta)
-    return infer.nll_per_token(
+    means, errors, _ = infer.nll_per_token(
         likelihood, theta_itself, lambda block: {name: theta[block] for name, theta in variants.items()},
         infer.only(histories, np.flatnonzero(problem.inferred)))
+    return means, errors
 
 
 def said_of_words(card):

@@ -239,16 +239,17 @@ def test_users_whose_likelihood_is_not_finite_are_left_out_of_the_evaluation(poi
     if poisoned == "all":
         likelihood.word_table.weight.fill_(float("nan"))
         left = []
-    found, _ = infer.nll_per_token(likelihood, space, lambda block: {"own": z[block]}, histories, 2)
+    found, _, out = infer.nll_per_token(likelihood, space, lambda block: {"own": z[block]}, histories, 2)
     count = sum(map(len, blocks))
+    assert out == count - len(left)
     assert f"WARNING: the likelihood of the titles of {count - len(left)} of {count} users" in \
         capsys.readouterr().out
     if left:
         def variants(block):
             return {"own": z[block]}
 
-        expected, _ = infer.nll_per_token(sound, space, variants, infer.only(histories, left), 2)
-        assert found["own"] == pytest.approx(expected["own"], abs=1e-5)
+        expected, _, none = infer.nll_per_token(sound, space, variants, infer.only(histories, left), 2)
+        assert found["own"] == pytest.approx(expected["own"], abs=1e-5) and none == 0
     else:
         assert found == {}
 

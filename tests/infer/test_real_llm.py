@@ -202,6 +202,19 @@ def test_on_a_gpu_llama_is_chosen_where_it_fits_in_its_number_format(memory, dty
     assert f"{args.lm} {args.dtype}" == chosen
 
 
+def test_of_several_processes_the_first_one_chooses_the_llm_and_its_number_format(monkeypatch):
+    """Else unlike GPUs would look for each other's work in folders that nobody writes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**40))
+    monkeypatch.setattr(infer, "load_language_model", lambda name, dtype, device: 1 / 0)
+    monkeypatch.setattr(infer, "overflows_in_fp16", lambda name: False)
+    choices = {"llama2-7b": "gpt2", "fp16": "fp32"}  # of a process that chooses the first: of the first one
+    monkeypatch.setattr(infer, "of_first_process", lambda choice: choices[choice])
+    args = settings(lm="auto", dtype="auto", run=None)
+    with pytest.raises(ZeroDivisionError):
+        infer.open_model(SimpleNamespace(name="films"), args, torch.device("cuda"), None)
+    assert (args.lm, args.dtype) == ("gpt2", "fp32")
+
+
 def test_an_llm_that_leaves_the_range_of_fp16_gets_bf16_on_a_gpu(lm_folders, tmp_path, monkeypatch):
     kinds = {"gpt2": lm_folders["gpt2"], "gemma3": tmp_path}
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')

@@ -691,7 +691,8 @@ def test_the_error_of_a_heldout_difference_is_that_of_a_bootstrap_over_users():
     few = [ids if user < infer.ENOUGH - 1 else ids[:0] for user, ids in enumerate(histories)]
     space = types.SimpleNamespace(theta=lambda z: z)
     assert infer.heldout_nll(Likelihood(), space, z, few, range(n), [{"name": "hobby"}], rng)[1] == {}
-    means, errors = infer.heldout_nll(Likelihood(), space, z, histories, range(n), [{"name": "hobby"}], rng)
+    profiles = [{"name": "hobby"}]
+    means, errors, _ = infer.heldout_nll(Likelihood(), space, z, histories, range(n), profiles, rng)
     assert list(means) == ["own", "population", "shuffled"] and list(errors) == ["population", "shuffled"]
     for name, values in extra.items():
         assert means[name] - means["own"] == pytest.approx(values.sum() / lengths.sum(), abs=1e-6)

@@ -421,6 +421,17 @@ def test_broken_and_hostile_files_end_in_artifacts_or_one_line(make, damage, wor
     assert not (tmp_path / "pwned").exists()
 
 
+@pytest.mark.parametrize("products", [True, False])
+def test_where_there_are_several_files_their_names_are_told(products, tmp_path):
+    flags = yelp(tmp_path / "raw")
+    (tmp_path / "raw" / "a_review.json").write_text("{}")
+    if not products:
+        (tmp_path / "raw" / BUSINESS).unlink()
+    with pytest.raises(common.UserError, match=f"leave one of a_review.json, {REVIEW}") as error:
+        call_stage(prepare, "--run", tmp_path / "run", *flags)
+    assert ("fetch" in str(error.value)) != products
+
+
 FIELDS = ["asin", "title", "price", "categories", "category", "brand", "attributes"]
 CELLS = st.text(alphabet=st.characters(codec="utf-8"), max_size=12)
 ROWS = st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from("uvwxyz"),
@@ -456,7 +467,9 @@ def test_any_csv_ends_in_valid_artifacts_or_one_line(rows, raw_bytes, tmp_path):
     ("SWV   Format: Audio CD", ["CDs"], ("swv", ["cds"])),
     ("Jane Doe (Author)   Format: Kindle Edition", ["Books"], ("jane doe", ["books"])),
     ("Ann Lee  (Composer),     Bo Li  (Conductor)    Format: Vinyl", ["CDs"], ("ann lee", ["cds"])),
-    ("Format: Audio CD", ["CDs"], ("", ["cds"])), ("Crayola (Toys)", ["Toys"], ("crayola (toys)", ["toys"])),
+    ("Format: Audio CD", ["CDs"], ("", ["cds"])),
+    ("Top Rated: Pans", ["Pans"], ("top rated: pans", ["pans"])),
+    ("Crayola (Toys)", ["Toys"], ("crayola (toys)", ["toys"])),
     (None, "Restaurants, Beer, Wine & Spirits, Food", ("", ["restaurants", "beer, wine & spirits", "food"])),
     (None, "Books, Mags, Music & Video, Music Shops", ("", ["books, mags, music & video", "music shops"])),
     (float("nan"), ["Books"], ("", ["books"]))])

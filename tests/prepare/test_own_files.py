@@ -112,6 +112,7 @@ def test_a_separator_does_not_cut_what_means_missing_nor_numbers():
     assert prepare.values_of("N/A", "/") == []
     for number in ("12,50", "1,234", "1,234,567.50", "1.234,50", "7"):
         assert prepare.values_of(number, ",") == [number]
+    assert prepare.values_of("1997.0", "|") == ["1997"]  # a year that went through pandas
     assert prepare.values_of("3,7,12", ",") == ["3", "7", "12"]
     assert prepare.values_of("1990,1991", ",") == ["1990", "1991"]
 

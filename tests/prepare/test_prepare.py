@@ -34,7 +34,7 @@ def write_ml_100k(folder, rows, titles):
     ("Good, the Bad and the Ugly, The (1966)", "The Good, the Bad and the Ugly", 1966),
     ("2001: A Space Odyssey (1968)", "2001: A Space Odyssey", 1968),
     ("Fawlty Towers (1975-1979)", "Fawlty Towers", 1975), ("Atlanta (2016\u2013 )", "Atlanta", 2016),
-    ("Crime, The (1983))", "The Crime", 1983), ("Room (237)", "Room (237)", None)])
+    ("Room (237)", "Room (237)", None), ("M (a.k.a. N (1999))", "M (a.k.a. N (1999))", None)])
 def test_title_is_turned_round_and_loses_its_year(raw, title, year):
     assert prepare.clean_title(raw) == (title, year)
 

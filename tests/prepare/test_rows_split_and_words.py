@@ -202,6 +202,9 @@ def test_subsampled_users_are_of_those_who_have_enough_rows():
     kept = prepare.thin_out(source, prepare_args(subsample_users=20, min_interactions=4))
     found = set(users[kept].tolist())
     assert len(found) == 20 and max(found) < 30 and len(kept) == 80
+    args = prepare_args(subsample_users=1, min_interactions=4)
+    with pytest.raises(common.UserError, match="raise --subsample-users"):
+        prepare.build(source, args)
 
 
 def test_both_users_and_items_need_their_interactions_until_none_is_left_below():

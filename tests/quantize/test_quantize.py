@@ -479,6 +479,31 @@ def test_a_code_that_is_not_finite_is_refused_and_the_old_bank_stays(inferred, t
     assert (run / "quantize.json").read_bytes() == before
 
 
+def test_a_quantizer_of_one_s_own_that_leaves_no_codebooks_is_one_line(inferred, tmp_path, monkeypatch):
+    """As one that sets them under another name."""
+    class Unnamed(quantize.KMeans):
+        def fit(self):
+            codes, log = super().fit()
+            self.books, self.codebooks = self.codebooks, None
+            return codes, log
+
+    monkeypatch.setitem(quantize.QUANTIZERS, "unnamed", Unnamed)
+    with pytest.raises(common.UserError, match="fit.. left no codebooks .--quantizer unnamed."):
+        call_stage(quantize, "--run", copy_run(inferred, tmp_path / "run"), "--quantizer", "unnamed")
+
+
+@pytest.mark.parametrize("flags, reads", [
+    (["--quantizer", "kmeans"], False), (["--quantizer", "vq", "--no-llm-loss"], False),
+    (["--quantizer", "vq", "--epochs", 0], False), (["--quantizer", "vq"], True),
+    (["--quantizer", "em"], True)])
+def test_stage_03_says_whether_it_reads_the_llm(flags, reads, inferred, monkeypatch):
+    said = []
+    monkeypatch.setattr(quantize, "announce", lambda stage, args, what: said.append(what) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call_stage(quantize, "--run", inferred, *flags)
+    assert ("the LLM" in said[0]) == reads and "truth.npy" in said[0]
+
+
 def test_two_collapsed_codebooks_do_not_agree():
     """scikit-learn gives two constants an NMI of 1."""
     codes, truth = np.zeros((9, 2), dtype=int), np.arange(9)[:, None] % 3 * np.ones(2, dtype=int)

@@ -260,16 +260,18 @@ def test_validation_rows_do_not_reach_a_user(runs, tmp_path):
         assert_bytes_equal(*(run / f"feature_bank_{name}.npy" for run in (runs / "clean", tmp_path / "run")))
 
 
-def test_a_killed_kar_leaves_no_run_with_our_theta(runs, tmp_path, monkeypatch):
+def test_a_killed_kar_leaves_the_run_of_the_kar_before(runs, tmp_path, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(runs / "clean", run)
     call_stage(baselines, "kar", "--run", run)
     (run / "kar" / "quantize.json").write_text("{}")  # of an earlier visit
-    monkeypatch.setattr(common, "save_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    before = (run / "kar" / "profiles.npy").read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_json", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         call_stage(baselines, "kar", "--run", run)
-    assert (run / "kar" / "dataset.json").exists()
-    assert not (run / "kar" / "profiles.json").exists() and not (run / "kar" / "quantize.json").exists()
+    assert (run / "kar" / "profiles.npy").read_bytes() == before and (run / "kar" / "quantize.json").exists()
+    call_stage(baselines, "kar", "--run", run)  # and what the killed one left is in nobody's way
+    assert not (run / "kar" / "quantize.json").exists() and not (run / "kar-unfinished").exists()
 
 
 def test_rows_bound_what_rella_scores_and_unrated_runs_are_refused(runs, inferred):

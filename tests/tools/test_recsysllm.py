@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    call_stage, copy_run, fork_stage, likelihood_of, load_script, make_lm, next_item, ok, prepare, quantize)
+    call_stage, copy_run, fork_stage, infer, likelihood_of, load_script, make_lm, next_item, ok, prepare,
+    quantize)
 from sklearn.metrics import ndcg_score
 from test_pipeline import poisoned
 from torch import nn
@@ -793,3 +794,19 @@ def test_the_command_line_works(trained, quick, tmp_path):
     run = copy_run(trained, tmp_path / "run")
     done = ok(fork_stage("tools/recsysllm.py", "--run", run, *quick, "--fresh"))
     assert "generated:" in done.stdout and "SASRec" in done.stdout
+
+
+def test_on_a_gpu_training_llama_needs_twice_the_room_of_inferring_with_it(prepared, monkeypatch):
+    """LoRA keeps activations of 16 texts at once, where stage 02 cuts its blocks by memory."""
+    card = torch.device("cuda")
+    dataset = SimpleNamespace(name="films")
+    args = SimpleNamespace(lm="auto", dtype="bf16", run=prepared, mask="strict")
+    seen = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda _: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(infer, "lm_folder", lambda name: seen.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recsysllm.open_texts(args, dataset, card)
+    with pytest.raises(ZeroDivisionError):
+        infer.open_model(dataset, args, card, None)
+    assert seen == ["gpt2", "llama2-7b"]
