@@ -156,7 +156,7 @@ STUDIES = {  # name: {variant: flags}
         "liked titles": variant(None, None, "", "metadata text generosity words", ATTRIBUTES),
         "EM": own("--assign likelihood", "--fields attributes --ids userip"),
         "rated titles and a critic": variant(f"{ML} --critic", "--lm tiny --history rated", "", "",
-                                             "--fields attributes --ids none,random,userip")},
+                                             "--fields attributes --ids none,random,shuffled,userip")},
     "ml-100k-cold": {
         "liked titles": variant(f"{ML} --cold-users 0.2", "--lm tiny", "",
                                 "metadata text generosity mf words", f"{COLD} {ROWS},generosity,mf"),
@@ -164,7 +164,7 @@ STUDIES = {  # name: {variant: flags}
     "ml-100k-cold-em": {
         "EM on 50 liked titles": variant(
             f"{ML} --cold-users 0.2", "--lm tiny --max-history 50", "--assign likelihood", "metadata",
-            f"{COLD} none,random,metadata,userip")},
+            f"{COLD} none,random,shuffled,metadata,userip")},
     "ml-100k-cold-rated": {
         "rated titles and a critic": variant(
             f"{ML} --cold-users 0.2 --critic", "--lm tiny --history rated", "", "metadata generosity",
