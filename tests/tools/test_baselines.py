@@ -178,11 +178,11 @@ def test_rella_leaves_out_the_oldest_titles_that_do_not_fit_into_the_window(worl
     rows = world.dataset.rows(VALIDATION)[:6]
     asked = []
 
-    def logits(prompts, words):
+    def expected(prompts, of_logits):
         asked.append(prompts)
         return torch.zeros(len(prompts), 2)
 
-    monkeypatch.setattr(world, "logits", logits, raising=False)
+    monkeypatch.setattr(world, "expected", expected)
     baselines.rella_scores(world, rows, "recent", 10, None, texts, None)
     whole = asked.pop()
     window = sorted(map(len, whole))[3] - 1
