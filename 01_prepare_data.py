@@ -1067,7 +1067,10 @@ def load_release(args):
     reviews = [path for path in names if re.fullmatch(reviews_pattern, path.name)]
     products = [path for path in names if re.fullmatch(products_pattern, path.name)]
     if len(reviews) != 1 or len(products) != 1:
-        several = [path.name for files in (reviews, products) if len(files) > 1 for path in files]
+        several = []
+        for files in (reviews, products):
+            if len(files) > 1:
+                several += [path.name for path in files]
         todo = f"fetch {what}, or change --data-dir"
         if several:
             todo = f"leave one of {', '.join(several)}" + ("" if reviews and products else f"; {todo}")

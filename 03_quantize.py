@@ -257,6 +257,10 @@ class Quantizer:
         word_z = [space.word_z(m) for m in range(z.shape[1])]  # each word's embedding, as coordinates
         return first_codebooks(z, self.sizes, self.args.start, self.args.seed, word_z)
 
+    def needs_llm(self):
+        """Does fit() open the LLM of stage 02?"""
+        return self.assigns == "likelihood"
+
     def fit(self):
         """Learn self.codebooks. Returns (codes (U, M), log: a dict an epoch)."""
         raise NotImplementedError
@@ -281,6 +285,9 @@ class KMeans(Quantizer):
 class JointVQ(Quantizer):
     """Algorithm 1: VQ layers under the surrogate's and the LLM's loss, Eq. (5)-(7)."""
 
+    def needs_llm(self):
+        return self.args.llm_loss and self.args.epochs > 0
+
     def fit(self):
         """As Quantizer.fit. problem.z becomes the trained z: these users get their codes by it."""
         args = self.args
@@ -290,7 +297,7 @@ class JointVQ(Quantizer):
         # shrinks). So the same lr, alpha and beta suit LLMs of any scale.
         z = torch.tensor(problem.z, device=device)
         add_llm_gradient = None
-        if args.llm_loss and args.epochs:
+        if self.needs_llm():
             add_llm_gradient = problem.open_llm_loss(device)
         rng = seeded(args.seed, 6)  # seeds torch too; 6 keeps these draws apart from other ones of --seed
         vq_layers = nn.ModuleList(map(VectorQuantizer, self.starting_codebooks())).to(device)
@@ -802,7 +809,7 @@ def main():
         sizes = parse_codes(args.codes, dataset.profiles)
         shown = argparse.Namespace(**{**vars(args), "codes": ",".join(map(str, sizes))})
         quantizer = QUANTIZERS[args.quantizer](problem, sizes, args, device)
-        if quantizer.assigns == "likelihood" or (args.quantizer == "vq" and args.llm_loss and args.epochs):
+        if quantizer.needs_llm():
             reads += ", the LLM of stage 02"
         announce("03 quantize", shown, reads)
         codes, log = quantizer.fit()
